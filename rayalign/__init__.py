@@ -1,0 +1,3 @@
+"""rayalign: preference alignment of language models on a Ray cluster."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,192 @@
+"""What the training loop asks of its parts. A pool satisfies the protocol of its members.
+
+Nothing here names Ray, vLLM or DeepSpeed: the loop, and every algorithm, runs without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from rayalign.types import Batch, Column, Completion, Example, Group, Metrics, Request, Sampling, Terms
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a push, and where its bytes lie in the chunk."""
+
+    name: str
+    dtype: str  # torch's name without "torch.": "bfloat16", "float32"
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the chunk
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tensors of a push as one flat array of bytes.
+
+    `data` is a uint8 array, or a handle that resolves to one where it is used (an object-store
+    reference, say): what moves the bytes is the business of the placement, not of learner or engine.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    data: Any
+
+
+@dataclass(frozen=True)
+class WeightPush:
+    """All weights of a policy at one version, under their Hugging Face names, tied ones once.
+
+    `manifest` (name → checksum of dtype, shape and bytes) is made by the learner from its parameters,
+    apart from the chunks, so that a tensor that is corrupted or missing on the way is noticed.
+    """
+
+    version: int
+    manifest: Mapping[str, str]
+    chunks: tuple[Chunk, ...]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A stream of requests: what is submitted comes back by `poll` when it has finished, in any order."""
+
+    version: int  # of the weights in use; 0 are those of the model's folder
+
+    def submit(self, requests: Sequence[Request]) -> None: ...
+
+    def poll(self, timeout_s: float = 1.0) -> list[Completion]:
+        """What has finished since the last poll. Works (or waits) until something has, at most about
+        `timeout_s`; an empty list when nothing is open or the time is up."""
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget these requests; ids that are not open are ignored."""
+
+    def load(self, push: WeightPush) -> None:
+        """Take these weights over, whole or with SyncMismatch. No request may be open. Each tensor as
+        handed to the model's loader is checksummed against the push; prefix caches are dropped."""
+
+    def logps(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """Log-probs (float32, temperature 1) of tokens 1 … n−1 of each sequence, given those before:
+        the probe that shows a failed load. No request may be open."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def memory_gib(self) -> float:
+        """Peak memory so far, of this engine's process or of all processes of a pool."""
+
+    def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    """A stream of groups: what is submitted comes back by `poll` with its scores, in any order."""
+
+    def submit(self, groups: Sequence[Group]) -> None: ...
+
+    def poll(self, timeout_s: float = 1.0) -> list[Group]: ...
+
+    def memory_gib(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How one call of `update` walks over its examples.
+
+    Attributes:
+        step: the training step, which fixes the learning rate.
+        epochs: passes over the examples.
+        minibatches: optimiser steps in each pass.
+        seed: of the order of the examples in each pass (no shuffle when there is one minibatch).
+    """
+
+    step: int
+    epochs: int = 1
+    minibatches: int = 1
+    seed: int = 0
+
+
+class Learner(Protocol):
+    """One role (policy, reference, …) on one process or on many ranks. A reference has no optimiser."""
+
+    def annotate(self, examples: Sequence[Example], columns: Sequence[Column]) -> list[Example]:
+        """The same examples, in the same order, with "role/column" filled in on each sequence."""
+
+    def update(self, examples: Sequence[Example], algorithm: Algorithm, plan: UpdatePlan) -> Metrics:
+        """Train on these examples. Gives loss, lr, grad_norm and the algorithm's own metrics, each
+        averaged over the whole step. Raises TrainingStopped when loss or gradient is not finite."""
+
+    def logps(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """As `Engine.logps`, from the learner's weights."""
+
+    def push(self, version: int) -> WeightPush: ...
+
+    def refresh(self, source: str, *, decay: float = 0.0) -> None:
+        """own ← decay·own + (1−decay)·source, where `source` names a role beside this one."""
+
+    def export(self, path: Path) -> None:
+        """Write the weights as a Hugging Face checkpoint (model and config) into an existing folder."""
+
+    def save(self, path: Path) -> None:
+        """Write all that `restore` needs to go on as if never stopped, into an existing folder."""
+
+    def restore(self, path: Path) -> None: ...
+
+    def memory_gib(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+class Algorithm(Protocol):
+    """A few verbs. Frozen and picklable: it is sent to the learners as it is."""
+
+    needs: Sequence[tuple[str, Column]]  # (role, column) to annotate before the update
+
+    def request(self, sampling: Sampling) -> Sequence[Sampling]:
+        """What to sample for one prompt: one entry a completion. Empty for an offline method."""
+
+    def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
+        """Scored groups → training examples, and what was dropped, as metrics."""
+
+    def credit(self, examples: Sequence[Example]) -> list[Example]:
+        """Annotated examples → examples with advantages or weights. Most pair losses need nothing."""
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        """What the summed loss of all these examples is divided by, over all ranks and micro-batches."""
+
+    def loss(self, batch: Batch, columns: Mapping[str, Any]) -> Terms:
+        """`columns`: "policy/logps" [R, T] with its gradient. Others are in `batch.columns`."""
+
+    def refresh(self, step: int) -> float | None:
+        """After this step (counted from 1): the decay with which the reference follows the policy,
+        0.0 to replace it, None to leave it."""
+
+
+class Tracker(Protocol):
+    """Where metrics go besides metrics.jsonl."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The learners of a run by name. `reference` is None where the algorithm needs none."""
+
+    policy: Learner
+    reference: Learner | None = None
+    others: Mapping[str, Learner] = field(default_factory=dict)
+
+    def __getitem__(self, role: str) -> Learner:
+        found = {"policy": self.policy, "reference": self.reference, **self.others}.get(role)
+        if found is None:
+            raise KeyError(f"this run has no {role} learner")
+        return found

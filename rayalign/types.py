@@ -1,0 +1,178 @@
+"""What travels through a run: prompt → request → completion → group → example → batch → loss.
+
+All of these are frozen. Token ids are tuples of int, log-probs are in nats.
+Shapes: R rows (sequences), B examples, T tokens, K candidates for one prompt.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompt file, with the chat template already applied.
+
+    Attributes:
+        index: the row's position in its data set; part of every sample's seed.
+        text: the user's words, as in the file (what scorers and reports show).
+        token_ids: what an engine continues.
+        extra: the row's other columns, for scorers.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of one request. `top_k=0` and `top_p=1.0` mean off; temperature 0 is greedy."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion that is asked of an engine. `id` is unique among the requests that are open."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine gives back for one request.
+
+    Attributes:
+        token_ids: the sampled tokens, the end token included when there is one.
+        logps: for each of them its log-prob under the distribution that was sampled
+            (temperature, top-p and top-k applied).
+        finish_reason: "stop" (an end token), "length" (cut at `max_tokens`).
+        version: of the weights that sampled it.
+        engine: the name of the engine that served it, for the log.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    finish_reason: str
+    version: int
+    engine: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its K completions, and their scores once a scorer has seen them (higher is better)."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    texts: tuple[str, ...]
+    scores: tuple[float, ...] | None = None
+
+
+class Column(enum.Enum):
+    """Numbers that a learner can compute for each token of a sequence."""
+
+    LOGPS = "logps"  # log-prob of each completion token, at the rollout temperature
+    ENTROPY = "entropy"  # of the next-token distribution at each completion token
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and one completion of it, as one row of a batch.
+
+    Attributes:
+        rollout_logps: as the engine gave them; empty when the completion comes from a data set.
+        columns: "role/column" → float32 array with one number a completion token, as filled in by
+            `Learner.annotate`, for instance "reference/logps".
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    rollout_logps: tuple[float, ...] = ()
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one loss term needs: a pair (chosen, rejected), a single sequence, or K ranked candidates.
+
+    The unit of sharding over ranks and of splitting into micro-batches.
+
+    Attributes:
+        sequences: the rows, in the order that the algorithm's loss expects.
+        values: numbers that belong to the example, by name (a soft label, say).
+    """
+
+    sequences: tuple[Sequence, ...]
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples as padded tensors. Every example has the same number of rows n, so R = B·n and the
+    rows of example b are b·n … b·n+n−1.
+
+    Attributes:
+        input_ids: [R, S] prompt and completion, padded on the right.
+        attention_mask: [R, S] 1 where there is a token. Carried, never inferred from a pad id.
+        labels: [R, T] completion tokens, padded on the right.
+        positions: [R, T] where in `input_ids` the logits that predict each label stand.
+        mask: [R, T] 1 where there is a completion token.
+        rollout_logps: [R, T] the engine's, NaN where unknown.
+        columns: "role/column" → [R, T] float32, as annotated.
+        values: name → [B] float32.
+        weight: [B] 1.0 for a real example, 0.0 for one that only keeps ranks in step.
+        rows: n.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    rollout_logps: torch.Tensor
+    columns: Mapping[str, torch.Tensor]
+    values: Mapping[str, torch.Tensor]
+    weight: torch.Tensor
+    rows: int
+
+    def by_example(self, per_row: torch.Tensor) -> torch.Tensor:
+        """[R, …] → [B, n, …]."""
+        return per_row.reshape(-1, self.rows, *per_row.shape[1:])
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an algorithm's loss gives for one micro-batch, before any reduction.
+
+    Attributes:
+        loss: [B] or [R, T]; the learner sums it and divides by the algorithm's denominator for the
+            whole step, so masked tokens must already be exactly 0. A [B] loss is multiplied by
+            `Batch.weight` by the learner, a [R, T] loss by the weight of the row's example.
+        metrics: name → [B], detached; averaged over the real examples of the whole step.
+    """
+
+    loss: torch.Tensor
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+Metrics = dict[str, float]
