@@ -1,0 +1,199 @@
+"""A causal language model that gives numbers of completion tokens instead of logits of all tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rayalign.errors import ConfigError
+from rayalign.learners.settings import LearnerSpec
+from rayalign.maths.logprobs import token_entropy, token_logprobs
+from rayalign.types import Column
+
+
+def resolve_dtype(spec: LearnerSpec) -> torch.dtype:
+    """The dtype of the learner's compute: the order's, the settings', or the checkpoint's own.
+
+    Raises:
+        ConfigError: a dtype other than float32 and bfloat16.
+    """
+    name = spec.dtype or spec.settings.dtype
+    if name is None:
+        config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"the {spec.role} learner cannot run in this dtype", where=f"{spec.role}.dtype", value=name,
+                          rule="float32 or bfloat16", remedy="set dtype to one of them")
+    return getattr(torch, name)
+
+
+class CausalPolicy(nn.Module):
+    """A Hugging Face causal LM whose forward pass gives columns of completion tokens.
+
+    The backbone, the output head and the log-softmax are inside one `forward`, so that the hooks of ZeRO-3
+    see a tied head. Dropout is off, in training too: the log-probs of rollout, reference and policy have to
+    be those of one function of the weights.
+
+    Args:
+        model: the Hugging Face model.
+        reentrant: recompute by re-entrant checkpoints. ZeRO-3 needs them: the other kind compares the
+            shapes of what it recomputes, and a partitioned parameter changes its shape.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, reentrant: bool = False):
+        super().__init__()
+        self.model = model
+        self.reentrant = reentrant
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        self.scale_logits = _logit_scaling(model.config.get_text_config())
+        self.eval()
+        self._check_head()
+
+    @classmethod
+    def load(cls, spec: LearnerSpec, dtype: torch.dtype, *, reentrant: bool = False) -> CausalPolicy:
+        """From the spec's checkpoint, with parameters in `dtype`.
+
+        Raises:
+            ConfigError: the folder holds no causal language model that can be read.
+        """
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.model,
+                dtype=dtype,
+                trust_remote_code=spec.trust_remote_code,
+                attn_implementation=spec.settings.attention,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the {spec.role} model cannot be loaded", where=f"{spec.role}.model", value=spec.model,
+                              rule="the folder of a Hugging Face causal language model",
+                              remedy=f"{type(error).__name__}: {error}") from error
+        model.requires_grad_(spec.trainable)
+        checkpointing = spec.settings.gradient_checkpointing and spec.trainable
+        return cls(model, gradient_checkpointing=checkpointing, reentrant=reentrant)
+
+    def train(self, mode: bool = True) -> CausalPolicy:
+        """Stays in evaluation mode (no dropout), whoever asks; only layers to be recomputed are told."""
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        columns: Sequence[Column],
+        temperature: float = 1.0,
+        chunk: int = 2048,
+    ) -> dict[Column, Tensor]:
+        """Numbers of the completion tokens, in float32.
+
+        Rows are padded on the right, so that the model's own positions 0, 1, 2 … are the right ones.
+
+        Args:
+            input_ids, attention_mask: [R, S].
+            labels, positions, mask: [R, T], see types.Batch.
+            columns: which numbers.
+            temperature: the logits are divided by it.
+            chunk: completion positions whose logits are held at a time.
+
+        Returns:
+            For each column [R, T] in nats, 0 where the mask is 0.
+        """
+        keep = mask.bool()
+        states = self._hidden(input_ids, attention_mask)  # [R, S, H]
+        row = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
+        hidden, flat = states[row[keep], positions[keep]], labels[keep]  # [N, H], [N]
+        del states
+        pieces = [self._columns(*part, tuple(columns), temperature, len(flat) > chunk)
+                  for part in zip(hidden.split(chunk), flat.split(chunk), strict=True)]
+        empty = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+        return {
+            column: empty.masked_scatter(keep, torch.cat([piece[index] for piece in pieces]))
+            for index, column in enumerate(columns)
+        }
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return output.last_hidden_state
+
+    def _columns(self, hidden: Tensor, labels: Tensor, columns: tuple[Column, ...], temperature: float, save: bool):
+        def compute(hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            logits = self._logits(hidden).unsqueeze(0)  # [1, N, V]
+            return tuple(_column(column, logits, labels.unsqueeze(0), temperature)[0] for column in columns)
+
+        if save and torch.is_grad_enabled():
+            return checkpoint(compute, hidden, labels, use_reentrant=self.reentrant)
+        return compute(hidden, labels)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.scale_logits(self.model.get_output_embeddings()(hidden))
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Raises ConfigError when this architecture does more to its logits than is known here."""
+        ids = torch.arange(1, 5, device=self.model.device).unsqueeze(0)
+        ones = torch.ones_like(ids)
+        if self.model.base_model is not self.model and self.model.get_output_embeddings() is not None:
+            want = self.model(input_ids=ids, attention_mask=ones, use_cache=False).logits.float()
+            got = self._logits(self._hidden(ids, ones)).float()
+            if got.shape == want.shape and (got - want).abs().max() <= 1e-2 * (1e-3 + want.abs().max()):
+                return
+        raise ConfigError("this architecture makes its logits in a way that is not known here",
+                          value=type(self.model).__name__, rule="logits = output head of the last hidden state",
+                          remedy="use another model, or add its scaling to rayalign/learners/models.py")
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under their Hugging Face names, tied ones once."""
+        return self.model.named_parameters()
+
+    def export(self, path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Write `state` (all of `named_weights`, full tensors) as a checkpoint in `dtype`."""
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+        persistent = self.model.state_dict().keys()
+        tensors.update({name: buffer for name, buffer in self.model.named_buffers() if name in persistent})
+        before = self.model.config.dtype
+        self.model.save_pretrained(str(path), state_dict=tensors)
+        self.model.config.dtype = before
+        # save_pretrained writes the dtype of the live parameters, which may be a float32 master copy.
+        config = json.loads((path / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _column(column: Column, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    if column is Column.LOGPS:
+        return token_logprobs(logits, labels, temperature=temperature)
+    if column is Column.ENTROPY:
+        return token_entropy(logits, temperature=temperature)
+    raise ValueError(f"a causal policy has no column {column}")
+
+
+def _logit_scaling(config: object) -> Callable[[Tensor], Tensor]:
+    """What architectures do to logits after the head, as their configs name it."""
+    factor = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        factor *= float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:  # Granite
+        factor /= float(config.logits_scaling)
+    if getattr(config, "lm_head_multiplier", None) is not None:  # Falcon H1
+        factor *= float(config.lm_head_multiplier)
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+
+    def scale(logits: Tensor) -> Tensor:
+        logits = logits if factor == 1.0 else logits * factor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return scale

@@ -1,0 +1,89 @@
+"""What a learner is told: the optimiser, the settings that all learners share, and the whole order for one role."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field
+
+from rayalign.record import Record
+
+
+class OptimizerConfig(Record):
+    """AdamW (Loshchilov 2019) and its learning rate."""
+
+    lr: float = Field(1e-6, gt=0, description="learning rate after warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="the rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the rate rises linearly")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The rate of a step counted from 0. Never 0 before the end: warm-up starts at lr / warmup_steps.
+
+    Raises:
+        ValueError: a negative step.
+    """
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
+
+
+class LearnerSettings(Record):
+    """What all learners share."""
+
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the forward and backward pass and of pushed weights; none: the model's own"
+    )
+    micro_batch_tokens: int = Field(8192, ge=1, description="tokens of a micro-batch on one rank, padding included")
+    logprob_chunk: int = Field(2048, ge=1, description="completion positions whose logits are held at a time")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers")
+    threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: its share")
+    deadline_s: float = Field(1800.0, gt=0, description="seconds after which a call to this learner counts as lost")
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Everything one role is built from; picklable.
+
+    Attributes:
+        role: "policy", "reference", … the key under which it registers beside its peers.
+        model: path of a Hugging Face checkpoint.
+        dtype: "float32" or "bfloat16"; None is `settings.dtype`, and failing that the checkpoint's own.
+        trainable: whether it has an optimiser.
+        temperature: of the rollouts; log-probs are those of softmax(logits / temperature).
+        total_steps: of the run, for the learning-rate schedule.
+        optimizer: needed when trainable.
+        pad_id: any valid token id.
+    """
+
+    role: str
+    model: str
+    dtype: str | None = None
+    trainable: bool = True
+    temperature: float = 1.0
+    total_steps: int = 1
+    optimizer: OptimizerConfig | None = None
+    settings: LearnerSettings = field(default_factory=LearnerSettings)
+    pad_id: int = 0
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trainable and self.optimizer is None:
+            raise ValueError(f"the {self.role} learner is trainable and needs an optimizer")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")

@@ -1,0 +1,135 @@
+"""A learner in this process, with nothing but torch: the reference that every other learner is measured by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rayalign.errors import CheckpointError
+from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
+from rayalign.learners.models import CausalPolicy
+from rayalign.types import Batch, Column
+
+MARKER, WEIGHTS, OPTIMIZER = "learner.json", "weights.safetensors", "optimizer.pt"
+
+
+class TorchLearnerConfig(LearnerSettings):
+    """One process, no sharding: a laptop, a test, or a small model on one GPU."""
+
+    name: Literal["torch"] = "torch"
+    ranks: Literal[1] = Field(1, description="this learner is one process")
+
+
+class TorchLearner(RankLearner):
+    """Parameters in float32 (autocast when the dtype is bfloat16, for frozen roles too, so that policy and
+    reference are one function of their weights), and AdamW. In float32 a restored run is the same bit for bit."""
+
+    def __init__(self, spec: LearnerSpec, peers: dict[str, RankLearner]):
+        super().__init__(spec, peers)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.policy = CausalPolicy.load(spec, torch.float32).to(self._device)
+        self._optimizer = None
+        if spec.trainable:
+            self._optimizer = torch.optim.AdamW(
+                self.policy.parameters(), lr=spec.optimizer.lr, betas=spec.optimizer.betas, eps=spec.optimizer.eps,
+                weight_decay=spec.optimizer.weight_decay, fused=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[Column, Tensor]:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            return self.policy(batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask,
+                               columns, temperature, self.settings.logprob_chunk)
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def _step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.spec.optimizer.max_grad_norm))
+        if norm < float("inf"):
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _total(self, value: float) -> float:
+        return value
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.policy.named_weights():
+            yield name, parameter.detach()
+
+    @torch.no_grad()
+    def _blend(self, source: RankLearner, decay: float) -> None:
+        for (_, own), (_, other) in zip(self.full_tensors(), source.full_tensors(), strict=True):
+            own.copy_(other) if decay == 0.0 else own.lerp_(other.to(own.dtype), 1.0 - decay)
+
+    def save(self, path: Path) -> None:
+        """Weights, optimiser and random state; of a frozen role that is still the checkpoint's, a marker only."""
+        path = Path(path)
+        changed = self.spec.trainable or self.refreshed
+        (path / MARKER).write_text(json.dumps({"learner": "torch", "role": self.spec.role, "weights": changed}))
+        if changed:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in self.full_tensors()}, path / WEIGHTS)
+        if self._optimizer is not None:
+            state = {"optimizer": self._optimizer.state_dict(), "rng": torch.get_rng_state(),
+                     "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            torch.save(state, path / OPTIMIZER)
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Raises CheckpointError when the folder is not one that this learner saved."""
+        path = Path(path)
+        marker = read_marker(path, learner="torch", role=self.spec.role)
+        self.refreshed = marker["weights"] and not self.spec.trainable
+        if marker["weights"]:
+            weights = load_file(path / WEIGHTS)
+            own = dict(self.full_tensors())
+            check_names(path / WEIGHTS, {name: tuple(t.shape) for name, t in weights.items()},
+                        {name: tuple(t.shape) for name, t in own.items()})
+            for name, tensor in own.items():
+                tensor.copy_(weights[name])
+        if self._optimizer is not None:
+            state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+            self._optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def close(self) -> None:
+        super().close()
+        self.policy, self._optimizer = None, None
+
+
+def read_marker(path: Path, *, learner: str, role: str) -> dict:
+    """What `save` wrote beside the weights. Raises CheckpointError when it is missing or of another learner."""
+    try:
+        marker = json.loads((path / MARKER).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no state of the {role} learner can be read here", where=str(path / MARKER),
+                              value=f"{type(error).__name__}: {error}", remedy="restore from another checkpoint") from None
+    if marker.get("learner") != learner or marker.get("role") != role:
+        raise CheckpointError("this state is of another learner", where=str(path / MARKER),
+                              value=f"{marker.get('learner')} {marker.get('role')}", rule=f"{learner} {role}",
+                              remedy="resume with the learner and roles that wrote the checkpoint")
+    return marker
+
+
+def check_names(path: Path, found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+    """Raises CheckpointError unless both have the same names and shapes."""
+    if found != wanted:
+        wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise CheckpointError("these weights are of another model", where=str(path),
+                              value=f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}",
+                              rule="the names and shapes of the model in the config",
+                              remedy="resume with the model that wrote the checkpoint")
