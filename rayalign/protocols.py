@@ -6,7 +6,7 @@ Nothing here names Ray, vLLM or DeepSpeed: the loop, and every algorithm, runs w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -183,10 +183,10 @@ class Roles:
 
     policy: Learner
     reference: Learner | None = None
-    others: Mapping[str, Learner] = field(default_factory=dict)
+
+    def items(self) -> list[tuple[str, Learner]]:
+        named = [("policy", self.policy), ("reference", self.reference)]
+        return [(name, learner) for name, learner in named if learner is not None]
 
     def __getitem__(self, role: str) -> Learner:
-        found = {"policy": self.policy, "reference": self.reference, **self.others}.get(role)
-        if found is None:
-            raise KeyError(f"this run has no {role} learner")
-        return found
+        return dict(self.items())[role]

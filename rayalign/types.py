@@ -77,8 +77,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt with its K completions, and their scores once a scorer has seen them (higher is better)."""
+    """One prompt with its K completions, and their scores once a scorer has seen them (higher is better).
 
+    `id` is unique among the groups that are being scored.
+    """
+
+    id: str
     prompt: Prompt
     completions: tuple[Completion, ...]
     texts: tuple[str, ...]

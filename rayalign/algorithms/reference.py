@@ -1,0 +1,31 @@
+"""When, and how, the reference follows the policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayalign.record import Record
+
+
+class Reference(Record):
+    """The reference model of a preference loss."""
+
+    update: Literal["fixed", "replace", "average"] = Field(
+        "fixed", description="fixed: the initial policy; replace: by the policy every n steps; average: moving average"
+    )
+    every: int = Field(1, ge=1, description="steps between two updates of the reference")
+    decay: float = Field(0.0, ge=0.0, lt=1.0, description="of the moving average: reference ← decay·reference + …")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Reference:
+        if (self.update == "average") != (self.decay > 0):
+            raise ValueError("decay above 0 goes with update: average, and only with it")
+        return self
+
+    def decay_after(self, step: int) -> float | None:
+        """The decay to use after this step (counted from 1), or None to leave the reference alone."""
+        if self.update == "fixed" or step % self.every:
+            return None
+        return self.decay

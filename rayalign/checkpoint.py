@@ -1,0 +1,100 @@
+"""Checkpoints: written whole or not at all, and enough to go on as if never stopped.
+
+    checkpoints/step-12/          the policy as a Hugging Face checkpoint, tokenizer included
+    checkpoints/step-12/trainer/  state.json, rollouts.pkl, and one folder a role
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayalign.errors import CheckpointError
+from rayalign.protocols import Roles
+from rayalign.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What the loop itself has to remember: steps done, steps in a row without an example, and the
+    rollouts that were drawn but not used up."""
+
+    step: int
+    empty_steps: int = 0
+    rollouts: tuple[Rollout, ...] = ()
+
+
+class Checkpoints:
+    """The folder checkpoints/ of a run."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        self._folder, self._keep = folder, keep
+
+    def save(self, state: TrainerState, roles: Roles, tokenizer: Any) -> Path:
+        """Write step-N beside its place, then move it there; keep the newest `keep`."""
+        final = self._folder / f"step-{state.step}"
+        writing = self._folder / f".step-{state.step}.writing"
+        try:
+            shutil.rmtree(writing, ignore_errors=True)
+            trainer = writing / "trainer"
+            trainer.mkdir(parents=True)
+            roles.policy.export(writing)
+            tokenizer.save_pretrained(writing)
+            for name, learner in roles.items():
+                (trainer / name).mkdir()
+                learner.save(trainer / name)
+            (trainer / "rollouts.pkl").write_bytes(pickle.dumps(state.rollouts))
+            (trainer / "state.json").write_text(json.dumps({"step": state.step, "empty_steps": state.empty_steps}))
+            _flush(writing)
+            shutil.rmtree(final, ignore_errors=True)
+            writing.replace(final)
+        except OSError as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise CheckpointError(
+                "this checkpoint could not be written; older ones are untouched",
+                where=str(final), value=f"{type(error).__name__}: {error}", remedy="free disk space, then resume=true",
+            ) from error
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self._folder / f"step-{old}", ignore_errors=True)
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self._folder.glob("step-*"))
+        return sorted(int(match.group(1)) for match in names if match)
+
+    def newest(self) -> Path | None:
+        steps = self.steps()
+        return self._folder / f"step-{steps[-1]}" if steps else None
+
+
+def load_state(path: Path, roles: Roles) -> TrainerState:
+    """Put the learners back where they were; returns the loop's own state."""
+    trainer = path / "trainer"
+    try:
+        state = json.loads((trainer / "state.json").read_text())
+        rollouts: Sequence[Rollout] = pickle.loads((trainer / "rollouts.pkl").read_bytes())
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            "this is not a whole checkpoint", where=str(path), value=f"{type(error).__name__}: {error}",
+            remedy="delete it to resume from the one before",
+        ) from error
+    for name, learner in roles.items():
+        learner.restore(trainer / name)
+    return TrainerState(state["step"], state["empty_steps"], tuple(rollouts))
+
+
+def _flush(folder: Path) -> None:
+    """To the disk before the rename that makes the checkpoint visible, so that a power cut leaves no torn one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,134 @@
+"""How good a policy is on held-out prompts: reward, KL to the reference, length, variety, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rayalign.maths.divergence import kl_k1, kl_k3
+from rayalign.protocols import Roles
+from rayalign.rollouts import Collector, Progress, sample_seed
+from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling, Sequence as Row
+
+import torch
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class EvaluatedSample:
+    """One completion of a held-out prompt. KL values are sums over its tokens, in nats; NaN without a reference."""
+
+    prompt_index: int
+    prompt: str
+    completion: str
+    score: float
+    tokens: int
+    truncated: bool
+    kl_k1: float
+    kl_k3: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Samples in the order of the prompts, `samples` for each, and what they come to."""
+
+    step: int
+    samples: tuple[EvaluatedSample, ...]
+    metrics: Metrics = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        return {"metrics": self.metrics, "samples": [asdict(sample) for sample in self.samples]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Evaluation:
+        return cls(record["step"], tuple(EvaluatedSample(**s) for s in record["samples"]), record["metrics"])
+
+    def scores(self) -> np.ndarray:
+        """[prompts, samples]"""
+        prompts = len({sample.prompt_index for sample in self.samples})
+        return np.array([sample.score for sample in self.samples]).reshape(prompts, -1)
+
+
+def evaluate(
+    collector: Collector, roles: Roles, prompts: Sequence[Prompt], sampling: Sampling, *,
+    samples: int, seed: int, step: int = 0, progress: Progress | None = None,
+) -> Evaluation:
+    """Sample held-out prompts with seeds that are the same at every evaluation, score them, and compare
+    the policy with the reference on the policy's own samples. Nothing else may be open in the engine."""
+    groups, _, _ = collector.collect(
+        prompts, [sampling] * samples, lambda prompt, k: sample_seed(seed, "evaluation", prompt, k),
+        label=f"evaluation-{step}", progress=progress,
+    )
+    divergences = sequence_kl(groups, roles)
+    found = []
+    for group in groups:
+        for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):
+            k1, k3 = divergences[len(found)]
+            truncated = completion.finish_reason == "length"
+            found.append(EvaluatedSample(
+                group.prompt.index, group.prompt.text, text, score, len(completion.token_ids), truncated, k1, k3
+            ))
+    evaluation = Evaluation(step, tuple(found))
+    return Evaluation(step, tuple(found), summarise(evaluation, seed=seed))
+
+
+def sequence_kl(groups: Sequence[Group], roles: Roles) -> list[tuple[float, float]]:
+    """(k1, k3) of KL(policy‖reference) for each completion: sums over its tokens, in nats, both from the
+    learners' log-probs, so that engine and learner rounding apart does not look like divergence."""
+    rows = [Row(g.prompt.token_ids, c.token_ids, c.logps) for g in groups for c in g.completions]
+    if roles.reference is None:
+        return [(float("nan"), float("nan"))] * len(rows)
+    examples = [Example((row,)) for row in rows]
+    for learner in (roles.policy, roles.reference):
+        examples = learner.annotate(examples, (Column.LOGPS,))
+    sums = []
+    for example in examples:
+        columns = example.sequences[0].columns
+        policy, reference = (torch.from_numpy(columns[f"{role}/logps"]).double() for role in ("policy", "reference"))
+        sums.append((kl_k1(policy, reference).sum().item(), kl_k3(policy, reference).sum().item()))
+    return sums
+
+
+def summarise(evaluation: Evaluation, *, seed: int) -> Metrics:
+    """Means, each with the 95 % interval of a bootstrap over prompts (as …/low and …/high)."""
+    samples, shape = evaluation.samples, evaluation.scores().shape
+    columns = {
+        "reward": [s.score for s in samples],
+        "kl/k1": [s.kl_k1 for s in samples],
+        "kl/k3": [s.kl_k3 for s in samples],
+        "length": [float(s.tokens) for s in samples],
+        "truncated": [float(s.truncated) for s in samples],
+    }
+    metrics: Metrics = {}
+    for name, values in columns.items():
+        by_prompt = np.array(values).reshape(shape).mean(axis=1)
+        if np.isnan(by_prompt).any():
+            continue
+        metrics[name] = float(by_prompt.mean())
+        metrics[f"{name}/low"], metrics[f"{name}/high"] = bootstrap_interval(by_prompt, seed=seed)
+    for n in (1, 2):
+        metrics[f"distinct_{n}"] = distinct_n([s.completion for s in samples], n)
+    return metrics
+
+
+def rise(before: Evaluation, after: Evaluation, *, seed: int) -> tuple[float, float, float]:
+    """Mean of after − before in reward, paired by prompt, and its 95 % bootstrap interval."""
+    difference = after.scores().mean(axis=1) - before.scores().mean(axis=1)
+    return (float(difference.mean()), *bootstrap_interval(difference, seed=seed))
+
+
+def bootstrap_interval(values: np.ndarray, *, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the mean of values [n] (Efron 1979)."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words as a share of all of them (Li et al. 2016); 0 when there is none."""
+    grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,99 @@
+"""Metrics and samples of a run: files, trackers, one calm line a step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rayalign.protocols import Tracker
+from rayalign.types import Group, Metrics
+
+
+class Clock:
+    """Seconds by name: `with clock("update"): …` adds to time/update_s."""
+
+    def __init__(self) -> None:
+        self.metrics: Metrics = {}
+        self._started = perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = perf_counter()
+        try:
+            yield
+        finally:
+            key = f"time/{name}_s"
+            self.metrics[key] = self.metrics.get(key, 0.0) + perf_counter() - begun
+
+    def stop(self) -> Metrics:
+        return {**self.metrics, "time/step_s": perf_counter() - self._started}
+
+
+class Recorder:
+    """Writes metrics.jsonl (one record a step), samples.jsonl and evaluations.jsonl, and feeds trackers.
+
+    On resume, records beyond the checkpoint's step are dropped first: each step stands there once.
+    """
+
+    def __init__(self, run_dir: Path, trackers: Sequence[Tracker], first_step: int):
+        self._trackers = trackers
+        self._files = {}
+        for name in ("metrics", "samples", "evaluations"):
+            path = run_dir / f"{name}.jsonl"
+            _keep_until(path, first_step)
+            self._files[name] = path.open("a", encoding="utf-8")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One record: metrics in a fixed order, `step` first."""
+        self._write("metrics", {"step": step, **dict(sorted(metrics.items()))})
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def samples(self, step: int, version: int, groups: Sequence[Group]) -> None:
+        for group in groups:
+            for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):
+                self._write("samples", {
+                    "step": step, "version": version, "prompt_index": group.prompt.index, "prompt": group.prompt.text,
+                    "completion": text, "score": score, "tokens": len(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                })
+
+    def evaluation(self, step: int, record: Mapping[str, Any]) -> None:
+        self._write("evaluations", {"step": step, **record})
+        metrics = {f"eval/{key}": value for key, value in record["metrics"].items()}
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._files[name].flush()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file of a run; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    whole.replace(path)

@@ -1,0 +1,222 @@
+"""Prompts → scored groups, at a depth, and read again as often as the config says.
+
+Rollout number s is drawn once, used for `resample_every` training steps, and sampled by the weights
+that were current `depth` rollouts before it is used. So a run is reproducible at any depth: what was
+sampled by which version is a matter of counting, never of timing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayalign.errors import EngineLost
+from rayalign.protocols import Engine, Scorer
+from rayalign.types import Completion, Group, Metrics, Prompt, Request, Sampling
+
+Progress = Callable[[int, int], None]  # completions done, completions asked for
+
+
+def sample_seed(run_seed: int, rollout: int | str, prompt: int, sample: int) -> int:
+    """The seed of one completion: a function of what is asked for, never of who serves it."""
+    text = f"{run_seed}/{rollout}/{prompt}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One set of scored groups.
+
+    Attributes:
+        index: s, counted from 0.
+        version: of the weights that sampled it.
+        rollout_s: seconds until the last completion, scoring in between not counted.
+        score_s: seconds spent in, or waiting for, the scorer.
+    """
+
+    index: int
+    version: int
+    groups: tuple[Group, ...]
+    rollout_s: float
+    score_s: float
+
+    def metrics(self) -> Metrics:
+        completions = [c for group in self.groups for c in group.completions]
+        scores = np.array([s for group in self.groups for s in group.scores or ()])
+        lengths = np.array([len(c.token_ids) for c in completions])
+        return {
+            "reward/mean": float(scores.mean()),
+            "reward/std": float(scores.std()),
+            "completion/length_mean": float(lengths.mean()),
+            "completion/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
+            "rollout/tokens_per_s": float(lengths.sum()) / max(self.rollout_s, 1e-9),
+            "rollout/version": float(self.version),
+            "time/rollout_s": self.rollout_s,
+            "time/score_s": self.score_s,
+        }
+
+
+@dataclass
+class Collector:
+    """Asks an engine for completions and a scorer for scores; a group is scored as soon as it is whole."""
+
+    engine: Engine
+    scorer: Scorer
+    decode: Callable[[Sequence[int]], str]
+    deadline_s: float
+    stop: bool = False
+
+    def collect(
+        self, prompts: Sequence[Prompt], sampling: Sequence[Sampling], seeds: Callable[[int, int], int],
+        *, label: str, progress: Progress | None = None,
+    ) -> tuple[tuple[Group, ...], float, float]:
+        """K = len(sampling) completions for each prompt, scored, in the order of the prompts.
+
+        Args:
+            seeds: (prompt's index, sample's number) → seed.
+            label: goes before request ids.
+            progress: called with completions done and asked for.
+
+        Returns:
+            groups, seconds of sampling, seconds of scoring.
+        """
+        ids = [f"{label}/{place}" for place in range(len(prompts))]
+        requests = [
+            Request(f"{ids[place]}/{k}", prompt.token_ids, one, seeds(prompt.index, k))
+            for place, prompt in enumerate(prompts)
+            for k, one in enumerate(sampling)
+        ]
+        started, scoring = time.perf_counter(), 0.0
+        self.engine.submit(requests)
+        done: dict[str, Completion] = {}
+        groups: dict[str, Group] = {}
+        last = started
+        while len(done) < len(requests):
+            finished = self.engine.poll()
+            now = time.perf_counter()
+            last = now if finished else last
+            self._check(now - last, {r.id for r in requests} - done.keys())
+            done.update((c.request_id, c) for c in finished)
+            begun = time.perf_counter()
+            places = sorted({int(c.request_id.split("/")[-2]) for c in finished})
+            self.scorer.submit([g for i in places if (g := self._group(ids[i], prompts[i], len(sampling), done))])
+            groups.update((group.id, group) for group in self.scorer.poll(0.0))
+            scoring += time.perf_counter() - begun
+            if progress is not None and finished:
+                progress(len(done), len(requests))
+        sampled = time.perf_counter()
+        while len(groups) < len(prompts):
+            groups.update((group.id, group) for group in self.scorer.poll())
+        ended = time.perf_counter()
+        return tuple(groups[i] for i in ids), sampled - started - scoring, scoring + ended - sampled
+
+    def _group(self, group_id: str, prompt: Prompt, count: int, done: dict[str, Completion]) -> Group | None:
+        """The group, if its last completion is there."""
+        completions = tuple(done[f"{group_id}/{k}"] for k in range(count) if f"{group_id}/{k}" in done)
+        if len(completions) < count:
+            return None
+        return Group(group_id, prompt, completions, tuple(self.decode(c.token_ids) for c in completions))
+
+    def _check(self, idle_s: float, waiting: set[str]) -> None:
+        if self.stop:
+            raise EngineLost("sampling was stopped")
+        if idle_s > self.deadline_s:
+            raise EngineLost(
+                "no completion has finished within the deadline",
+                where=f"waiting for {len(waiting)} completions, first {min(waiting)}",
+                value=f"{idle_s:.0f} s",
+                rule=f"engine.deadline_s={self.deadline_s:g}",
+                remedy="look at the engines' files in the run's log/, or raise engine.deadline_s",
+            )
+
+
+class Rollouts:
+    """The queue of rollouts. `take(step)` gives the one that a training step uses.
+
+    Args:
+        sampling: one entry a completion (K), as the algorithm's `request` gives it.
+        depth: rollouts that are sampled ahead of the one in use.
+        resample_every: training steps that use one rollout.
+    """
+
+    def __init__(
+        self, collector: Collector, prompts: Sequence[Prompt], sampling: Sequence[Sampling], *,
+        seed: int, count: int, depth: int, resample_every: int, progress: Progress | None = None,
+    ):
+        self._collector, self._prompts, self._sampling = collector, prompts, sampling
+        self._seed, self._count, self._depth, self._every = seed, count, depth, resample_every
+        self._progress = progress
+        self._open: dict[int, Future[Rollout]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if depth else None
+
+    def samples_before(self, step: int) -> bool:
+        """Whether sampling starts at the beginning of this step, so that fresh weights are needed."""
+        return step % self._every == 0
+
+    def start(self, step: int) -> None:
+        """Begin what is due at the beginning of a step, with the weights that the engine has now."""
+        current = step // self._every
+        for index in range(current, current + self._depth + 1):
+            if index not in self._open:
+                self._open[index] = self._submit(index)
+
+    def take(self, step: int) -> Rollout:
+        """The rollout of this step, once it is whole. What no later step can use is forgotten."""
+        index = step // self._every
+        for old in [i for i in self._open if i < index]:
+            del self._open[old]
+        return self._open[index].result()
+
+    def settle(self) -> None:
+        """Wait until no request is open: an engine takes new weights only then."""
+        for rollout in self._open.values():
+            rollout.result()
+
+    def state(self) -> list[Rollout]:
+        """The rollouts that later steps may still use, for a checkpoint."""
+        self.settle()
+        return [rollout.result() for rollout in self._open.values()]
+
+    def restore(self, rollouts: Sequence[Rollout]) -> None:
+        for rollout in rollouts:
+            self._open[rollout.index] = Future()
+            self._open[rollout.index].set_result(rollout)
+
+    def close(self) -> None:
+        self._collector.stop = True
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, index: int) -> Future[Rollout]:
+        if self._thread is not None:
+            return self._thread.submit(self._draw, index, self._collector.engine.version)
+        future: Future[Rollout] = Future()
+        future.set_result(self._draw(index, self._collector.engine.version))
+        return future
+
+    def _draw(self, index: int, version: int) -> Rollout:
+        groups, rollout_s, score_s = self._collector.collect(
+            self._prompts_of(index), self._sampling,
+            lambda prompt, k: sample_seed(self._seed, index, prompt, k),
+            label=f"rollout-{index}", progress=self._progress,
+        )
+        return Rollout(index, version, groups, rollout_s, score_s)
+
+    def _prompts_of(self, index: int) -> list[Prompt]:
+        """Prompts in a new random order every epoch: a function of seed and position alone."""
+        total = len(self._prompts)
+        first = index * self._count
+        orders: dict[int, Any] = {}
+        chosen = []
+        for position in range(first, first + self._count):
+            epoch, place = divmod(position, total)
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng((self._seed, epoch)).permutation(total)
+            chosen.append(self._prompts[orders[epoch][place]])
+        return chosen

@@ -1,0 +1,44 @@
+"""Rewards that are rules: no model, always the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from rayalign.scorers.base import ScoreFunction, ScorerConfig
+from rayalign.types import Group
+
+
+def _vader() -> Callable[[str], float]:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda text: analyzer.polarity_scores(text)["compound"]
+
+
+def _brevity() -> Callable[[str], float]:
+    return lambda text: -float(len(text.split()))
+
+
+RULES: dict[str, Callable[[], Callable[[str], float]]] = {"vader": _vader, "brevity": _brevity}
+
+
+class Rules(ScorerConfig):
+    """Scores the completion's text by a rule.
+
+    `vader`: the compound sentiment of Hutto and Gilbert 2014, from −1 to 1.
+    `brevity`: minus the number of words.
+    """
+
+    name: Literal["rules"] = "rules"
+    rule: Literal["vader", "brevity"] = Field(description="which rule")
+
+    def start(self) -> ScoreFunction:
+        score = RULES[self.rule]()
+
+        def score_groups(groups: Sequence[Group]) -> list[list[float]]:
+            return [[score(text) for text in group.texts] for group in groups]
+
+        return score_groups
