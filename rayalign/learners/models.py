@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayalign.errors import ConfigError
 from rayalign.learners.settings import LearnerSpec
 from rayalign.maths.logprobs import token_entropy, token_logprobs
 from rayalign.types import Column
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def resolve_dtype(spec: LearnerSpec) -> torch.dtype:
@@ -26,6 +28,8 @@ def resolve_dtype(spec: LearnerSpec) -> torch.dtype:
     """
     name = spec.dtype or spec.settings.dtype
     if name is None:
+        from transformers import AutoConfig
+
         config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
         name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if name not in ("float32", "bfloat16"):
@@ -64,6 +68,8 @@ class CausalPolicy(nn.Module):
         Raises:
             ConfigError: the folder holds no causal language model that can be read.
         """
+        from transformers import AutoModelForCausalLM
+
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 spec.model,
@@ -81,6 +87,8 @@ class CausalPolicy(nn.Module):
 
     def train(self, mode: bool = True) -> CausalPolicy:
         """Stays in evaluation mode (no dropout), whoever asks; only layers to be recomputed are told."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         super().train(False)
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
