@@ -72,6 +72,11 @@ def keep(x: Tensor, mask: Tensor) -> Tensor:
     return kept if mask.dtype == torch.bool else kept * mask.to(kept.dtype)
 
 
+def count(mask: Tensor, dim: int | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Σ mask, never in a 16-bit dtype, where counts above 256 would be rounded."""
+    return mask.sum(dtype=dtype) if dim is None else mask.sum(dim, dtype=dtype)
+
+
 def divide(total: Tensor, count: Tensor | float) -> Tensor:
     """total/count, and 0 with zero gradient where the count is 0."""
     count = torch.as_tensor(count, dtype=total.dtype, device=total.device)

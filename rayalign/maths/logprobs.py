@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rayalign.maths._tensors import divide, keep, promote, require_dims, require_positive, require_same_shape
+from rayalign.maths._tensors import count, divide, keep, promote, require_dims, require_positive, require_same_shape
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, chunk: int | None = None) -> Tensor:
@@ -77,7 +77,7 @@ def mean_logprob(token_logps: Tensor, mask: Tensor) -> Tensor:
         ValueError: shapes that differ.
     """
     logps = _check_tokens(token_logps, mask)
-    return divide(keep(logps, mask).sum(-1), mask.sum(-1))
+    return divide(keep(logps, mask).sum(-1), count(mask, -1))
 
 
 def mean_prob(token_logps: Tensor, mask: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def mean_prob(token_logps: Tensor, mask: Tensor) -> Tensor:
     logps = _check_tokens(token_logps, mask)
     # Twice masked: exp of a masked infinity would put inf·0 into the gradient.
     probs = torch.exp(torch.where(mask != 0, logps, torch.zeros_like(logps)))
-    return divide(keep(probs, mask).sum(-1), mask.sum(-1))
+    return divide(keep(probs, mask).sum(-1), count(mask, -1))
 
 
 class _TokenLogprobs(torch.autograd.Function):

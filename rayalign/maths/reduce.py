@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rayalign.maths._collectives import sum_over_ranks
 from rayalign.maths._tensors import (
+    count,
     divide,
     keep,
     promote,
@@ -41,7 +42,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | Tensor | None =
     require_same_shape(x=x, mask=mask)
     (x,) = promote(x)
     _check_denominator(denominator)
-    return divide(keep(x, mask).sum(), _count(mask, x) if denominator is None else denominator)
+    return divide(keep(x, mask).sum(), count(mask) if denominator is None else denominator)
 
 
 def masked_var(x: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -84,7 +85,9 @@ def whiten(
     (x,) = promote(x)
     mean, var = _mean_and_var(x, mask, group)
     safe = torch.where(mask != 0, x, torch.zeros_like(x))
-    scaled = divide(safe - mean.to(x.dtype), torch.sqrt(var + eps).to(x.dtype))
+    spread = var + eps
+    std = torch.sqrt(torch.where(spread == 0, torch.ones_like(spread), spread))  # sqrt has no gradient at 0
+    scaled = (safe - mean.to(x.dtype)) / std.to(x.dtype)
     if not shift_mean:
         scaled = scaled + mean.to(x.dtype)
     return torch.where(mask != 0, scaled, torch.zeros_like(scaled))
@@ -128,10 +131,10 @@ def aggregate(
     (x,) = promote(x)
     sums = keep(x, mask).sum(-1)
     if mode == "token_mean":
-        return divide(sums.sum(), _count(mask, x) if denominator is None else denominator)
+        return divide(sums.sum(), count(mask) if denominator is None else denominator)
     sequences = (mask != 0).any(-1).sum() if denominator is None else denominator
     if mode == "sequence_mean":
-        sums = divide(sums, mask.sum(-1))
+        sums = divide(sums, count(mask, -1))
     total = divide(sums.sum(), sequences)
     return total / length if mode == "constant" else total
 
@@ -139,15 +142,11 @@ def aggregate(
 def _mean_and_var(x: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """In float64, so that equal float32 numbers come out with their own mean and no spread."""
     wide = x.double()
-    count = sum_over_ranks(_count(mask, wide), group)
-    mean = divide(sum_over_ranks(keep(wide, mask).sum(), group), count)
+    elements = sum_over_ranks(count(mask), group)
+    mean = divide(sum_over_ranks(keep(wide, mask).sum(), group), elements)
     safe = torch.where(mask != 0, wide, torch.zeros_like(wide))
-    var = divide(sum_over_ranks(keep((safe - mean).square(), mask).sum(), group), count)
+    var = divide(sum_over_ranks(keep((safe - mean).square(), mask).sum(), group), elements)
     return mean, var
-
-
-def _count(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.sum(dtype=torch.float64).to(x.dtype)
 
 
 def _check_denominator(denominator: float | Tensor | None) -> None:

@@ -1,0 +1,93 @@
+"""Cringe: push a bad answer's tokens under ones that the model likes instead. Imported through `preference`.
+
+B answers, T tokens, V vocabulary. Log-probs are in nats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from rayalign.maths._tensors import (
+    promote,
+    require_dims,
+    require_finite,
+    require_non_negative,
+    require_positive,
+    require_same_shape,
+)
+
+
+def cringe_token_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor, *, top_k: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """−log(e^{s*}/(e^{s*} + e^{s⁻})): a token of a bad answer against one the model likes instead. → [B, T].
+
+    s⁻ is the label's logit. Of the top_k+1 logits the label is dropped if it is among them, top_k are kept,
+    and s* is sampled from the softmax over those.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T]; a label under 0 is read as 0: mask it.
+        mask: [B, T]; where it is 0 the loss is 0 and nothing in the logits matters.
+        top_k: from 1 to V−1.
+        generator: of the sampling, on the device of the logits.
+
+    Source: Adolphs et al. 2022 (Cringe) eq. 2 and 3.
+
+    Raises:
+        ValueError: top_k out of range, shapes that do not fit.
+    """
+    require_dims(3, logits=logits)
+    if labels.shape != logits.shape[:2] or mask.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} and mask {tuple(mask.shape)} do not fit logits {tuple(logits.shape)}"
+        )
+    if not 1 <= top_k < logits.shape[-1]:
+        raise ValueError(f"top_k must lie in [1, {logits.shape[-1] - 1}] for this vocabulary, it is {top_k}")
+    counted = mask != 0
+    labels = labels.clamp(min=0).long().unsqueeze(-1)
+    (negative,) = promote(logits.gather(-1, labels).squeeze(-1))
+    top, ids = logits.topk(top_k + 1, -1)
+    (top,) = promote(top)
+    # A stable sort on "is the label" moves it to the end, if it is there; the last one is then left out.
+    order = (ids == labels).to(torch.uint8).argsort(-1, stable=True)[..., :top_k]
+    zero = torch.zeros((), dtype=top.dtype, device=top.device)
+    top = torch.where(counted.unsqueeze(-1), top.gather(-1, order), zero)
+    negative = torch.where(counted, negative, zero)
+    probs = torch.softmax(top.detach(), -1).reshape(-1, top_k)
+    drawn = torch.multinomial(probs, 1, generator=generator) if probs.shape[0] else ids.new_zeros(0, 1)
+    positive = top.gather(-1, drawn.reshape(*labels.shape)).squeeze(-1)
+    return torch.where(counted, softplus(negative - positive), zero)
+
+
+def binary_cringe_loss(positive_nll: Tensor, negative_token_loss: Tensor, *, alpha: float) -> Tensor:
+    """CE(y⁺) + α·Cr(y⁻), each already a token mean. [B], [B] → [B].
+
+    Source: Adolphs et al. 2022 (Cringe) eq. 4.
+
+    Raises:
+        ValueError: alpha negative, shapes that differ.
+    """
+    require_non_negative(alpha=alpha)
+    require_same_shape(positive_nll=positive_nll, negative_token_loss=negative_token_loss)
+    positive, negative = promote(positive_nll, negative_token_loss)
+    return positive + alpha * negative
+
+
+def pairwise_cringe_gate(logp_chosen: Tensor, logp_rejected: Tensor, *, margin: float, temperature: float) -> Tensor:
+    """σ((margin − (log π(y_w) − log π(y_l)))/temperature), detached. [B], [B] → [B] in [0, 1].
+
+    Pairwise Cringe is this gate times binary Cringe: pairs that are already apart are left alone.
+
+    Source: Xu et al. 2023 (Pairwise Cringe) eq. 5.
+
+    Raises:
+        ValueError: temperature not above 0, margin not finite, shapes that differ.
+    """
+    require_positive(temperature=temperature)
+    require_finite(margin=margin)
+    require_same_shape(logp_chosen=logp_chosen, logp_rejected=logp_rejected)
+    chosen, rejected = promote(logp_chosen.detach(), logp_rejected.detach())
+    return torch.sigmoid((margin - (chosen - rejected)) / temperature)
