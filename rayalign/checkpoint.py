@@ -16,9 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from rayalign.errors import CheckpointError
 from rayalign.protocols import Roles
+from rayalign.record import Record
 from rayalign.rollouts import Rollout
+
+
+class CheckpointConfig(Record):
+    """Checkpoints: policy in Hugging Face format, and all that a resumed run needs."""
+
+    every: int = Field(50, ge=0, description="steps between checkpoints; 0: at the end only")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
 
 @dataclass(frozen=True)

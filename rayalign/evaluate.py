@@ -7,15 +7,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from pydantic import Field
 
 from rayalign.maths.divergence import kl_k1, kl_k3
 from rayalign.protocols import Roles
+from rayalign.record import Record
 from rayalign.rollouts import Collector, Progress, sample_seed
-from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling, Sequence as Row
-
-import torch
+from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling
+from rayalign.types import Sequence as Row
 
 RESAMPLES = 2000  # of the bootstrap
+
+
+class EvaluationConfig(Record):
+    """Held-out prompts, sampled with the same seeds each time."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after training only")
+    prompts: int = Field(40, ge=0, description="held-out prompts; 0: never evaluate")
+    samples: int = Field(4, ge=1, description="completions for each of them")
+    show: int = Field(3, ge=0, description="prompts shown before and after")
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from rayalign.errors import EngineLost
 from rayalign.protocols import Engine, Scorer
+from rayalign.record import Record
 from rayalign.types import Completion, Group, Metrics, Prompt, Request, Sampling
 
 Progress = Callable[[int, int], None]  # completions done, completions asked for
+
+
+class RolloutConfig(Record):
+    """How many prompts are sampled, and how fresh the samples are."""
+
+    prompts: int = Field(8, ge=1, description="prompts of one rollout; one rollout feeds one training step")
+    depth: int = Field(0, ge=0, le=8, description="0: on-policy; d: rollout t is sampled by the weights of step t−d")
+    resample_every: int = Field(1, ge=1, description="training steps that use one rollout before the next is sampled")
+    monitor: int = Field(4, ge=0, description="first completions of a rollout on which KL and the log-prob gap are seen")
+    max_empty_steps: int = Field(5, ge=1, description="stop after so many steps in a row without a training example")
 
 
 def sample_seed(run_seed: int, rollout: int | str, prompt: int, sample: int) -> int:

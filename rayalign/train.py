@@ -1,0 +1,36 @@
+"""The training loop. There is one, and it is not inside an algorithm."""
+
+from __future__ import annotations
+
+from rayalign.checkpoint import TrainerState
+from rayalign.metrics import Clock
+from rayalign.run import Run
+
+
+def train(run: Run) -> TrainerState:
+    """Sample, score, pair, annotate, update, push; until the last step, or until asked to stop."""
+    state = run.restore()
+    synced = run.push(state.step)
+    run.evaluate_when_due(state.step)
+    while state.step < run.training.steps and not run.interrupt.requested:
+        clock = Clock()
+        run.rollouts.start(state.step)
+        rollout = run.rollouts.take(state.step)
+        examples, metrics = run.algorithm.examples(rollout.groups)
+        if examples:
+            with clock("annotate"):
+                examples, divergence = run.annotate(examples, rollout)
+            examples = run.algorithm.credit(examples)
+            with clock("update"):
+                metrics |= divergence | run.update(examples, state.step)
+        state = TrainerState(state.step + 1, 0 if examples else state.empty_steps + 1)
+        if run.needs_push(state.step):
+            run.rollouts.settle()
+            with clock("sync"):
+                synced = run.push(state.step, rollout)
+        run.record(state.step, {**metrics, **rollout.metrics(), **synced, **clock.stop()}, rollout)
+        run.check_learning(state)
+        run.evaluate_when_due(state.step)
+        run.save_when_due(state)
+    run.save(state)
+    return state
