@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -89,3 +90,17 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gib += torch.cuda.max_memory_reserved() / 2**30
     return gib
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers while a model loads: an engine's host has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

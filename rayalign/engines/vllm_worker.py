@@ -93,8 +93,13 @@ def _filled_in_part(model: torch.nn.Module) -> Iterator[str]:
 
 def _abandon(model: torch.nn.Module, model_config: Any) -> None:
     """Put the layers that a broken reload left on the meta device back, so that a later one can start."""
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
 
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():  # started and not finished: forget what came, or finalising would load it again
+            info.loaded_weights.clear()
+            info.load_numel = 0
     finalize_layerwise_reload(model, model_config)
 
 
