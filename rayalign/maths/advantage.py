@@ -1,4 +1,4 @@
-"""From scores, KL and values to advantages. Nothing here carries a gradient to a model.
+"""From scores, KL and values to advantages.
 
 B sequences (or prompts), T tokens, K answers of one prompt.
 """
@@ -116,8 +116,10 @@ def group_advantage(scores: Tensor, *, scale: str, mask: Tensor | None = None) -
     centred, sizes = _centred(scores, mask)
     if scale == "none":
         return centred
-    std = divide(centred.square().sum(-1, keepdim=True), (sizes - 1).clamp(min=0)).sqrt()
-    return centred / (std + 1e-6)
+    var = divide(centred.square().sum(-1, keepdim=True), (sizes - 1).clamp(min=0))
+    spread = var > 0
+    std = torch.where(spread, var, torch.ones_like(var)).sqrt()  # sqrt has no gradient at 0
+    return torch.where(spread, centred / (std + 1e-6), torch.zeros_like(centred))
 
 
 def leave_one_out_advantage(scores: Tensor) -> Tensor:
