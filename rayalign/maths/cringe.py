@@ -52,7 +52,7 @@ def cringe_token_loss(
     top, ids = logits.topk(top_k + 1, -1)
     (top,) = promote(top)
     # A stable sort on "is the label" moves it to the end, if it is there; the last one is then left out.
-    order = (ids == labels).to(torch.uint8).argsort(-1, stable=True)[..., :top_k]
+    order = (ids == labels).to(torch.uint8).argsort(dim=-1, stable=True)[..., :top_k]
     zero = torch.zeros((), dtype=top.dtype, device=top.device)
     top = torch.where(counted.unsqueeze(-1), top.gather(-1, order), zero)
     negative = torch.where(counted, negative, zero)
