@@ -118,8 +118,8 @@ class RankLearner(ABC):
         """Where batches go."""
 
     @abstractmethod
-    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[Column, Tensor]:
-        """One forward pass. [R, T] each."""
+    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
+        """One forward pass: column value → [R, T]."""
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None:
@@ -167,14 +167,14 @@ class RankLearner(ABC):
         found: list[Annotation] = []
         for micro in plan[rank]:
             batch = self._batch(examples, micro, columns=False)
-            tensors = {column: values.cpu().numpy() for column, values in
+            tensors = {name: values.cpu().numpy() for name, values in
                        self._columns(batch, columns, temperature).items()}
             for place, index in enumerate(micro):
                 rows = []
                 for offset, row in enumerate(examples[index].sequences):
                     at, count = place * batch.rows + offset, len(row.completion_ids)
-                    rows.append({f"{self.spec.role}/{column.value}": values[at, :count].copy()
-                                 for column, values in tensors.items()})
+                    rows.append({f"{self.spec.role}/{name}": values[at, :count].copy()
+                                 for name, values in tensors.items()})
                 found.append((index, tuple(rows)))
         return found
 
@@ -241,14 +241,14 @@ class RankLearner(ABC):
         sums = _Sums(0.0, {})
         for index, micro in enumerate(plan):
             batch = self._batch(examples, micro)
-            columns = self._columns(batch, [Column.LOGPS], self.spec.temperature)
+            logps = self._columns(batch, [Column.LOGPS], self.spec.temperature)[Column.LOGPS.value]
             if micro:
-                terms = algorithm.loss(batch, {f"{self.spec.role}/logps": columns[Column.LOGPS]})
+                terms = algorithm.loss(batch, {f"{self.spec.role}/logps": logps})
                 loss = weighted_sum(terms, batch) / denominator
                 _add(sums, loss, terms.metrics, batch, len(examples))
             else:
                 # The algorithm is not asked about a filler: its loss is exactly 0 whatever the numbers are.
-                loss = torch.where(batch.mask > 0, 0.0, columns[Column.LOGPS]).sum()
+                loss = torch.where(batch.mask > 0, 0.0, logps).sum()
             self._backward(loss, last=index == len(plan) - 1)
         self._finite("the loss", self._total(sums.loss), step)
         norm = self._step(lr)

@@ -105,7 +105,7 @@ class CausalPolicy(nn.Module):
         columns: Sequence[Column],
         temperature: float = 1.0,
         chunk: int = 2048,
-    ) -> dict[Column, Tensor]:
+    ) -> dict[str, Tensor]:
         """Numbers of the completion tokens, in float32.
 
         Rows are padded on the right, so that the model's own positions 0, 1, 2 … are the right ones.
@@ -118,7 +118,7 @@ class CausalPolicy(nn.Module):
             chunk: completion positions whose logits are held at a time.
 
         Returns:
-            For each column [R, T] in nats, 0 where the mask is 0.
+            Column value ("logps", …; ZeRO-3's hooks want text for keys) → [R, T] in nats, 0 where the mask is 0.
         """
         keep = mask.bool()
         states = self._hidden(input_ids, attention_mask)  # [R, S, H]
@@ -129,7 +129,7 @@ class CausalPolicy(nn.Module):
                   for part in zip(hidden.split(chunk), flat.split(chunk), strict=True)]
         empty = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         return {
-            column: empty.masked_scatter(keep, torch.cat([piece[index] for piece in pieces]))
+            column.value: empty.masked_scatter(keep, torch.cat([piece[index] for piece in pieces]))
             for index, column in enumerate(columns)
         }
 

@@ -26,6 +26,15 @@ class TorchLearnerConfig(LearnerSettings):
     name: Literal["torch"] = "torch"
     ranks: Literal[1] = Field(1, description="this learner is one process")
 
+    def build(
+        self, specs: Sequence[LearnerSpec], *, rank: int, world_size: int, address: tuple[str, int]
+    ) -> dict[str, TorchLearner]:
+        """One learner for each role, beside each other in this process."""
+        peers: dict[str, TorchLearner] = {}
+        for spec in specs:
+            TorchLearner(spec, peers)
+        return peers
+
 
 class TorchLearner(RankLearner):
     """Parameters in float32 (autocast when the dtype is bfloat16, for frozen roles too, so that policy and
@@ -45,7 +54,7 @@ class TorchLearner(RankLearner):
     def device(self) -> torch.device:
         return self._device
 
-    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[Column, Tensor]:
+    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             return self.policy(batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask,
                                columns, temperature, self.settings.logprob_chunk)

@@ -72,10 +72,10 @@ def test_columns_are_those_of_the_full_logits_row_by_row(folder):
             logps = (plain(ids).logits[0].float() / 0.7).log_softmax(-1)
         start, count = len(row.prompt_ids) - 1, len(row.completion_ids)
         want = logps[start : start + count]
-        got = columns[Column.LOGPS][index, :count]
+        got = columns["logps"][index, :count]
         assert torch.allclose(got, want.gather(1, torch.tensor(row.completion_ids)[:, None])[:, 0], atol=1e-5)
-        assert torch.allclose(columns[Column.ENTROPY][index, :count], -(want.exp() * want).sum(-1), atol=1e-5)
-        assert (columns[Column.LOGPS][index, count:] == 0).all()
+        assert torch.allclose(columns["entropy"][index, :count], -(want.exp() * want).sum(-1), atol=1e-5)
+        assert (columns["logps"][index, count:] == 0).all()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -83,7 +83,7 @@ def test_chunks_and_recomputed_layers_change_nothing(tmp_path, checkpointing):
     folder = build_tiny_llama(tmp_path, tied=True)
     grads = []
     for policy, chunk in ((load(folder), 2048), (load(folder, gradient_checkpointing=checkpointing), 3)):
-        run(policy, (Column.LOGPS,), chunk=chunk)[Column.LOGPS].sum().backward()
+        run(policy, (Column.LOGPS,), chunk=chunk)["logps"].sum().backward()
         grads.append({name: parameter.grad for name, parameter in policy.named_weights()})
     assert grads[0].keys() == grads[1].keys() and "lm_head.weight" not in grads[0]
     for name, grad in grads[0].items():
@@ -98,10 +98,10 @@ def test_layers_are_really_recomputed_and_dropout_stays_off(tmp_path):
     policy = load(folder, gradient_checkpointing=True).train()
     calls = []
     policy.model.transformer.h[0].ln_1.register_forward_pre_hook(lambda *_: calls.append(1))
-    first = run(policy, (Column.LOGPS,))[Column.LOGPS]
+    first = run(policy, (Column.LOGPS,))["logps"]
     first.sum().backward()
     assert len(calls) == 2
-    assert torch.equal(first, run(policy, (Column.LOGPS,))[Column.LOGPS])
+    assert torch.equal(first, run(policy, (Column.LOGPS,))["logps"])
 
 
 def test_an_architecture_that_scales_its_logits_otherwise_is_refused(tmp_path):

@@ -1,0 +1,174 @@
+"""A learner rank on DeepSpeed: ZeRO stages 0–3, one role of which is this rank's share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from rayalign.learners import deepspeed_state as state
+from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
+from rayalign.learners.deepspeed_config import OWNED, engine_config, init_process
+from rayalign.learners.models import CausalPolicy
+from rayalign.types import Batch, Column
+
+__all__ = ["DeepSpeedLearner", "DeepSpeedLearnerConfig", "init_process"]
+
+
+class DeepSpeedLearnerConfig(LearnerSettings):
+    """DeepSpeed ranks, each a process: one GPU (or some CPU cores) a rank."""
+
+    name: Literal["deepspeed"] = "deepspeed"
+    ranks: int = Field(1, ge=1, description="data-parallel processes")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="what the ranks share out: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters")
+    offload: Literal["none", "cpu"] = Field("none", description="where optimiser state lives (stages 1 to 3)")
+    config: dict[str, Any] = Field({}, description="merged into DeepSpeed's own config, for what is not said here")
+
+    @field_validator("config")
+    @classmethod
+    def _not_owned(cls, config: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(OWNED & set(config))
+        if taken:
+            raise ValueError(f"{', '.join(taken)}: rayalign sets these from its own keys")
+        return config
+
+    def build(
+        self, specs: Sequence[LearnerSpec], *, rank: int, world_size: int, address: tuple[str, int] | None
+    ) -> dict[str, DeepSpeedLearner]:
+        """One rank of each role, beside each other in this process. `address` is where the ranks meet."""
+        host, port = address or (None, None)
+        init_process(rank, world_size, host, port, timeout_s=self.deadline_s)
+        peers: dict[str, DeepSpeedLearner] = {}
+        for spec in specs:
+            DeepSpeedLearner(spec, peers, rank=rank, world_size=world_size)
+        return peers
+
+
+class DeepSpeedLearner(RankLearner):
+    """One role on one rank. Every public method has to be called on all ranks, in the same order.
+
+    A trainable role is a DeepSpeed engine. A frozen one is a plain copy on each rank, or under ZeRO-3 an engine
+    without optimiser whose parameters are partitioned. In bfloat16 the master weights and the accumulation and
+    reduction of gradients are float32.
+
+    Args:
+        spec: its `settings` are a DeepSpeedLearnerConfig.
+    """
+
+    def __init__(self, spec: LearnerSpec, peers: dict[str, RankLearner], *, rank: int = 0, world_size: int = 1):
+        super().__init__(spec, peers, rank=rank, world_size=world_size)
+        self.stage = self.settings.zero_stage
+        init_process(rank, world_size)
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() \
+            else torch.device("cpu")
+        # Stage 3 partitions what it gathers for each module, which only re-entrant recomputation allows.
+        self.policy = CausalPolicy.load(spec, self.dtype, reentrant=self.stage == 3).to(self._device)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.policy.named_weights()}
+        self.engine = self._initialize() if spec.trainable or self.stage == 3 else None
+        # float32 copy of this rank's share of a bfloat16 moving average: without it, small changes round away.
+        self.master: dict[str, Tensor] = {}
+
+    def _initialize(self):
+        import deepspeed
+
+        size = sum(math.prod(shape) for shape in self.shapes.values())
+        config = engine_config(self.spec, self.dtype, self.world_size, size)
+        optimizer = None
+        if self.spec.trainable:
+            wanted = self.spec.optimizer
+            optimizer = torch.optim.AdamW(self.policy.parameters(), lr=wanted.lr, betas=wanted.betas, eps=wanted.eps,
+                                          weight_decay=wanted.weight_decay, fused=True)
+        return deepspeed.initialize(model=self.policy, optimizer=optimizer, config=config,
+                                    dist_init_required=False)[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
+        forward = self.engine if self.engine is not None else self.policy
+        return forward(batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask,
+                       tuple(columns), temperature, self.settings.logprob_chunk)
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over the ranks; losses here are parts of one sum. Undone here and only here.
+        self.engine.backward(loss * self.world_size)
+
+    def _step(self, lr: float) -> float:
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        if self.engine.optimizer is self.engine.basic_optimizer:  # stage 0 in float32: DeepSpeed keeps no norm
+            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.spec.optimizer.max_grad_norm))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm
+            self.engine.step()
+            return norm
+        self.engine.step()  # takes no step when the norm is not finite
+        norm = self.engine.get_global_grad_norm()
+        skipped = norm is None or float(norm) < 0 or getattr(self.engine.optimizer, "overflow", False)
+        return math.inf if skipped else float(norm)
+
+    def _total(self, value: float) -> float:
+        if self.world_size == 1:
+            return value
+        total = torch.tensor([value], dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.stage < 3:
+            for name, parameter in self.policy.named_weights():
+                yield name, parameter.detach()
+            return
+        import deepspeed
+
+        for name, parameter in self.policy.named_weights():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.detach()
+
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of each parameter: all of it, or its flat partition under ZeRO-3."""
+        for name, parameter in self.policy.named_weights():
+            if self.stage == 3:
+                if not self.spec.trainable and parameter.ds_status.name == "AVAILABLE":
+                    parameter.partition()  # so that the next forward gathers what is written below
+                yield name, parameter.ds_tensor.data
+            else:
+                yield name, parameter.data
+
+    @torch.no_grad()
+    def _blend(self, source: RankLearner, decay: float) -> None:
+        # Both roles have the same model, stage and ranks, so that shares match and nothing has to be gathered.
+        keep_master = decay > 0.0 and self.dtype is not torch.float32
+        if not keep_master:
+            self.master = {}
+        for (name, own), (_, other) in zip(self.shares(), source.shares(), strict=True):
+            if decay == 0.0:
+                own.copy_(other)
+            elif keep_master:
+                master = self.master.setdefault(name, own.float())
+                own.copy_(master.lerp_(other.to(master), 1.0 - decay))
+            else:
+                own.lerp_(other.to(own), 1.0 - decay)
+
+    def save(self, path: Path) -> None:
+        """Raises CheckpointError when DeepSpeed cannot write."""
+        state.save(self, Path(path))
+
+    def restore(self, path: Path) -> None:
+        """Raises CheckpointError for a folder of another learner, stage, dtype or number of ranks."""
+        state.restore(self, Path(path))
+
+    def close(self) -> None:
+        super().close()
+        if self.engine is not None:
+            self.engine.destroy()
+        self.policy, self.engine, self.master = None, None, {}
