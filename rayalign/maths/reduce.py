@@ -124,10 +124,12 @@ def aggregate(
     require_dims(2, x=x)
     require_same_shape(x=x, mask=mask)
     _check_denominator(denominator)
+    scale = 1.0
     if mode == "constant":
         if length is None:
             raise ValueError("mode 'constant' needs a length")
         require_positive(length=length)
+        scale = length
     (x,) = promote(x)
     sums = keep(x, mask).sum(-1)
     if mode == "token_mean":
@@ -135,8 +137,7 @@ def aggregate(
     sequences = (mask != 0).any(-1).sum() if denominator is None else denominator
     if mode == "sequence_mean":
         sums = divide(sums, count(mask, -1))
-    total = divide(sums.sum(), sequences)
-    return total / length if mode == "constant" else total
+    return divide(sums.sum(), sequences) / scale
 
 
 def _mean_and_var(x: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
