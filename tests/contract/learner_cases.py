@@ -1,0 +1,79 @@
+"""What the learner tests share: examples, orders, and algorithms made to go wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rayalign.algorithms.online_preference import OnlinePreference
+from rayalign.learners.base import LearnerSettings, LearnerSpec, OptimizerConfig
+from rayalign.protocols import UpdatePlan
+from rayalign.types import Batch, Column, Example, Terms
+from rayalign.types import Sequence as Row
+
+DPO = OnlinePreference()
+# eps well above float32 noise: Adam divides by the gradient's size, and would blow noise up to the rate.
+OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5, weight_decay=0.01, max_grad_norm=0.5, schedule="linear",
+                            warmup_steps=1)
+STEPS = 2
+
+
+def pairs(count: int, seed: int = 0) -> list[Example]:
+    """Pairs of different lengths."""
+    rng = random.Random(seed)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(4, 150) for _ in range(n))
+
+    made = []
+    for index in range(count):
+        prompt = ids(3 + 2 * index)
+        made.append(Example((Row(prompt, ids(2 + 3 * index)), Row(prompt, ids(max(1, 9 - 2 * index))))))
+    return made
+
+
+PROBES = [row.prompt_ids + row.completion_ids for example in pairs(2, seed=5) for row in example.sequences] + [(7,)]
+
+
+def specs(model: Path, settings: LearnerSettings, **changes) -> list[LearnerSpec]:
+    """A policy and its reference."""
+    common = dict(settings=settings, total_steps=5, temperature=0.8) | changes
+    return [LearnerSpec("policy", str(model), optimizer=OPTIMIZER, **common),
+            LearnerSpec("reference", str(model), trainable=False, **common)]
+
+
+def weights(learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in learner.full_tensors()}
+
+
+def train(roles, examples: Sequence[Example], *, annotate, update, start: int = 0, steps: int = STEPS, **plan):
+    """A few steps of DPO; the metrics of each."""
+    return [update(roles["policy"], annotate(roles["reference"], examples, [Column.LOGPS]), DPO,
+                   UpdatePlan(step=step, **plan)) for step in range(start, start + steps)]
+
+
+def smooth(metrics: dict[str, float]) -> dict[str, float]:
+    """Without the share of positive margins: while policy and reference are equal, rounding decides each sign."""
+    return {name: value for name, value in metrics.items() if name != "rewards/accuracies"}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An algorithm with a number that is not finite: in the loss of the longest row, or only in its gradient."""
+
+    where: str
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        return float(len(examples))
+
+    def loss(self, batch: Batch, columns) -> Terms:
+        total = torch.where(batch.mask > 0, columns["policy/logps"], 0.0).sum(1)
+        total = batch.by_example(total).sum(1)
+        if self.where == "gradient":
+            return Terms((total - total.detach()).abs().sqrt())  # the root at 0: finite, its slope is not
+        longest = batch.by_example(batch.mask.sum(1)).amax(1) >= 14
+        return Terms(torch.where(longest, torch.full_like(total, float("nan")), total))
