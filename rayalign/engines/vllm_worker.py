@@ -52,6 +52,7 @@ class ReloadExtension:
         except Exception as error:  # every rank has to answer, whatever the loader made of the tensors
             _abandon(model, self.model_runner.model_config)
             return Reloaded(handed, (), f"{type(error).__name__}: {error}")
+        _repack_output_layer(model)
         return Reloaded(handed, recorder.unloaded)
 
     def rayalign_memory(self) -> float:
@@ -89,6 +90,21 @@ def _filled_in_part(model: torch.nn.Module) -> Iterator[str]:
         info = get_layerwise_info(layer)
         if isinstance(layer, LinearBase) and info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
             yield f"{name} ({info.load_numel} of {info.load_numel_total} numbers)"
+
+
+def _repack_output_layer(model: torch.nn.Module) -> None:
+    """Bring an output layer that is tied to the embeddings up to date on a CPU.
+
+    vLLM computes logits from a packed copy of `lm_head.weight` there. A reload packs it anew only when a
+    tensor of that name comes, so with tied weights the embeddings are new and the logits those of old ones.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 def _abandon(model: torch.nn.Module, model_config: Any) -> None:
