@@ -99,7 +99,7 @@ class TransformersEngine:
             torch.set_num_threads(config.threads or len(cores or ()))
         dtype = getattr(torch, config.dtype or model_dtype(model, trust_remote_code=trust_remote_code))
         with quiet_loading():
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
         self._model: Any = loaded.to(self._device).eval().requires_grad_(False)
         self._end_ids = end_token_ids(model, trust_remote_code=trust_remote_code)
         self._waiting: list[Request] = []

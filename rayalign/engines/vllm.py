@@ -92,7 +92,7 @@ class VLLMEngine:
         self._failed_load = False
         self._end_ids = end_token_ids(model, trust_remote_code=trust_remote_code)
         self._on_gpu = torch.cuda.is_available()
-        dtype = config.dtype or model_dtype(model, trust_remote_code=trust_remote_code)  # "auto" halves float32
+        dtype: Any = config.dtype or model_dtype(model, trust_remote_code=trust_remote_code)  # "auto" halves float32
         eager = config.enforce_eager if config.enforce_eager is not None else not self._on_gpu
         with _vllm_environment(config, None if self._on_gpu else cores, eager=eager):
             from vllm import LLM

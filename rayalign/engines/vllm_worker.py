@@ -62,14 +62,14 @@ class ReloadExtension:
 class _LoadRecorder:
     """Notes which parameters a reload fills: vLLM itself only logs those that it leaves as they were."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         self.unloaded: tuple[str, ...] = ()
 
     def __enter__(self) -> None:
         self.original = self.model.load_weights
         self.expected = {name for name, _ in self.model.named_parameters()}
-        self.model.load_weights = self._load  # type: ignore[assignment]  # shadows the method until __exit__
+        self.model.load_weights = self._load  # shadows the method until __exit__
 
     def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         loaded = self.original(weights)

@@ -25,7 +25,7 @@ NAMED_AT_MOST = 3  # tensors that an error names of each kind
 def checksum(tensor: torch.Tensor) -> str:
     """16 hex digits, xxh3-64 over dtype, shape and bytes of a tensor on any device."""
     digest = xxhash.xxh3_64(f"{_dtype_name(tensor)}{tuple(tensor.shape)}".encode())
-    digest.update(_bytes_of(tensor.detach().cpu()).numpy())
+    digest.update(_bytes_of(tensor.detach().cpu()).numpy().data)
     return digest.hexdigest()
 
 
