@@ -63,7 +63,7 @@ make_venv() { # a new .venv, unless there is one that works; one that was moved 
     return
   fi
   python=$(find_python) || exit 1
-  say "rayalign: making .venv with $("$python" --version) and installing the locked versions (about 4 GB, a few minutes)"
+  say "rayalign: making .venv with $("$python" --version) and the locked versions (about 4 GB, a few minutes)"
   find "$VENV" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf -- '{}' +
   "$python" -m venv "$VENV" >"$LOG" 2>&1 || die "$python -m venv failed; see $LOG"
   printf '%s\n' "$ROOT" >"$VENV/.place"
@@ -71,7 +71,7 @@ make_venv() { # a new .venv, unless there is one that works; one that was moved 
 
 progress() { # how many packages → how far pip has come, from its log: it first fetches all, then installs all
   local count what=fetched
-  if tail -n 2 "$LOG" | grep -q '^Installing collected'; then
+  if grep -E '^(Collecting|Requirement already|Installing collected)' "$LOG" | tail -n 1 | grep -q '^Installing'; then
     what=installed
     count=$(find "$VENV"/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)
   else
@@ -80,7 +80,7 @@ progress() { # how many packages → how far pip has come, from its log: it firs
   printf '%d of %d packages %s' "$((count < $1 ? count : $1))" "$1" "$what"
 }
 
-watch_install() { # pip's process, packages, what is done → one calm line: rewritten on a terminal, else every half minute
+watch_install() { # pip's process, packages, what is done → one line: rewritten on a terminal, else every half minute
   local start=$SECONDS shown=0 elapsed
   while kill -0 "$1" 2>/dev/null; do
     elapsed=$((SECONDS - start))
@@ -101,7 +101,7 @@ pip_install() { # what is being done, total, pip's arguments … → pip's exit 
   "$VENV/bin/python" -m pip install --no-deps --no-input --disable-pip-version-check --progress-bar off "$@" \
     >>"$LOG" 2>&1 &
   pid=$!
-  trap 'kill "$pid" 2>/dev/null; say; say "rayalign: interrupted; the same command continues the install"; exit 130' INT TERM
+  trap 'kill "$pid" 2>/dev/null; say; die "interrupted; the same command continues the install"' INT TERM
   watch_install "$pid" "$total" "$what"
   trap - INT TERM
   wait "$pid"
