@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +96,6 @@ class RankLearner(ABC):
     """
 
     wrap_chunk: Callable[[np.ndarray], Any]
-    reentrant: ClassVar[bool] = False
     policy: CausalPolicy
 
     def __init__(self, spec: LearnerSpec, peers: dict[str, RankLearner], *, rank: int = 0, world_size: int = 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,8 +69,7 @@ class DeepSpeedLearner(RankLearner):
         init_process(rank, world_size)
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() \
             else torch.device("cpu")
-        # Stage 3 partitions what it gathers for each module, which only re-entrant recomputation allows.
-        self.policy = CausalPolicy.load(spec, self.dtype, reentrant=self.stage == 3).to(self._device)
+        self.policy = CausalPolicy.load(spec, self.dtype).to(self._device)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.policy.named_weights()}
         self.engine = self._initialize() if spec.trainable or self.stage == 3 else None
         # float32 copy of this rank's share of a bfloat16 moving average: without it, small changes round away.
@@ -84,8 +85,9 @@ class DeepSpeedLearner(RankLearner):
             wanted = self.spec.optimizer
             optimizer = torch.optim.AdamW(self.policy.parameters(), lr=wanted.lr, betas=wanted.betas, eps=wanted.eps,
                                           weight_decay=wanted.weight_decay, fused=True)
-        return deepspeed.initialize(model=self.policy, optimizer=optimizer, config=config,
-                                    dist_init_required=False)[0]
+        with contextlib.redirect_stdout(io.StringIO()):  # some of its optimisers print memory tables
+            return deepspeed.initialize(model=self.policy, optimizer=optimizer, config=config,
+                                        dist_init_required=False)[0]
 
     @property
     def device(self) -> torch.device:

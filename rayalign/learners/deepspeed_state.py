@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +55,8 @@ def restore(learner: DeepSpeedLearner, path: Path) -> None:
 
 def _restore_engine(learner: DeepSpeedLearner, path: Path) -> None:
     try:
-        loaded, client = learner.engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            loaded, client = learner.engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise CheckpointError("DeepSpeed cannot read this checkpoint", where=str(path),
                               value=f"{type(error).__name__}: {error}",

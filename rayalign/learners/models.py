@@ -47,22 +47,20 @@ class CausalPolicy(nn.Module):
 
     Args:
         model: the Hugging Face model.
-        reentrant: recompute by re-entrant checkpoints. ZeRO-3 needs them: the other kind compares the
-            shapes of what it recomputes, and a partitioned parameter changes its shape.
+        gradient_checkpointing: recompute layers in the backward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, reentrant: bool = False):
+    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False):
         super().__init__()
         self.model = model
-        self.reentrant = reentrant
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.scale_logits = _logit_scaling(model.config.get_text_config())
         self.eval()
         self._check_head()
 
     @classmethod
-    def load(cls, spec: LearnerSpec, dtype: torch.dtype, *, reentrant: bool = False) -> CausalPolicy:
+    def load(cls, spec: LearnerSpec, dtype: torch.dtype) -> CausalPolicy:
         """From the spec's checkpoint, with parameters in `dtype`.
 
         Raises:
@@ -83,7 +81,7 @@ class CausalPolicy(nn.Module):
                               remedy=f"{type(error).__name__}: {error}") from error
         model.requires_grad_(spec.trainable)
         checkpointing = spec.settings.gradient_checkpointing and spec.trainable
-        return cls(model, gradient_checkpointing=checkpointing, reentrant=reentrant)
+        return cls(model, gradient_checkpointing=checkpointing)
 
     def train(self, mode: bool = True) -> CausalPolicy:
         """Stays in evaluation mode (no dropout), whoever asks; only layers to be recomputed are told."""
@@ -143,7 +141,8 @@ class CausalPolicy(nn.Module):
             return tuple(_column(column, logits, labels.unsqueeze(0), temperature)[0] for column in columns)
 
         if save and torch.is_grad_enabled():
-            return checkpoint(compute, hidden, labels, use_reentrant=self.reentrant)
+            # Not re-entrant: that kind would add to the gradient of the head once a chunk, which ZeRO-3 refuses.
+            return checkpoint(compute, hidden, labels, use_reentrant=False)
         return compute(hidden, labels)
 
     def _logits(self, hidden: Tensor) -> Tensor:
