@@ -49,7 +49,7 @@ class ReloadExtension:
                 # Not `model.load_weights`: on a CPU the layers were repacked after the first load and no
                 # longer take checkpoint tensors; reload_weights undoes and redoes that layer by layer.
                 self.reload_weights(weights_iterator=_checksummed(chunks, handed))  # type: ignore[attr-defined]
-        except Exception as error:  # every rank has to answer, whatever the loader made of the tensors
+        except Exception as error:  # noqa: BLE001  every rank has to answer, whatever the loader made of it
             _abandon(model, self.model_runner.model_config)
             return Reloaded(handed, (), f"{type(error).__name__}: {error}")
         _repack_output_layer(model)
