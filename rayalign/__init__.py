@@ -1,9 +1,9 @@
 """rayalign: preference alignment of language models on a Ray cluster.
 
-    from rayalign import load_config, run_training, run_evaluation
+from rayalign import load_config, run_training, run_evaluation
 
-    result = run_training(load_config("configs/demo.yaml", ["train.steps=10"]))
-    run_evaluation(load_config("configs/demo.yaml"), model=result.run_dir / "checkpoints/step-10")
+result = run_training(load_config("configs/demo.yaml", ["train.steps=10"]))
+run_evaluation(load_config("configs/demo.yaml"), model=result.run_dir / "checkpoints/step-10")
 """
 
 from __future__ import annotations

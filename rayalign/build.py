@@ -43,7 +43,9 @@ def load_tokenizer(config: Config, path: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError and KeyError for the same thing
         raise ConfigError(
-            "no tokenizer could be loaded from there", where="key model.path", value=where,
+            "no tokenizer could be loaded from there",
+            where="key model.path",
+            value=where,
             rule="a folder with a Hugging Face checkpoint, or a hub id that can be reached",
             remedy=" ".join(str(error).split())[:200],
         ) from error
@@ -55,12 +57,18 @@ def model_path(path: str) -> str:
     if expanded.is_dir():
         if not (expanded / "config.json").is_file():
             raise ConfigError(
-                "this folder holds no model", where="key model.path", value=path, rule="config.json and weights beside it"
+                "this folder holds no model",
+                where="key model.path",
+                value=path,
+                rule="config.json and weights beside it",
             )
         return str(expanded.resolve())
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(
-            "there is no such folder", where="key model.path", value=path, rule="a folder with a Hugging Face checkpoint",
+            "there is no such folder",
+            where="key model.path",
+            value=path,
+            rule="a folder with a Hugging Face checkpoint",
             remedy="launch/demo.sh makes the demo's model; else give the path of yours",
         )
     return path
@@ -72,14 +80,19 @@ def check(config: Config) -> None:
     for key, value in (("learner.ranks", ranks), ("train.minibatches", config.train.minibatches)):
         if value > rollout.prompts:
             raise ConfigError(
-                "the batch cannot be split so far", where=f"key {key}", value=value,
+                "the batch cannot be split so far",
+                where=f"key {key}",
+                value=value,
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"raise rollout.prompts to {value}, or lower {key}",
             )
     if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
         raise ConfigError(
-            "greedy samples of one prompt are all the same", where="key sampling.temperature", value=0,
-            rule="above 0 when an algorithm learns from its own samples", remedy="set sampling.temperature=1.0",
+            "greedy samples of one prompt are all the same",
+            where="key sampling.temperature",
+            value=0,
+            rule="above 0 when an algorithm learns from its own samples",
+            remedy="set sampling.temperature=1.0",
         )
     _check_context(config)
 
@@ -92,12 +105,17 @@ def _check_context(config: Config) -> None:
     context = config.engine.max_context
     if longest and context > longest:
         raise ConfigError(
-            "the model has no room for such a context", where="key engine.max_context", value=context,
-            rule=f"at most {longest}, as the model's config says", remedy=f"set engine.max_context={longest}",
+            "the model has no room for such a context",
+            where="key engine.max_context",
+            value=context,
+            rule=f"at most {longest}, as the model's config says",
+            remedy=f"set engine.max_context={longest}",
         )
     if config.sampling.max_tokens >= context:
         raise ConfigError(
-            "completions would fill the context", where="key sampling.max_tokens", value=config.sampling.max_tokens,
+            "completions would fill the context",
+            where="key sampling.max_tokens",
+            value=config.sampling.max_tokens,
             rule=f"below engine.max_context={context}, so that a prompt fits before it",
             remedy="raise engine.max_context, or lower sampling.max_tokens",
         )
@@ -109,8 +127,10 @@ def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=room)
     if len(prompts.training) < config.rollout.prompts:
         raise ConfigError(
-            "there are not enough training prompts for one rollout", where="key rollout.prompts",
-            value=config.rollout.prompts, rule=f"at most {len(prompts.training)}, the training prompts of {config.data.prompts}",
+            "there are not enough training prompts for one rollout",
+            where="key rollout.prompts",
+            value=config.rollout.prompts,
+            rule=f"at most {len(prompts.training)}, the training prompts of {config.data.prompts}",
             remedy="lower rollout.prompts, lower data.held_out, or use more prompts",
         )
     return prompts
@@ -149,7 +169,9 @@ def start_parts(
     specs = learner_specs(config, tokenizer, policy=policy, train=train)
     engine = config.engine.model_copy(update={"dtype": config.engine.dtype or config.model.dtype})
     arguments = {
-        "model": specs[0].model, "seed": config.seed, "trust_remote_code": config.model.trust_remote_code,
+        "model": specs[0].model,
+        "seed": config.seed,
+        "trust_remote_code": config.model.trust_remote_code,
     }
     with ExitStack() as stack:
         if config.placement.name == "local":
@@ -160,7 +182,9 @@ def start_parts(
             yield Parts(*start_actors(config, engine, arguments, specs, run_dir / "log", console.say, stack))
 
 
-def _start_here(config: Config, engine: Any, arguments: dict[str, Any], specs: list[LearnerSpec], stack: ExitStack) -> Parts:
+def _start_here(
+    config: Config, engine: Any, arguments: dict[str, Any], specs: list[LearnerSpec], stack: ExitStack
+) -> Parts:
     learners = config.learner.build(specs, rank=0, world_size=1, address=("127.0.0.1", 0))
     for learner in learners.values():
         stack.callback(learner.close)
@@ -184,16 +208,28 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     }
     dtype = config.learner.dtype or config.model.dtype
     initial = model_path(config.model.path)
-    specs = [LearnerSpec(
-        "policy", model_path(policy) if policy else initial, dtype=dtype, trainable=train,
-        optimizer=config.optimizer if train else None, **shared,
-    )]
+    specs = [
+        LearnerSpec(
+            "policy",
+            model_path(policy) if policy else initial,
+            dtype=dtype,
+            trainable=train,
+            optimizer=config.optimizer if train else None,
+            **shared,
+        )
+    ]
     if any(role == "reference" for role, _ in config.algorithm.needs):
         # A moving average in 16 bits would round small changes away.
         averaged = config.algorithm.reference.update == "average"
-        specs.append(LearnerSpec(
-            "reference", initial, dtype="float32" if averaged else dtype, trainable=False, **shared,
-        ))
+        specs.append(
+            LearnerSpec(
+                "reference",
+                initial,
+                dtype="float32" if averaged else dtype,
+                trainable=False,
+                **shared,
+            )
+        )
     return specs
 
 
@@ -202,4 +238,4 @@ def default_max_gap(config: Config) -> float:
     if config.sync.max_gap is not None:
         return config.sync.max_gap
     dtypes = {config.engine.dtype or config.model.dtype, config.learner.dtype or config.model.dtype}
-    return 1e-3 if dtypes == {"float32"} and not torch.cuda.is_available() else 0.1
+    return 1e-3 if dtypes == {"float32"} and not torch.cuda.is_available() else 0.25

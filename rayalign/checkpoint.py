@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, and enough to go on as if never stopped.
 
-    checkpoints/step-12/          the policy as a Hugging Face checkpoint, tokenizer included
-    checkpoints/step-12/trainer/  state.json, rollouts.pkl, and one folder a role
+checkpoints/step-12/          the policy as a Hugging Face checkpoint, tokenizer included
+checkpoints/step-12/trainer/  state.json, rollouts.pkl, and one folder a role
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Checkpoints:
             shutil.rmtree(writing, ignore_errors=True)
             raise CheckpointError(
                 "this checkpoint could not be written; older ones are untouched",
-                where=str(final), value=f"{type(error).__name__}: {error}", remedy="free disk space, then resume=true",
+                where=str(final),
+                value=f"{type(error).__name__}: {error}",
+                remedy="free disk space, then resume=true",
             ) from error
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self._folder / f"step-{old}", ignore_errors=True)
@@ -93,7 +95,9 @@ def load_state(path: Path, roles: Roles) -> TrainerState:
         rollouts: Sequence[Rollout] = pickle.loads((trainer / "rollouts.pkl").read_bytes())
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            "this is not a whole checkpoint", where=str(path), value=f"{type(error).__name__}: {error}",
+            "this is not a whole checkpoint",
+            where=str(path),
+            value=f"{type(error).__name__}: {error}",
             remedy="delete it to resume from the one before",
         ) from error
     for name, learner in roles.items():

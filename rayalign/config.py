@@ -48,7 +48,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             "there is no such config file",
             where=str(path),
-            remedy=f"did you mean {path.parent / near[0]}?" if near else "see configs/ for the configs that are shipped",
+            remedy=f"did you mean {path.parent / near[0]}?"
+            if near
+            else "see configs/ for the configs that are shipped",
         )
     try:
         data = yaml.safe_load(path.read_text())
@@ -62,7 +64,9 @@ def _read(path: Path) -> dict[str, Any]:
             remedy="look for a missing colon, a tab, or wrong indentation there",
         ) from None
     if not isinstance(data, dict):
-        raise ConfigError("this config is empty or not a mapping", where=str(path), rule="keys and values, as in configs/")
+        raise ConfigError(
+            "this config is empty or not a mapping", where=str(path), rule="keys and values, as in configs/"
+        )
     return data
 
 
@@ -70,7 +74,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(
-            "this is not an override", where="command line", value=override, rule="key=value, for instance train.steps=5"
+            "this is not an override",
+            where="command line",
+            value=override,
+            rule="key=value, for instance train.steps=5",
         )
     try:
         value = yaml.safe_load(text) if text else None

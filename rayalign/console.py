@@ -10,8 +10,15 @@ from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from rayalign.evaluate import Evaluation, rise
@@ -24,9 +31,17 @@ class Console:
     def __init__(self) -> None:
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self.rich, transient=True, disable=not self.rich.is_terminal,
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.rich,
+            transient=True,
+            disable=not self.rich.is_terminal,
         )
         self._steps = self._samples = None
         self._total = 0
@@ -108,7 +123,9 @@ def print_before_after(before: Evaluation, after: Evaluation, *, show: int, seed
     _table([("before", before), ("after", after)])
     mean, low, high = rise(before, after, seed=seed)
     out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
-    out.print(f"reward rose by {mean:+.3f}, 95 % bootstrap interval [{low:+.3f}, {high:+.3f}] over prompts", markup=False)
+    out.print(
+        f"reward rose by {mean:+.3f}, 95 % bootstrap interval [{low:+.3f}, {high:+.3f}] over prompts", markup=False
+    )
     seen = list(dict.fromkeys(sample.prompt_index for sample in before.samples))[:show]
     for index in seen:
         first = next(s for s in before.samples if s.prompt_index == index)
@@ -126,8 +143,15 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
     table.add_column("")
     for name, _ in columns:
         table.add_column(name, justify="right")
-    labels = {"reward": "reward", "kl/k1": "KL to the reference, k1, nats", "kl/k3": "KL to the reference, k3, nats",
-              "length": "tokens", "truncated": "share truncated", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
+    labels = {
+        "reward": "reward",
+        "kl/k1": "KL to the reference, k1, nats",
+        "kl/k3": "KL to the reference, k3, nats",
+        "length": "tokens",
+        "truncated": "share truncated",
+        "distinct_1": "distinct-1",
+        "distinct_2": "distinct-2",
+    }
     for key, label in labels.items():
         if key in columns[0][1].metrics:
             table.add_row(label, *(_cell(evaluation.metrics, key) for _, evaluation in columns))

@@ -65,14 +65,24 @@ class Evaluation:
 
 
 def evaluate(
-    collector: Collector, roles: Roles, prompts: Sequence[Prompt], sampling: Sampling, *,
-    samples: int, seed: int, step: int = 0, progress: Progress | None = None,
+    collector: Collector,
+    roles: Roles,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    samples: int,
+    seed: int,
+    step: int = 0,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Sample held-out prompts with seeds that are the same at every evaluation, score them, and compare
     the policy with the reference on the policy's own samples. Nothing else may be open in the engine."""
     groups, _, _ = collector.collect(
-        prompts, [sampling] * samples, lambda prompt, k: sample_seed(seed, "evaluation", prompt, k),
-        label=f"evaluation-{step}", progress=progress,
+        prompts,
+        [sampling] * samples,
+        lambda prompt, k: sample_seed(seed, "evaluation", prompt, k),
+        label=f"evaluation-{step}",
+        progress=progress,
     )
     divergences = sequence_kl(groups, roles)
     found = []
@@ -80,9 +90,11 @@ def evaluate(
         for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):
             k1, k3 = divergences[len(found)]
             truncated = completion.finish_reason == "length"
-            found.append(EvaluatedSample(
-                group.prompt.index, group.prompt.text, text, score, len(completion.token_ids), truncated, k1, k3
-            ))
+            found.append(
+                EvaluatedSample(
+                    group.prompt.index, group.prompt.text, text, score, len(completion.token_ids), truncated, k1, k3
+                )
+            )
     evaluation = Evaluation(step, tuple(found))
     return Evaluation(step, tuple(found), summarise(evaluation, seed=seed))
 

@@ -56,11 +56,19 @@ class Recorder:
     def samples(self, step: int, version: int, groups: Sequence[Group]) -> None:
         for group in groups:
             for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):
-                self._write("samples", {
-                    "step": step, "version": version, "prompt_index": group.prompt.index, "prompt": group.prompt.text,
-                    "completion": text, "score": score, "tokens": len(completion.token_ids),
-                    "finish_reason": completion.finish_reason,
-                })
+                self._write(
+                    "samples",
+                    {
+                        "step": step,
+                        "version": version,
+                        "prompt_index": group.prompt.index,
+                        "prompt": group.prompt.text,
+                        "completion": text,
+                        "score": score,
+                        "tokens": len(completion.token_ids),
+                        "finish_reason": completion.finish_reason,
+                    },
+                )
 
     def evaluation(self, step: int, record: Mapping[str, Any]) -> None:
         self._write("evaluations", {"step": step, **record})

@@ -31,7 +31,9 @@ class RolloutConfig(Record):
     prompts: int = Field(8, ge=1, description="prompts of one rollout; one rollout feeds one training step")
     depth: int = Field(0, ge=0, le=8, description="0: on-policy; d: rollout t is sampled by the weights of step t−d")
     resample_every: int = Field(1, ge=1, description="training steps that use one rollout before the next is sampled")
-    monitor: int = Field(4, ge=0, description="first completions of a rollout on which KL and the log-prob gap are seen")
+    monitor: int = Field(
+        4, ge=0, description="first completions of a rollout on which KL and the log-prob gap are seen"
+    )
     max_empty_steps: int = Field(5, ge=1, description="stop after so many steps in a row without a training example")
 
 
@@ -85,8 +87,13 @@ class Collector:
     stop: bool = False
 
     def collect(
-        self, prompts: Sequence[Prompt], sampling: Sequence[Sampling], seeds: Callable[[int, int], int],
-        *, label: str, progress: Progress | None = None,
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sequence[Sampling],
+        seeds: Callable[[int, int], int],
+        *,
+        label: str,
+        progress: Progress | None = None,
     ) -> tuple[tuple[Group, ...], float, float]:
         """K = len(sampling) completions for each prompt, scored, in the order of the prompts.
 
@@ -158,8 +165,16 @@ class Rollouts:
     """
 
     def __init__(
-        self, collector: Collector, prompts: Sequence[Prompt], sampling: Sequence[Sampling], *,
-        seed: int, count: int, depth: int, resample_every: int, progress: Progress | None = None,
+        self,
+        collector: Collector,
+        prompts: Sequence[Prompt],
+        sampling: Sequence[Sampling],
+        *,
+        seed: int,
+        count: int,
+        depth: int,
+        resample_every: int,
+        progress: Progress | None = None,
     ):
         self._collector, self._prompts, self._sampling = collector, prompts, sampling
         self._seed, self._count, self._depth, self._every = seed, count, depth, resample_every
@@ -214,9 +229,11 @@ class Rollouts:
 
     def _draw(self, index: int, version: int) -> Rollout:
         groups, rollout_s, score_s = self._collector.collect(
-            self._prompts_of(index), self._sampling,
+            self._prompts_of(index),
+            self._sampling,
             lambda prompt, k: sample_seed(self._seed, index, prompt, k),
-            label=f"rollout-{index}", progress=self._progress,
+            label=f"rollout-{index}",
+            progress=self._progress,
         )
         return Rollout(index, version, groups, rollout_s, score_s)
 

@@ -123,8 +123,13 @@ class Run:
             return
         self.say(f"evaluating on {len(self.held_out)} held-out prompts × {self.evaluation.samples}")
         found = evaluate(
-            self.collector, self.roles, self.held_out, self.sampling,
-            samples=self.evaluation.samples, seed=self.seed, step=step,
+            self.collector,
+            self.roles,
+            self.held_out,
+            self.sampling,
+            samples=self.evaluation.samples,
+            seed=self.seed,
+            step=step,
         )
         self.evaluations[step] = found
         self.recorder.evaluation(step, found.record())

@@ -76,7 +76,9 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) 
         prompts.append(Prompt(index, messages[-1]["content"], tuple(token_ids), extra))
     if not prompts:
         raise DataError(
-            "every prompt is too long", where=source, rule=f"at most {max_prompt_tokens} tokens",
+            "every prompt is too long",
+            where=source,
+            rule=f"at most {max_prompt_tokens} tokens",
             remedy="raise engine.max_context or lower sampling.max_tokens",
         )
     return _split(prompts, config.held_out, config.shuffle_seed, skipped)
@@ -86,7 +88,9 @@ def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
     """All rows of a file or a hub data set, through `datasets`. Raises DataError."""
     path = Path(source).expanduser()
     if path.is_dir():
-        raise DataError("this is a folder, not a file", where=source, rule=f"a file: {', '.join(BUILDERS)}, or a hub id")
+        raise DataError(
+            "this is a folder, not a file", where=source, rule=f"a file: {', '.join(BUILDERS)}, or a hub id"
+        )
     if path.suffix in BUILDERS:
         return _read_file(path)
     from datasets import load_dataset
@@ -129,11 +133,18 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
-                    "this line is not JSON", where=f"{path}:{number}", value=line.strip(), rule=f"one JSON object a line; {error}"
+                    "this line is not JSON",
+                    where=f"{path}:{number}",
+                    value=line.strip(),
+                    rule=f"one JSON object a line; {error}",
                 ) from None
             if not isinstance(row, dict):
-                raise DataError("this line is not a JSON object", where=f"{path}:{number}", value=line.strip(),
-                                rule='for instance {"prompt": "…"}')
+                raise DataError(
+                    "this line is not a JSON object",
+                    where=f"{path}:{number}",
+                    value=line.strip(),
+                    rule='for instance {"prompt": "…"}',
+                )
             yield row
 
 
@@ -153,11 +164,19 @@ def _messages(value: Any, system: str | None, where: str) -> list[dict[str, str]
     """A text, or chat messages, as chat messages that end with the user's."""
     if isinstance(value, str) and value.strip():
         messages = [{"role": "user", "content": value}]
-    elif isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+    elif (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    ):
         messages = [{"role": m["role"], "content": m["content"]} for m in value]
     else:
-        raise DataError("this is not a prompt", where=where, value=value,
-                        rule="a text that is not empty, or a list of {role, content} messages")
+        raise DataError(
+            "this is not a prompt",
+            where=where,
+            value=value,
+            rule="a text that is not empty, or a list of {role, content} messages",
+        )
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return messages
@@ -168,7 +187,9 @@ def _tokens(tokenizer: Any, messages: list[dict[str, str]], chat_template: bool,
         return tokenizer("".join(m["content"] for m in messages))["input_ids"]
     if not tokenizer.chat_template:
         raise DataError(
-            "this model's tokenizer has no chat template", where=source, remedy="set data.chat_template=false to continue the text"
+            "this model's tokenizer has no chat template",
+            where=source,
+            remedy="set data.chat_template=false to continue the text",
         )
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 

@@ -22,11 +22,18 @@ def connect(placement: RayPlacement) -> None:
     if placement.object_store_gib and not address:
         own["object_store_memory"] = int(placement.object_store_gib * 2**30)
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR,
-                 ignore_reinit_error=True, **own)
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+            **own,
+        )
     except Exception as error:  # Ray raises many kinds, from ConnectionError to its own
         raise ConfigError(
-            "the Ray cluster does not answer", where="key placement.address", value=address or "a cluster of this machine",
+            "the Ray cluster does not answer",
+            where="key placement.address",
+            value=address or "a cluster of this machine",
             rule="a running cluster (host:port, auto or ray://…), or none to start one here",
             remedy=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; a cluster with a token needs "
             "RAY_AUTH_MODE=token and the same ~/.ray/auth_token",
@@ -37,8 +44,11 @@ def nodes() -> list[Node]:
     """The living nodes, this one first, then by name."""
     here = ray.get_runtime_context().get_node_id()
     living = [
-        Node(n["NodeID"], int(n["Resources"].get("CPU", 0)), int(n["Resources"].get("GPU", 0)), n["NodeManagerHostname"])
-        for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1
+        Node(
+            n["NodeID"], int(n["Resources"].get("CPU", 0)), int(n["Resources"].get("GPU", 0)), n["NodeManagerHostname"]
+        )
+        for n in ray.nodes()
+        if n["Alive"] and n["Resources"].get("CPU", 0) >= 1
     ]
     return sorted(living, key=lambda node: (node.id != here, node.name, node.id))
 

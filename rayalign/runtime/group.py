@@ -13,8 +13,8 @@ import ray
 from rayalign.errors import LearnerLost
 from rayalign.learners.base import merge_annotations, merge_metrics
 from rayalign.protocols import Algorithm, UpdatePlan, WeightPush
-from rayalign.runtime.placement import Place
 from rayalign.runtime.actors import start_actor
+from rayalign.runtime.placement import Place
 from rayalign.runtime.transport import put_chunk
 from rayalign.runtime.wait import wait_all
 from rayalign.types import Column, Example, Metrics
@@ -32,7 +32,9 @@ class LearnerHost:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def build(self, factory: Callable[..., dict[str, Any]], arguments: dict[str, Any], address: tuple[str, int]) -> None:
+    def build(
+        self, factory: Callable[..., dict[str, Any]], arguments: dict[str, Any], address: tuple[str, int]
+    ) -> None:
         self._roles = factory(rank=self._rank, world_size=self._world_size, address=address, **arguments)
         for learner in self._roles.values():
             learner.wrap_chunk = put_chunk
@@ -49,14 +51,21 @@ class LearnerGroup:
     """
 
     def __init__(
-        self, places: Sequence[Place], factory: Callable[..., dict[str, Any]], arguments: dict[str, Any], *,
-        log_dir: Path, deadline_s: float, start_deadline_s: float,
+        self,
+        places: Sequence[Place],
+        factory: Callable[..., dict[str, Any]],
+        arguments: dict[str, Any],
+        *,
+        log_dir: Path,
+        deadline_s: float,
+        start_deadline_s: float,
     ):
         self._names = [place.actor for place in places]
         self._log_dir, self._deadline_s, self._start_deadline_s = log_dir, deadline_s, start_deadline_s
         self._factory, self._arguments = factory, arguments
         self.actors = [
-            start_actor(place, log_dir, LearnerHost, rank=rank, world_size=len(places)) for rank, place in enumerate(places)
+            start_actor(place, log_dir, LearnerHost, rank=rank, world_size=len(places))
+            for rank, place in enumerate(places)
         ]
         self._building: list[Any] = []
 
@@ -122,4 +131,3 @@ class RoleOnRanks:
 
     def close(self) -> None:
         self._group.close()
-

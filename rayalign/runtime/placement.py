@@ -92,7 +92,9 @@ def place(
     for index in range(scorers):
         node = nodes[index % len(nodes)]
         on_node = len(range(index % len(nodes), scorers, len(nodes)))
-        places.append(Place(f"scorer-{index}", node, round(0.09 * node.cpus / on_node, 3), 0.0, tuple(range(node.cpus))))
+        places.append(
+            Place(f"scorer-{index}", node, round(0.09 * node.cpus / on_node, 3), 0.0, tuple(range(node.cpus)))
+        )
     return tuple(places)
 
 

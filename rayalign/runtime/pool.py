@@ -57,8 +57,16 @@ class ActorPool:
     """What engine pools and scorer pools share: work is dealt to the least busy, results come by polls."""
 
     def __init__(
-        self, start: Callable[[int], Any], names: Sequence[str], *, lost: type[RayalignError], deadline_s: float,
-        start_deadline_s: float, max_replacements: int, log_dir: Path, on_replace: Callable[[str], None] | None = None,
+        self,
+        start: Callable[[int], Any],
+        names: Sequence[str],
+        *,
+        lost: type[RayalignError],
+        deadline_s: float,
+        start_deadline_s: float,
+        max_replacements: int,
+        log_dir: Path,
+        on_replace: Callable[[str], None] | None = None,
     ):
         self._start, self._lost, self._deadline_s = start, lost, deadline_s
         self._start_deadline_s, self._left, self._log_dir = start_deadline_s, max_replacements, log_dir
@@ -144,8 +152,11 @@ class ActorPool:
     def _replace(self, member: Member, death: ActorDied) -> None:
         if self._left <= 0:
             raise self._lost(
-                f"{member.name} died, and no replacement is left", where=member.name, value=death.reason,
-                rule="max_replacements", remedy=f"see {self._log_dir / (member.name + '.log')}",
+                f"{member.name} died, and no replacement is left",
+                where=member.name,
+                value=death.reason,
+                rule="max_replacements",
+                remedy=f"see {self._log_dir / (member.name + '.log')}",
             )
         self._left -= 1
         self._on_replace(member.name)
@@ -209,8 +220,10 @@ class EnginePool(ActorPool):
             gap = max((float(np.abs(a - b).mean()) for a, b in zip(first, answer, strict=True) if a.size), default=0.0)
             if gap > AGREE:
                 raise SyncMismatch(
-                    f"{member.name} and {self.members[0].name} disagree on the same text", where=member.name,
-                    value=f"mean log-prob gap {gap:.3g}", rule=f"at most {AGREE} between engines of one pool",
+                    f"{member.name} and {self.members[0].name} disagree on the same text",
+                    where=member.name,
+                    value=f"mean log-prob gap {gap:.3g}",
+                    rule=f"at most {AGREE} between engines of one pool",
                     remedy=f"one of them did not load its weights; see {self._log_dir}",
                 )
         return first

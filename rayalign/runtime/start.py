@@ -19,8 +19,13 @@ from rayalign.scorers.base import LocalScorer
 
 
 def start_actors(
-    config: Any, engine: Any, arguments: dict[str, Any], specs: list[LearnerSpec], log_dir: Path,
-    say: Callable[[str], None], stack: ExitStack,
+    config: Any,
+    engine: Any,
+    arguments: dict[str, Any],
+    specs: list[LearnerSpec],
+    log_dir: Path,
+    say: Callable[[str], None],
+    stack: ExitStack,
 ) -> tuple[EnginePool, ScorerPool, Roles, bool, Callable[[], float]]:
     """All actors of a run, ready; the stack ends them.
 
@@ -32,26 +37,40 @@ def start_actors(
     cluster.connect(config.placement)
     stack.callback(cluster.disconnect)
     places = place(
-        cluster.nodes(), engines=engine.count, tensor_parallel=getattr(engine, "tensor_parallel", 1),
-        learners=config.learner.ranks, scorers=config.scorer.count, colocate=config.placement.colocate,
+        cluster.nodes(),
+        engines=engine.count,
+        tensor_parallel=getattr(engine, "tensor_parallel", 1),
+        learners=config.learner.ranks,
+        scorers=config.scorer.count,
+        colocate=config.placement.colocate,
     )
     kinds = {kind: [p for p in places if p.actor.startswith(kind)] for kind in ("engine", "scorer", "learner")}
     say("starting " + ", ".join(f"{len(found)} {kind}{'s' if len(found) > 1 else ''}" for kind, found in kinds.items()))
     limits = {"start_deadline_s": config.placement.start_deadline_s, "log_dir": log_dir}
     learners = LearnerGroup(
-        kinds["learner"], config.learner.build, {"specs": _with_threads(specs, kinds["learner"][0])},
-        deadline_s=config.learner.deadline_s, **limits,
+        kinds["learner"],
+        config.learner.build,
+        {"specs": _with_threads(specs, kinds["learner"][0])},
+        deadline_s=config.learner.deadline_s,
+        **limits,
     )
     stack.callback(learners.close)
     engines = EnginePool(
-        lambda i: _start_engine(kinds["engine"][i], log_dir, engine, arguments), [p.actor for p in kinds["engine"]],
-        deadline_s=engine.deadline_s, max_replacements=engine.max_replacements, **limits,
+        lambda i: _start_engine(kinds["engine"][i], log_dir, engine, arguments),
+        [p.actor for p in kinds["engine"]],
+        deadline_s=engine.deadline_s,
+        max_replacements=engine.max_replacements,
+        **limits,
     )
     stack.callback(engines.close)
     scorers = ScorerPool(
-        lambda i: start_actor(kinds["scorer"][i], log_dir, LocalScorer, config=config.scorer, name=kinds["scorer"][i].actor),
+        lambda i: start_actor(
+            kinds["scorer"][i], log_dir, LocalScorer, config=config.scorer, name=kinds["scorer"][i].actor
+        ),
         [p.actor for p in kinds["scorer"]],
-        deadline_s=config.scorer.deadline_s, max_replacements=config.scorer.max_replacements, **limits,
+        deadline_s=config.scorer.deadline_s,
+        max_replacements=config.scorer.max_replacements,
+        **limits,
     )
     stack.callback(scorers.close)
     learners.start()
@@ -69,7 +88,11 @@ def start_actors(
 
 def _start_engine(where: Place, log_dir: Path, engine: Any, arguments: dict[str, Any]) -> Any:
     return start_actor(
-        where, log_dir, EngineHost, build=engine.build, arguments={**arguments, "name": where.actor, "cores": where.cores}
+        where,
+        log_dir,
+        EngineHost,
+        build=engine.build,
+        arguments={**arguments, "name": where.actor, "cores": where.cores},
     )
 
 

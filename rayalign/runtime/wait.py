@@ -63,7 +63,9 @@ def fetch(ref: Any, who: str, *, lost: type[RayalignError] | None = None, log_di
         if lost is None:
             raise ActorDied(who, reason) from None
         raise lost(
-            f"{who} died", where=who, value=reason,
+            f"{who} died",
+            where=who,
+            value=reason,
             remedy=f"see {log_file(log_dir, who)}; `resume=true` goes on from the last checkpoint",
         ) from None
 
@@ -78,7 +80,9 @@ def root_cause(error: RayTaskError) -> BaseException:
 
 def late(lost: type[RayalignError], who: str, what: str, deadline_s: float, log_dir: Path | None) -> RayalignError:
     return lost(
-        f"no answer to {what} within the deadline", where=who, rule=f"{deadline_s:g} s",
+        f"no answer to {what} within the deadline",
+        where=who,
+        rule=f"{deadline_s:g} s",
         remedy=f"see {log_file(log_dir, who)}; raise the deadline if it was still at work",
     )
 

@@ -54,7 +54,9 @@ def score_groups(score: ScoreFunction, groups: Sequence[Group], *, who: str) -> 
     """The groups with their scores. Raises ScoreError when a score is missing or not a finite number."""
     scores = list(score(groups))
     if len(scores) != len(groups):
-        raise ScoreError("the number of scored groups is wrong", where=who, value=len(scores), rule=f"{len(groups)} groups")
+        raise ScoreError(
+            "the number of scored groups is wrong", where=who, value=len(scores), rule=f"{len(groups)} groups"
+        )
     return [replace(group, scores=_checked(group, row, who)) for group, row in zip(groups, scores, strict=True)]
 
 

@@ -34,10 +34,12 @@ def push_weights(
         SyncMismatch: a checksum differs (from the engine), or the mean gap is above `max_gap`.
     """
     engine.load(learner.push(version))
-    gaps = np.concatenate([
-        np.abs(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
-        for a, b in zip(learner.logps(probe), engine.logps(probe), strict=True)
-    ])
+    gaps = np.concatenate(
+        [
+            np.abs(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64))
+            for a, b in zip(learner.logps(probe), engine.logps(probe), strict=True)
+        ]
+    )
     mean, largest = float(gaps.mean()), float(gaps.max())
     if not mean <= max_gap:  # a NaN is a mismatch as well
         raise SyncMismatch(
@@ -45,6 +47,6 @@ def push_weights(
             where=f"version {version}, {len(gaps)} probe tokens",
             value=f"mean log-prob gap {mean:.3g}, largest {largest:.3g}",
             rule=f"mean at most {max_gap:g} (sync.max_gap)",
-            remedy="check that engine and learner use the same dtype and architecture; raise sync.max_gap only knowingly",
+            remedy="check that engine and learner use the same dtype and architecture; or raise sync.max_gap",
         )
     return {"sync/version": float(version), "sync/logp_gap_mean": mean, "sync/logp_gap_max": largest}
