@@ -1,0 +1,68 @@
+"""Where actors go, as tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayalign.errors import ConfigError
+from rayalign.runtime.placement import Node, place
+
+LAPTOP = [Node("a", 2, 0)]
+TWO_CPU = [Node("a", 8, 0), Node("b", 8, 0)]
+ONE_GPU = [Node("a", 16, 1)]
+CLUSTER = [Node("a", 64, 8), Node("b", 64, 8)]
+
+
+def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=True):
+    return place(nodes, engines=engines, tensor_parallel=tensor_parallel, learners=learners, scorers=scorers,
+                 colocate=colocate)
+
+
+def test_a_laptop_takes_turns_on_all_its_cores():
+    engine, learner, scorer = run(LAPTOP)
+    assert (engine.cores, learner.cores) == ((0, 1), (0, 1))
+    assert engine.cpus + learner.cpus + scorer.cpus <= 2
+    two = [p.cores for p in run(LAPTOP, engines=2) if p.actor.startswith("engine")]
+    assert two == [(0,), (1,)]
+
+
+def test_kinds_spread_over_nodes():
+    places = run(TWO_CPU, engines=2, learners=2)
+    assert [p.node.id for p in places if p.actor.startswith("engine")] == ["a", "b"]
+    assert [p.node.id for p in places if p.actor.startswith("learner")] == ["a", "b"]
+    assert all(len(p.cores) == 8 for p in places)
+
+
+def test_gpus_are_shared_or_apart():
+    shared = run(ONE_GPU)
+    assert sum(p.gpus for p in shared) <= 1
+    assert all(p.gpus > 0 for p in shared if not p.actor.startswith("scorer"))
+    apart = run(CLUSTER, engines=2, tensor_parallel=4, learners=8, colocate=False)
+    for node in CLUSTER:
+        assert sum(p.gpus for p in apart if p.node == node) == 8
+    assert {p.gpus for p in apart if p.actor.startswith("engine")} == {4.0}
+
+
+@pytest.mark.parametrize("nodes", [LAPTOP, TWO_CPU, ONE_GPU, CLUSTER])
+def test_no_node_is_asked_for_more_than_it_has(nodes):
+    places = run(nodes, engines=len(nodes), learners=len(nodes), scorers=3)
+    for node in nodes:
+        assert sum(p.cpus for p in places if p.node == node) <= node.cpus + 1e-6
+        assert sum(p.gpus for p in places if p.node == node) <= node.gpus + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "expected"),
+    [
+        (LAPTOP, {"engines": 3}, ["key engine.count", "3 × 1 CPU cores", "2 CPU cores", "lower engine.count to 2"]),
+        (LAPTOP, {"learners": 3}, ["key learner.ranks", "lower learner.ranks to 2"]),
+        (ONE_GPU, {"tensor_parallel": 2}, ["key engine.count", "1 × 2 GPUs", "2 of one node"]),
+        (ONE_GPU, {"colocate": False}, ["key learner.ranks", "0 GPUs"]),
+        (CLUSTER, {"engines": 3, "tensor_parallel": 8}, ["lower engine.count to 2"]),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_refused(nodes, settings, expected):
+    with pytest.raises(ConfigError) as error:
+        run(nodes, **settings)
+    for part in expected:
+        assert part in str(error.value), str(error.value)
