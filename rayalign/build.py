@@ -86,6 +86,16 @@ def check(config: Config) -> None:
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"raise rollout.prompts to {value}, or lower {key}",
             )
+    here = config.placement.name == "local"
+    for key, value in (("learner.ranks", ranks), ("engine.count", config.engine.count)):
+        if here and value > 1:
+            raise ConfigError(
+                "one process holds one of each",
+                where=f"key {key}",
+                value=value,
+                rule="1 with placement: local",
+                remedy="set placement=ray",
+            )
     if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
         raise ConfigError(
             "greedy samples of one prompt are all the same",

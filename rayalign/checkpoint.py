@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
-from rayalign.errors import CheckpointError
+from rayalign.errors import CheckpointError, RayalignError
 from rayalign.protocols import Roles
 from rayalign.record import Record
 from rayalign.rollouts import Rollout
@@ -53,29 +53,36 @@ class Checkpoints:
         writing = self._folder / f".step-{state.step}.writing"
         try:
             shutil.rmtree(writing, ignore_errors=True)
-            trainer = writing / "trainer"
-            trainer.mkdir(parents=True)
-            roles.policy.export(writing)
-            tokenizer.save_pretrained(writing)
-            for name, learner in roles.items():
-                (trainer / name).mkdir()
-                learner.save(trainer / name)
-            (trainer / "rollouts.pkl").write_bytes(pickle.dumps(state.rollouts))
-            (trainer / "state.json").write_text(json.dumps({"step": state.step, "empty_steps": state.empty_steps}))
-            _flush(writing)
+            self._write(writing, state, roles, tokenizer)
             shutil.rmtree(final, ignore_errors=True)
             writing.replace(final)
-        except OSError as error:
-            shutil.rmtree(writing, ignore_errors=True)
+        except RayalignError:
+            raise
+        except Exception as error:  # OSError, and what safetensors and torch make of it
             raise CheckpointError(
                 "this checkpoint could not be written; older ones are untouched",
                 where=str(final),
                 value=f"{type(error).__name__}: {error}",
                 remedy="free disk space, then resume=true",
             ) from error
+        finally:
+            shutil.rmtree(writing, ignore_errors=True)
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self._folder / f"step-{old}", ignore_errors=True)
         return final
+
+    @staticmethod
+    def _write(folder: Path, state: TrainerState, roles: Roles, tokenizer: Any) -> None:
+        trainer = folder / "trainer"
+        trainer.mkdir(parents=True)
+        roles.policy.export(folder)
+        tokenizer.save_pretrained(folder)
+        for name, learner in roles.items():
+            (trainer / name).mkdir()
+            learner.save(trainer / name)
+        (trainer / "rollouts.pkl").write_bytes(pickle.dumps(state.rollouts))
+        (trainer / "state.json").write_text(json.dumps({"step": state.step, "empty_steps": state.empty_steps}))
+        _flush(folder)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
