@@ -38,6 +38,37 @@ def resolve_dtype(spec: LearnerSpec) -> torch.dtype:
     return getattr(torch, name)
 
 
+class ColumnHead(nn.Module):
+    """The output head, from hidden states to columns, some positions at a time.
+
+    It holds the parameters of the model's own head (tied to the embeddings or not) and is called once a forward
+    pass, whatever the number of positions: ZeRO-3 gathers parameters once a call of a module, on all ranks
+    together, and ranks differ in positions.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] → [N, V]."""
+        return self.scale(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def forward(self, hidden: Tensor, labels: Tensor, columns: tuple[Column, ...], temperature: float, chunk: int):
+        """hidden [N, H] and labels [N] → for each column [N]."""
+        def compute(hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            logits = self.logits(hidden).unsqueeze(0)  # [1, n, V]
+            return tuple(_column(column, logits, labels.unsqueeze(0), temperature)[0] for column in columns)
+
+        parts = list(zip(hidden.split(chunk), labels.split(chunk), strict=True))
+        if len(parts) > 1 and torch.is_grad_enabled():
+            # Not re-entrant: that kind would add to the gradient of the head once a chunk, which ZeRO-3 refuses.
+            pieces = [checkpoint(compute, *part, use_reentrant=False) for part in parts]
+        else:
+            pieces = [compute(*part) for part in parts]
+        return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
+
+
 class CausalPolicy(nn.Module):
     """A Hugging Face causal LM whose forward pass gives columns of completion tokens.
 
@@ -55,7 +86,10 @@ class CausalPolicy(nn.Module):
         self.model = model
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.scale_logits = _logit_scaling(model.config.get_text_config())
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or model.base_model is model:
+            raise _unknown_head(model)
+        self.head = ColumnHead(head, _logit_scaling(model.config.get_text_config()))
         self.eval()
         self._check_head()
 
@@ -123,44 +157,25 @@ class CausalPolicy(nn.Module):
         row = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
         hidden, flat = states[row[keep], positions[keep]], labels[keep]  # [N, H], [N]
         del states
-        pieces = [self._columns(*part, tuple(columns), temperature, len(flat) > chunk)
-                  for part in zip(hidden.split(chunk), flat.split(chunk), strict=True)]
+        found = self.head(hidden, flat, tuple(columns), temperature, chunk)
         empty = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         return {
-            column.value: empty.masked_scatter(keep, torch.cat([piece[index] for piece in pieces]))
-            for index, column in enumerate(columns)
+            column.value: empty.masked_scatter(keep, numbers) for column, numbers in zip(columns, found, strict=True)
         }
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return output.last_hidden_state
 
-    def _columns(self, hidden: Tensor, labels: Tensor, columns: tuple[Column, ...], temperature: float, save: bool):
-        def compute(hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            logits = self._logits(hidden).unsqueeze(0)  # [1, N, V]
-            return tuple(_column(column, logits, labels.unsqueeze(0), temperature)[0] for column in columns)
-
-        if save and torch.is_grad_enabled():
-            # Not re-entrant: that kind would add to the gradient of the head once a chunk, which ZeRO-3 refuses.
-            return checkpoint(compute, hidden, labels, use_reentrant=False)
-        return compute(hidden, labels)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.scale_logits(self.model.get_output_embeddings()(hidden))
-
     @torch.no_grad()
     def _check_head(self) -> None:
         """Raises ConfigError when this architecture does more to its logits than is known here."""
         ids = torch.arange(1, 5, device=self.model.device).unsqueeze(0)
         ones = torch.ones_like(ids)
-        if self.model.base_model is not self.model and self.model.get_output_embeddings() is not None:
-            want = self.model(input_ids=ids, attention_mask=ones, use_cache=False).logits.float()
-            got = self._logits(self._hidden(ids, ones)).float()
-            if got.shape == want.shape and (got - want).abs().max() <= 1e-2 * (1e-3 + want.abs().max()):
-                return
-        raise ConfigError("this architecture makes its logits in a way that is not known here",
-                          value=type(self.model).__name__, rule="logits = output head of the last hidden state",
-                          remedy="use another model, or add its scaling to rayalign/learners/models.py")
+        want = self.model(input_ids=ids, attention_mask=ones, use_cache=False).logits[0].float()
+        got = self.head.logits(self._hidden(ids, ones)[0]).float()
+        if got.shape != want.shape or (got - want).abs().max() > 1e-2 * (1e-3 + want.abs().max()):
+            raise _unknown_head(self.model)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under their Hugging Face names, tied ones once."""
@@ -178,6 +193,12 @@ class CausalPolicy(nn.Module):
         config = json.loads((path / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _unknown_head(model: PreTrainedModel) -> ConfigError:
+    return ConfigError("this architecture makes its logits in a way that is not known here",
+                       value=type(model).__name__, rule="logits = a linear head of the last hidden state",
+                       remedy="use another model, or add what it does to rayalign/learners/models.py")
 
 
 def _column(column: Column, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
