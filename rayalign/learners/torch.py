@@ -126,7 +126,8 @@ def read_marker(path: Path, *, learner: str, role: str) -> dict:
         marker = json.loads((path / MARKER).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no state of the {role} learner can be read here", where=str(path / MARKER),
-                              value=f"{type(error).__name__}: {error}", remedy="restore from another checkpoint") from None
+                              value=f"{type(error).__name__}: {error}",
+                              remedy="restore from another checkpoint") from None
     if marker.get("learner") != learner or marker.get("role") != role:
         raise CheckpointError("this state is of another learner", where=str(path / MARKER),
                               value=f"{marker.get('learner')} {marker.get('role')}", rule=f"{learner} {role}",
