@@ -15,8 +15,9 @@ from rayalign.learners.settings import LearnerSpec
 # Keys of DeepSpeed's config that follow from ours.
 OWNED = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "managed_gradient_accumulation", "optimizer", "scheduler", "gradient_clipping", "bf16", "bfloat16", "fp16", "amp", "torch_autocast",
-    "prescale_gradients", "gradient_predivide_factor"})
+    "managed_gradient_accumulation", "optimizer", "scheduler", "gradient_clipping",
+    "bf16", "bfloat16", "fp16", "amp", "torch_autocast", "prescale_gradients", "gradient_predivide_factor",
+})
 
 
 def init_process(rank: int, world_size: int, master_addr: str | None = None, master_port: int | None = None, *,

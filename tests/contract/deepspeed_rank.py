@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.contract.learner_cases import DPO, PROBES, Broken, pairs, specs, train, weights
+from tests.contract.learner_cases import PROBES, Broken, pairs, specs, train, weights
 
 from rayalign.errors import CheckpointError, TrainingStopped
 from rayalign.learners.base import merge_annotations, merge_metrics
