@@ -229,17 +229,7 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
         )
     ]
     if any(role == "reference" for role, _ in config.algorithm.needs):
-        # A moving average in 16 bits would round small changes away.
-        averaged = config.algorithm.reference.update == "average"
-        specs.append(
-            LearnerSpec(
-                "reference",
-                initial,
-                dtype="float32" if averaged else dtype,
-                trainable=False,
-                **shared,
-            )
-        )
+        specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, **shared))
     return specs
 
 
