@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts in this folder: `setup` makes .venv ready, or says in one line what is missing.
 #
-#   RAYALIGN_PYTHON  the Python to make .venv with (3.11 or 3.12; else python3.12, python3.11, python3)
+#   RAYALIGN_PYTHON  the Python to make .venv with (3.11 or 3.12; else python3.11, which is tested most, python3.12, python3)
 #   RAYALIGN_STACK   cpu (default) or gpu: which lock of versions .venv gets
 #   RAYALIGN_CACHE   where models are kept (default ~/.cache/rayalign)
 
@@ -20,7 +20,7 @@ usable_python() { # a command → is it Python 3.11 or 3.12? (a pyenv shim exist
 }
 
 find_python() { # prints the command of a Python that can make a virtual environment
-  local candidate candidates=(python3.12 python3.11 python3) without_venv=
+  local candidate candidates=(python3.11 python3.12 python3) without_venv=
   if [[ -n ${RAYALIGN_PYTHON:-} ]]; then candidates=("$RAYALIGN_PYTHON"); fi
   for candidate in "${candidates[@]}"; do
     usable_python "$candidate" || continue
@@ -32,7 +32,7 @@ find_python() { # prints the command of a Python that can make a virtual environ
   elif [[ -n ${RAYALIGN_PYTHON:-} ]]; then
     die "RAYALIGN_PYTHON=$RAYALIGN_PYTHON is not a Python 3.11 or 3.12 that runs"
   fi
-  die "no Python 3.11 or 3.12 was found; install one, or name it with RAYALIGN_PYTHON=/path/to/python3.12"
+  die "no Python 3.11 or 3.12 was found; install one, or name it with RAYALIGN_PYTHON=/path/to/python3.11"
 }
 
 check_disk() { # free space, counting what an unfinished install already took
