@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts in this folder: `setup` makes .venv ready, or says in one line what is missing.
 #
-#   RAYALIGN_PYTHON  the Python to make .venv with (3.11 or 3.12; else python3.11, which is tested most, python3.12, python3)
+#   RAYALIGN_PYTHON  the Python to make .venv with (else python3.11, the best tested, python3.12, python3)
 #   RAYALIGN_STACK   cpu (default) or gpu: which lock of versions .venv gets
 #   RAYALIGN_CACHE   where models are kept (default ~/.cache/rayalign)
 
