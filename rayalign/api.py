@@ -201,12 +201,12 @@ def prepare_run_dir(config: Config, name: str) -> Path:
             rule="resume=true goes on with an existing run",
             remedy="leave resume out to start a new one",
         )
-    if not config.resume and run_dir.exists() and any(run_dir.iterdir()):
+    if not config.resume and _holds_something(run_dir):
         raise ConfigError(
             "this run directory exists",
             where="key run_dir",
             value=str(run_dir),
-            rule="a new or empty folder",
+            rule="a new or empty folder, or one of a run that never took a step",
             remedy="resume=true goes on with it; or choose another run_dir",
         )
     try:
@@ -218,6 +218,15 @@ def prepare_run_dir(config: Config, name: str) -> Path:
     save_config(config, run_dir / "config.yaml")
     (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1))
     return run_dir
+
+
+def _holds_something(run_dir: Path) -> bool:
+    """Whether anything would be lost: more than what a run leaves that failed before its first step."""
+    if run_dir.is_file():
+        return True
+    found = [path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size] if run_dir.exists() else []
+    before_the_first_step = ("config.yaml", "versions.json", "log", "tensorboard")
+    return any(path.relative_to(run_dir).parts[0] not in before_the_first_step for path in found)
 
 
 def quiet_libraries() -> None:

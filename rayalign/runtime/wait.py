@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from rayalign.errors import RayalignError
 
 log = logging.getLogger("rayalign")
-SAY_EVERY_S = 30.0
+SAY_EVERY_S = 60.0  # a calm run says nothing; a stuck one says for whom it waits
 
 
 class ActorDied(Exception):

@@ -73,6 +73,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(train, tmp_path
 
 
 def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(train, tmp_path):
+    (tmp_path / "run" / "log").mkdir(parents=True)
+    (tmp_path / "run" / "log" / "driver.log").write_text("a run that failed before its first step")
     train(train__steps=1)
     with pytest.raises(ConfigError, match="this run directory exists"):
         train(train__steps=1)

@@ -122,7 +122,8 @@ def command(tmp_path, model, **changes):
 def started(tmp_path, model, **changes):
     """The command in a process of its own, once its third step is recorded, and its actors' ids."""
     arguments, environment = command(tmp_path, model, **changes)
-    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     limit = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
@@ -134,6 +135,7 @@ def started(tmp_path, model, **changes):
 
 
 def gone(children):
+    """Whether all of a command's processes have ended."""
     return not psutil.wait_procs(children, timeout=30)[1]
 
 
@@ -165,9 +167,20 @@ def run_training_here(tmp_path, model, changes):
     return records(tmp_path / "whole")
 
 
+def test_ctrl_c_twice_stops_at_once(tmp_path, model):
+    process, children = started(tmp_path, model, train__steps=500, sampling__max_tokens=48, rollout__prompts=16)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert gone(children)
+
+
 def test_ctrl_c_ends_all_actors_and_leaves_a_loadable_state(tmp_path, model):
     process, children = started(tmp_path, model, train__steps=500)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to every process of the command
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "stopping after this step and a checkpoint" in err

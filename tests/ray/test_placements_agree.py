@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayalign.api import run_training
+from rayalign.api import run_evaluation, run_training
 from rayalign.build import collector_for, load_tokenizer, prompts_for
 from rayalign.protocols import UpdatePlan
 from rayalign.rollouts import sample_seed
@@ -78,7 +78,9 @@ def test_the_whole_loop_gives_the_same_metrics_in_both_placements(make, tmp_path
             assert theirs[key] == pytest.approx(value, abs=1e-3), key
 
 
-def test_depth_one_runs_on_actors_with_sharded_learners(make):
+def test_depth_one_runs_on_actors_with_sharded_learners(make, tmp_path, monkeypatch):
+    """And what they write is a checkpoint that vLLM loads as it is."""
+    monkeypatch.chdir(tmp_path)
     remote = {**RAY, "learner": {**RAY["learner"], "ranks": 2, "zero_stage": 3}}
     changes = {"rollout__depth": 1, "algorithm__reference": {"update": "replace", "every": 2}, "evaluation__prompts": 2}
     result = run_training(make(train__steps=3, **changes, **remote))
@@ -89,3 +91,6 @@ def test_depth_one_runs_on_actors_with_sharded_learners(make):
     assert {p.name for p in (result.run_dir / "log").iterdir()} == {
         "driver.log", "engine-0.log", "scorer-0.log", "learner-0.log", "learner-1.log"
     }
+    again = run_evaluation(make(evaluation__prompts=2, **RAY), model=str(result.run_dir / "checkpoints" / "step-3"))
+    assert again.metrics["reward"] == pytest.approx(result.evaluations[3].metrics["reward"], abs=1e-6)
+    assert again.metrics["kl/k3"] > 0
