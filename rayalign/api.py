@@ -11,24 +11,25 @@ from typing import Any
 
 from rayalign.build import (
     Parts,
-    check,
+    check_parts,
+    check_rollouts,
+    check_training,
     collector_for,
     default_max_gap,
     load_tokenizer,
     model_path,
     prompts_for,
     start_parts,
-    versions,
 )
 from rayalign.checkpoint import Checkpoints
-from rayalign.config import save_config
-from rayalign.console import Console, log_to_file, print_before_after, print_evaluation, show_warnings
+from rayalign.console import Console, logged, print_before_after, print_evaluation
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
 from rayalign.evaluate import Evaluation, evaluate
 from rayalign.metrics import Recorder, read_records
 from rayalign.rollouts import Rollouts
 from rayalign.run import Run
+from rayalign.run_dir import prepare_run_dir
 from rayalign.schema import Config
 from rayalign.train import train
 
@@ -62,16 +63,23 @@ def run_training(config: Config, *, name: str = "run") -> Result:
         RayalignError: see rayalign.errors; the run directory then holds what was reached.
     """
     quiet_libraries()
-    check(config)
     tokenizer = load_tokenizer(config)
+    check_training(config)
     prompts = prompts_for(config, tokenizer)
+    check_rollouts(config, prompts)
     run_dir = prepare_run_dir(config, name)
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    newest = checkpoints.newest() if config.resume else None
+    first = int(newest.name.removeprefix("step-")) if newest else 0
     console = Console()
-    _log_to(console, run_dir / "log" / "driver.log")
-    console.say(f"run {run_dir}: {_describe(prompts)}")
-    with start_parts(config, tokenizer, run_dir, console) as parts:
-        return _train(config, parts, tokenizer, prompts, run_dir, checkpoints, console)
+    with logged(console, run_dir / "log" / "driver.log"):
+        recorder = Recorder(run_dir, [tracker.start(run_dir, first) for tracker in config.trackers], first)
+        try:
+            console.say(f"run {run_dir}: {_describe(prompts)}")
+            with start_parts(config, tokenizer, run_dir, console) as parts:
+                return _train(config, parts, tokenizer, prompts, run_dir, checkpoints, recorder, console)
+        finally:
+            recorder.close()
 
 
 def _train(
@@ -81,11 +89,9 @@ def _train(
     prompts: PromptSet,
     run_dir: Path,
     checkpoints: Checkpoints,
+    recorder: Recorder,
     console: Console,
 ) -> Result:
-    newest = checkpoints.newest() if config.resume else None
-    first = int(newest.name.removeprefix("step-")) if newest else 0
-    recorder = Recorder(run_dir, [tracker.start(run_dir, first) for tracker in config.trackers], first)
     collector = collector_for(config, parts, tokenizer)
     sampling = config.sampling.sampling()
     rollouts = Rollouts(
@@ -128,7 +134,6 @@ def _train(
             state = train(run)
     finally:
         rollouts.close()
-        recorder.close()
     if {0, state.step} <= run.evaluations.keys() and state.step:
         print_before_after(
             run.evaluations[0], run.evaluations[state.step], show=config.evaluation.show, seed=config.seed
@@ -144,12 +149,12 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     """Evaluate a checkpoint on the config's held-out prompts, against the config's model as reference.
 
     Args:
-        model: folder of the policy, for instance checkpoints/step-48; none: the config's own model.
+        model: folder of the policy, for instance checkpoints/step-30; none: the config's own model.
     """
     quiet_libraries()
-    check(config)
     policy = model_path(model or config.model.path)
     tokenizer = load_tokenizer(config, policy)
+    check_parts(config)
     held_out = prompts_for(config, tokenizer).held_out[: config.evaluation.prompts]
     if not held_out:
         raise ConfigError(
@@ -160,9 +165,9 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
             remedy="set data.held_out=0.2",
         )
     console = Console()
-    folder = Path("runs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    _log_to(console, folder / "log" / "driver.log")
+    folder = Path("runs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     with (
+        logged(console, folder / "log" / "driver.log"),
         start_parts(config, tokenizer, folder, console, policy=policy, train=False) as parts,
         console.bars(len(held_out) * config.evaluation.samples),
     ):
@@ -182,53 +187,6 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     return found
 
 
-def prepare_run_dir(config: Config, name: str) -> Path:
-    """A new folder, or with resume=true an old one. Raises ConfigError when that is not what is there."""
-    run_dir = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
-    exists = (run_dir / "config.yaml").exists()
-    if config.resume and config.run_dir is None:
-        raise ConfigError(
-            "there is nothing to resume",
-            where="key resume",
-            rule="resume=true goes with run_dir=…",
-            remedy="name the run directory to go on with",
-        )
-    if config.resume and not exists:
-        raise ConfigError(
-            "there is no run in this folder",
-            where="key run_dir",
-            value=str(run_dir),
-            rule="resume=true goes on with an existing run",
-            remedy="leave resume out to start a new one",
-        )
-    if not config.resume and _holds_something(run_dir):
-        raise ConfigError(
-            "this run directory exists",
-            where="key run_dir",
-            value=str(run_dir),
-            rule="a new or empty folder, or one of a run that never took a step",
-            remedy="resume=true goes on with it; or choose another run_dir",
-        )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            "this folder cannot be made", where="key run_dir", value=str(run_dir), remedy=str(error)
-        ) from None
-    save_config(config, run_dir / "config.yaml")
-    (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1))
-    return run_dir
-
-
-def _holds_something(run_dir: Path) -> bool:
-    """Whether anything would be lost: more than what a run leaves that failed before its first step."""
-    if run_dir.is_file():
-        return True
-    found = [path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size] if run_dir.exists() else []
-    before_the_first_step = ("config.yaml", "versions.json", "log", "tensorboard")
-    return any(path.relative_to(run_dir).parts[0] not in before_the_first_step for path in found)
-
-
 def quiet_libraries() -> None:
     """No bars, banners or telemetry of libraries between our own lines."""
     import torch
@@ -239,12 +197,6 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def _log_to(console: Console, log_path: Path) -> None:
-    """Library noise of this process into its log file; our own warnings as lines."""
-    log_to_file(log_path)
-    show_warnings(console)
 
 
 def _describe(prompts: PromptSet) -> str:

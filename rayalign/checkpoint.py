@@ -33,11 +33,11 @@ class CheckpointConfig(Record):
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What the loop itself has to remember: steps done, steps in a row without an example, and the
+    """What the loop itself has to remember: steps done, rollouts in a row without an example, and the
     rollouts that were drawn but not used up."""
 
     step: int
-    empty_steps: int = 0
+    empty_rollouts: int = 0
     rollouts: tuple[Rollout, ...] = ()
 
 
@@ -81,7 +81,7 @@ class Checkpoints:
             (trainer / name).mkdir()
             learner.save(trainer / name)
         (trainer / "rollouts.pkl").write_bytes(pickle.dumps(state.rollouts))
-        (trainer / "state.json").write_text(json.dumps({"step": state.step, "empty_steps": state.empty_steps}))
+        (trainer / "state.json").write_text(json.dumps({"step": state.step, "empty_rollouts": state.empty_rollouts}))
         _flush(folder)
 
     def steps(self) -> list[int]:
@@ -109,7 +109,7 @@ def load_state(path: Path, roles: Roles) -> TrainerState:
         ) from error
     for name, learner in roles.items():
         learner.restore(trainer / name)
-    return TrainerState(state["step"], state["empty_steps"], tuple(rollouts))
+    return TrainerState(state["step"], state["empty_rollouts"], tuple(rollouts))
 
 
 def _flush(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +64,7 @@ def main() -> None:
     from rayalign.errors import RayalignError
 
     debug = "--debug" in sys.argv
+    sys.path.insert(0, os.getcwd())  # where parts that a config names by dotted path are looked for first
     try:
         app()
     except RayalignError as error:
@@ -70,6 +72,11 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:  # not one of ours: still one line; a run's log/driver.log has the traceback
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error}\n  remedy: --debug shows the traceback", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; resume=true goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

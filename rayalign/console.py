@@ -24,6 +24,8 @@ from rich.table import Table
 from rayalign.evaluate import Evaluation, rise
 from rayalign.types import Metrics
 
+NOISY = ("transformers", "datasets", "vllm", "ray", "deepspeed", "torch")
+
 
 class Console:
     """Lines and bars on stderr; bars only where there is a terminal. Results go to stdout."""
@@ -86,31 +88,44 @@ class Console:
         self.say("  ".join(parts))
 
 
-def log_to_file(path: Path) -> None:
-    """Library noise, warnings included, goes to a file; our own warnings also to the terminal."""
+@contextmanager
+def logged(console: Console, path: Path) -> Iterator[None]:
+    """While inside, library noise and warnings go to a file, and our own warnings (who is waited for, who was
+    replaced) to the console as well. What the caller had set up is put back afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    root, ours = logging.getLogger(), logging.getLogger("rayalign")
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    for old in list(root.handlers):
-        root.removeHandler(old)
-    root.addHandler(handler)
+    loggers = [root, ours, *(logging.getLogger(name) for name in NOISY)]
+    before = [(each, each.handlers, each.propagate, each.level) for each in loggers]
+    for each in loggers:
+        each.handlers, each.propagate = [], True
+    root.handlers, ours.handlers = [handler], [_Lines(console)]
     root.setLevel(logging.INFO)
+    ours.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    for name in ("transformers", "datasets", "vllm", "ray", "deepspeed", "torch"):
-        library = logging.getLogger(name)
-        library.handlers, library.propagate = [], True
+    try:
+        yield
+    except Exception:
+        ours.info("the run ended with an error", exc_info=True)
+        raise
+    finally:
+        logging.captureWarnings(False)
+        for each, handlers, propagate, level in before:
+            each.handlers, each.propagate = handlers, propagate
+            each.setLevel(level)
+        handler.close()
 
 
-def show_warnings(console: Console) -> None:
-    """Our own warnings (who is waited for, who was replaced) as lines."""
+class _Lines(logging.Handler):
+    """Our own warnings as lines on the console."""
 
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            console.say(record.getMessage())
+    def __init__(self, console: Console):
+        super().__init__(level=logging.WARNING)
+        self._console = console
 
-    ours = logging.getLogger("rayalign")
-    ours.handlers = [Lines(level=logging.WARNING)]
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(record.getMessage())
 
 
 def print_evaluation(evaluation: Evaluation, title: str) -> None:

@@ -66,6 +66,10 @@ class LearnerLost(RayalignError):
     """A learner rank died or missed its deadline. The run goes on from its last checkpoint."""
 
 
+class ActorError(RayalignError):
+    """Something failed in an actor that is not one of ours: the cause, and where its traceback is."""
+
+
 class SyncMismatch(RayalignError):
     """The weights in an engine are not the learner's."""
 

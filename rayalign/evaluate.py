@@ -31,7 +31,7 @@ class EvaluationConfig(Record):
 
 @dataclass(frozen=True)
 class EvaluatedSample:
-    """One completion of a held-out prompt. KL values are sums over its tokens, in nats; NaN without a reference."""
+    """One completion of a held-out prompt. KL values are sums over its tokens, in nats; see `sequence_kl`."""
 
     prompt_index: int
     prompt: str
@@ -39,8 +39,8 @@ class EvaluatedSample:
     score: float
     tokens: int
     truncated: bool
-    kl_k1: float
-    kl_k3: float
+    kl_k1: float | None
+    kl_k3: float | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def evaluate(
         label=f"evaluation-{step}",
         progress=progress,
     )
-    divergences = sequence_kl(groups, roles)
+    divergences = sequence_kl(groups, roles, truncated=sampling.truncated)
     found = []
     for group in groups:
         for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):
@@ -99,12 +99,13 @@ def evaluate(
     return Evaluation(step, tuple(found), summarise(evaluation, seed=seed))
 
 
-def sequence_kl(groups: Sequence[Group], roles: Roles) -> list[tuple[float, float]]:
+def sequence_kl(groups: Sequence[Group], roles: Roles, *, truncated: bool = False) -> list[tuple[Any, Any]]:
     """(k1, k3) of KL(policy‖reference) for each completion: sums over its tokens, in nats, both from the
-    learners' log-probs, so that engine and learner rounding apart does not look like divergence."""
+    learners' log-probs, so that engine and learner rounding apart does not look like divergence. None without a
+    reference, and for samples of a truncated distribution, which these log-probs do not describe."""
     rows = [Row(g.prompt.token_ids, c.token_ids, c.logps) for g in groups for c in g.completions]
-    if roles.reference is None:
-        return [(float("nan"), float("nan"))] * len(rows)
+    if roles.reference is None or truncated:
+        return [(None, None)] * len(rows)
     examples = [Example((row,)) for row in rows]
     for learner in (roles.policy, roles.reference):
         examples = learner.annotate(examples, (Column.LOGPS,))
@@ -117,7 +118,8 @@ def sequence_kl(groups: Sequence[Group], roles: Roles) -> list[tuple[float, floa
 
 
 def summarise(evaluation: Evaluation, *, seed: int) -> Metrics:
-    """Means, each with the 95 % interval of a bootstrap over prompts (as …/low and …/high)."""
+    """Means over prompts, each with its 95 % bootstrap interval (as …/low and …/high). distinct-n is that of
+    the samples of one prompt."""
     samples, shape = evaluation.samples, evaluation.scores().shape
     columns = {
         "reward": [s.score for s in samples],
@@ -126,15 +128,15 @@ def summarise(evaluation: Evaluation, *, seed: int) -> Metrics:
         "length": [float(s.tokens) for s in samples],
         "truncated": [float(s.truncated) for s in samples],
     }
+    known = {name: values for name, values in columns.items() if None not in values}
+    by_prompts = {name: np.array(values).reshape(shape).mean(axis=1) for name, values in known.items()}
+    texts = np.array([s.completion for s in samples], dtype=object).reshape(shape)
+    for n in (1, 2):
+        by_prompts[f"distinct_{n}"] = np.array([distinct_n(list(row), n) for row in texts])
     metrics: Metrics = {}
-    for name, values in columns.items():
-        by_prompt = np.array(values).reshape(shape).mean(axis=1)
-        if np.isnan(by_prompt).any():
-            continue
+    for name, by_prompt in by_prompts.items():
         metrics[name] = float(by_prompt.mean())
         metrics[f"{name}/low"], metrics[f"{name}/high"] = bootstrap_interval(by_prompt, seed=seed)
-    for n in (1, 2):
-        metrics[f"distinct_{n}"] = distinct_n([s.completion for s in samples], n)
     return metrics
 
 
@@ -152,6 +154,6 @@ def bootstrap_interval(values: np.ndarray, *, seed: int) -> tuple[float, float]:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words as a share of all of them (Li et al. 2016); 0 when there is none."""
+    """Different n-grams of words in some texts as a share of all of them (Li et al. 2016); 0 when there is none."""
     grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rayalign.errors import DataError
 from rayalign.protocols import Tracker
 from rayalign.types import Group, Metrics
 
@@ -88,14 +89,19 @@ class Recorder:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file of a run; a last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a .jsonl file of a run; a last line that a kill cut short is left out.
+
+    Raises:
+        DataError: a line before the last that is not JSON.
+    """
+    if not path.is_file():
+        return []
+    # Not splitlines(): what a model writes may hold characters that it takes for line ends.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise DataError("a record of this run is damaged", where=str(path), value=str(error)) from None
 
 
 def _keep_until(path: Path, step: int) -> None:

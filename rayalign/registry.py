@@ -23,7 +23,7 @@ def resolve(dotted: str) -> Any:
     try:
         module = importlib.import_module(module_name)
         return getattr(module, attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module may fail in any way while it is imported
         raise ConfigError(
             "this dotted path does not lead to anything",
             value=dotted,
@@ -47,8 +47,12 @@ class InvalidPart(Exception):
         self.path, self.error, self.record = path, error, record
 
 
-def tagged(kind: str, table: Mapping[str, str]) -> WrapValidator:
-    """Validates `{name: …, …}` into the record that the name selects from the table, or by dotted path."""
+def tagged(kind: str, table: Mapping[str, str], verb: str) -> WrapValidator:
+    """Validates `{name: …, …}` into the record that the name selects from the table, or by dotted path.
+
+    Args:
+        verb: a method that every record of this kind has.
+    """
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Record:
         if isinstance(value, Record):
@@ -57,7 +61,7 @@ def tagged(kind: str, table: Mapping[str, str]) -> WrapValidator:
             value = {"name": value}
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             raise ValueError(f"a mapping with a name, one of: {', '.join(sorted(table))}")
-        record = _select(kind, table, value["name"])
+        record = _select(kind, table, verb, value["name"])
         try:
             return record.model_validate(value)
         except ValidationError as error:
@@ -68,7 +72,7 @@ def tagged(kind: str, table: Mapping[str, str]) -> WrapValidator:
     return WrapValidator(validate)
 
 
-def _select(kind: str, table: Mapping[str, str], name: str) -> type[Record]:
+def _select(kind: str, table: Mapping[str, str], verb: str, name: str) -> type[Record]:
     if ":" not in name and name not in table:
         raise ValueError(f"no {kind} is called {name}; {did_you_mean(name, list(table))}")
     try:
@@ -77,4 +81,6 @@ def _select(kind: str, table: Mapping[str, str], name: str) -> type[Record]:
         raise ValueError(f"{name} does not lead to anything ({error.remedy})") from error
     if not (isinstance(record, type) and issubclass(record, Record)):
         raise ValueError(f"{name} has to be a rayalign.record.Record")
+    if not hasattr(record, verb):
+        raise ValueError(f"{name} is no {kind}: it has no {verb}()")
     return record

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -31,10 +30,8 @@ class RolloutConfig(Record):
     prompts: int = Field(8, ge=1, description="prompts of one rollout; one rollout feeds one training step")
     depth: int = Field(0, ge=0, le=8, description="0: on-policy; d: rollout t is sampled by the weights of step t−d")
     resample_every: int = Field(1, ge=1, description="training steps that use one rollout before the next is sampled")
-    monitor: int = Field(
-        4, ge=0, description="first completions of a rollout on which KL and the log-prob gap are seen"
-    )
-    max_empty_steps: int = Field(5, ge=1, description="stop after so many steps in a row without a training example")
+    monitor: int = Field(4, ge=0, description="prompts of a rollout on whose first completions KL is measured")
+    max_empty: int = Field(5, ge=1, description="stop after so many rollouts in a row without a training example")
 
 
 def sample_seed(run_seed: int, rollout: int | str, prompt: int, sample: int) -> int:
@@ -60,7 +57,8 @@ class Rollout:
     rollout_s: float
     score_s: float
 
-    def metrics(self) -> Metrics:
+    def metrics(self, *, first_use: bool = True) -> Metrics:
+        """Of the samples; and, in the step that uses them first, of the time they took."""
         completions = [c for group in self.groups for c in group.completions]
         scores = np.array([s for group in self.groups for s in group.scores or ()])
         lengths = np.array([len(c.token_ids) for c in completions])
@@ -69,8 +67,13 @@ class Rollout:
             "reward/std": float(scores.std()),
             "completion/length_mean": float(lengths.mean()),
             "completion/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
-            "rollout/tokens_per_s": float(lengths.sum()) / max(self.rollout_s, 1e-9),
             "rollout/version": float(self.version),
+            **(self._speed(float(lengths.sum())) if first_use else {}),
+        }
+
+    def _speed(self, tokens: float) -> Metrics:
+        return {
+            "rollout/tokens_per_s": tokens / max(self.rollout_s, 1e-9),
             "time/rollout_s": self.rollout_s,
             "time/score_s": self.score_s,
         }
@@ -83,7 +86,6 @@ class Collector:
     engine: Engine
     scorer: Scorer
     decode: Callable[[Sequence[int]], str]
-    deadline_s: float
     stop: bool = False
 
     def collect(
@@ -115,12 +117,9 @@ class Collector:
         self.engine.submit(requests)
         done: dict[str, Completion] = {}
         groups: dict[str, Group] = {}
-        last = started
         while len(done) < len(requests):
+            self._check()
             finished = self.engine.poll()
-            now = time.perf_counter()
-            last = now if finished else last
-            self._check(now - last, {r.id for r in requests} - done.keys())
             done.update((c.request_id, c) for c in finished)
             begun = time.perf_counter()
             places = sorted({int(c.request_id.split("/")[-2]) for c in finished})
@@ -131,6 +130,7 @@ class Collector:
                 progress(len(done), len(requests))
         sampled = time.perf_counter()
         while len(groups) < len(prompts):
+            self._check()
             groups.update((group.id, group) for group in self.scorer.poll())
         ended = time.perf_counter()
         return tuple(groups[i] for i in ids), sampled - started - scoring, scoring + ended - sampled
@@ -142,17 +142,10 @@ class Collector:
             return None
         return Group(group_id, prompt, completions, tuple(self.decode(c.token_ids) for c in completions))
 
-    def _check(self, idle_s: float, waiting: set[str]) -> None:
+    def _check(self) -> None:
+        """Waiting ends when the run does. Deadlines belong to the engines and scorers that are waited for."""
         if self.stop:
             raise EngineLost("sampling was stopped")
-        if idle_s > self.deadline_s:
-            raise EngineLost(
-                "no completion has finished within the deadline",
-                where=f"waiting for {len(waiting)} completions, first {min(waiting)}",
-                value=f"{idle_s:.0f} s",
-                rule=f"engine.deadline_s={self.deadline_s:g}",
-                remedy="look at the engines' files in the run's log/, or raise engine.deadline_s",
-            )
 
 
 class Rollouts:
@@ -238,14 +231,8 @@ class Rollouts:
         return Rollout(index, version, groups, rollout_s, score_s)
 
     def _prompts_of(self, index: int) -> list[Prompt]:
-        """Prompts in a new random order every epoch: a function of seed and position alone."""
-        total = len(self._prompts)
-        first = index * self._count
-        orders: dict[int, Any] = {}
-        chosen = []
-        for position in range(first, first + self._count):
-            epoch, place = divmod(position, total)
-            if epoch not in orders:
-                orders[epoch] = np.random.default_rng((self._seed, epoch)).permutation(total)
-            chosen.append(self._prompts[orders[epoch][place]])
-        return chosen
+        """Prompts in a new random order every epoch: a function of seed and index alone. What does not fill a
+        rollout at an epoch's end is left out of it, so that no rollout has a prompt twice."""
+        epoch, place = divmod(index, len(self._prompts) // self._count)
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts))
+        return [self._prompts[i] for i in order[place * self._count : (place + 1) * self._count]]

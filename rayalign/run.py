@@ -66,6 +66,7 @@ class Run:
     resume: bool = False
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     interrupt: Interrupt = field(default_factory=Interrupt)
+    peak_gib: float = 0.0
 
     def restore(self) -> TrainerState:
         """Where the newest checkpoint stands, or the beginning."""
@@ -85,7 +86,8 @@ class Run:
         synced = push_weights(
             self.roles.policy, self.collector.engine, version=version, probe=probe, max_gap=self.max_gap
         )
-        return {**synced, "memory/peak_gib": self.memory()}
+        self.peak_gib = self.memory()
+        return synced
 
     def annotate(self, examples: list[Example], rollout: Rollout) -> tuple[list[Example], Metrics]:
         """The columns that the algorithm needs, and KL on completions that no score has selected."""
@@ -94,27 +96,32 @@ class Run:
         for role, column in self.algorithm.needs:
             examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
-        if self.roles.reference is None or not unselected:
+        if self.roles.reference is None or self.sampling.truncated or not unselected:
             return examples, {}
         k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
         return examples, {"kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
 
     def update(self, examples: Sequence[Example], step: int) -> Metrics:
-        """The optimiser steps of one training step, then the reference, when the algorithm says so."""
+        """The optimiser steps of one training step."""
         plan = UpdatePlan(step, self.training.epochs, self.training.minibatches, seed=self.seed + step)
-        metrics = self.roles.policy.update(examples, self.algorithm, plan)
-        decay = self.algorithm.refresh(step + 1)
+        return self.roles.policy.update(examples, self.algorithm, plan)
+
+    def refresh(self, step: int) -> None:
+        """The reference follows the policy when the algorithm says so."""
+        decay = self.algorithm.refresh(step)
         if decay is not None and self.roles.reference is not None:
             self.roles.reference.refresh("policy", decay=decay)
-        return metrics
 
     def needs_push(self, step: int) -> bool:
         """Whether the engine needs these weights: for the next rollout, or for an evaluation."""
         return self.rollouts.samples_before(step) or self._evaluation_due(step)
 
     def record(self, step: int, metrics: Metrics, rollout: Rollout) -> None:
-        if self.rollouts.samples_before(step - 1):  # samples that are read again stand in the file once
+        """One record a step. What a rollout cost, and its samples, stand in the step that uses it first."""
+        first_use = self.rollouts.samples_before(step - 1)
+        if first_use:
             self.recorder.samples(step, rollout.version, rollout.groups)
+        metrics = {**metrics, **rollout.metrics(first_use=first_use), "memory/peak_gib": self.peak_gib}
         self.recorder.step(step, metrics)
         self.advance(step, metrics)
 
@@ -144,15 +151,20 @@ class Run:
             whole = replace(state, rollouts=tuple(self.rollouts.state()))
             self.say(f"checkpoint {self.checkpoints.save(whole, self.roles, self.tokenizer)}")
 
+    def after(self, state: TrainerState, learned: bool) -> TrainerState:
+        """The state one step on. A rollout without an example counts once, however often it is used."""
+        fresh = self.rollouts.samples_before(state.step)
+        return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh)
+
     def check_learning(self, state: TrainerState) -> None:
-        """Raises TrainingStopped when nothing was learned from in many steps in a row."""
-        if state.empty_steps < self.rollout.max_empty_steps:
+        """Raises TrainingStopped when many rollouts in a row left nothing to learn from."""
+        if state.empty_rollouts < self.rollout.max_empty:
             return
         raise TrainingStopped(
-            "no training example was left in many steps in a row",
+            "no training example was left in many rollouts in a row",
             where=f"step {state.step}",
-            value=f"{state.empty_steps} steps in which every prompt's completions were all scored the same",
-            rule=f"rollout.max_empty_steps={self.rollout.max_empty_steps}",
+            value=f"{state.empty_rollouts} rollouts in which every prompt's completions were all scored the same",
+            rule=f"rollout.max_empty={self.rollout.max_empty}",
             remedy="look at samples.jsonl: the scorer has to tell answers apart; or raise sampling.temperature",
         )
 

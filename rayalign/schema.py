@@ -23,12 +23,12 @@ from rayalign.sync.handshake import SyncConfig
 from rayalign.trackers import TRACKERS
 from rayalign.types import Sampling
 
-AnyAlgorithm = Annotated[SerializeAsAny[Record], tagged("algorithm", ALGORITHMS)]
-AnyEngine = Annotated[SerializeAsAny[Record], tagged("engine", ENGINES)]
-AnyLearner = Annotated[SerializeAsAny[Record], tagged("learner", LEARNERS)]
-AnyScorer = Annotated[SerializeAsAny[Record], tagged("scorer", SCORERS)]
-AnyPlacement = Annotated[SerializeAsAny[Record], tagged("placement", PLACEMENTS)]
-AnyTracker = Annotated[SerializeAsAny[Record], tagged("tracker", TRACKERS)]
+AnyAlgorithm = Annotated[SerializeAsAny[Record], tagged("algorithm", ALGORITHMS, "examples")]
+AnyEngine = Annotated[SerializeAsAny[Record], tagged("engine", ENGINES, "build")]
+AnyLearner = Annotated[SerializeAsAny[Record], tagged("learner", LEARNERS, "build")]
+AnyScorer = Annotated[SerializeAsAny[Record], tagged("scorer", SCORERS, "start")]
+AnyPlacement = Annotated[SerializeAsAny[Record], tagged("placement", PLACEMENTS, "model_dump")]
+AnyTracker = Annotated[SerializeAsAny[Record], tagged("tracker", TRACKERS, "start")]
 
 
 class ModelConfig(Record):

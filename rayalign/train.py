@@ -10,7 +10,7 @@ from rayalign.run import Run
 def train(run: Run) -> TrainerState:
     """Sample, score, pair, annotate, update, push; until the last step, or until asked to stop."""
     state = run.restore()
-    synced = run.push(state.step)
+    run.push(state.step)
     run.evaluate_when_due(state.step)
     while state.step < run.training.steps and not run.interrupt.requested:
         clock = Clock()
@@ -23,12 +23,13 @@ def train(run: Run) -> TrainerState:
             examples = run.algorithm.credit(examples)
             with clock("update"):
                 metrics |= divergence | run.update(examples, state.step)
-        state = TrainerState(state.step + 1, 0 if examples else state.empty_steps + 1)
+        state = run.after(state, learned=bool(examples))
+        run.refresh(state.step)
         if run.needs_push(state.step):
             run.rollouts.settle()
             with clock("sync"):
-                synced = run.push(state.step, rollout)
-        run.record(state.step, {**metrics, **rollout.metrics(), **synced, **clock.stop()}, rollout)
+                metrics |= run.push(state.step, rollout)
+        run.record(state.step, metrics | clock.stop(), rollout)
         run.check_learning(state)
         run.evaluate_when_due(state.step)
         run.save_when_due(state)

@@ -43,6 +43,12 @@ class Sampling:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
 
+    @property
+    def truncated(self) -> bool:
+        """Whether what is sampled is not softmax(logits / temperature), so that log-probs of the whole
+        distribution say nothing about samples of this one."""
+        return self.temperature == 0 or self.top_p < 1 or self.top_k > 0 or self.min_tokens > 0
+
 
 @dataclass(frozen=True)
 class Request:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rayalign.engines.transformers import TransformersEngine, TransformersEngineConfig
+from rayalign.errors import EngineLost
 from rayalign.record import Record
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
-from rayalign.types import Group
+from rayalign.types import Completion, Group
 
 
 class SameScore(ScorerConfig):
@@ -17,6 +19,7 @@ class SameScore(ScorerConfig):
 
     name: str
     ties: int = 10**9  # groups that are tied before answers begin to differ
+    tied_again: int = 10**9  # groups, 4 of them, that are tied once more after so many
 
     def start(self) -> ScoreFunction:
         seen = 0
@@ -26,9 +29,10 @@ class SameScore(ScorerConfig):
             rows = []
             for group in groups:
                 seen += 1
-                tied = seen <= self.ties
-                rows.append([0.0 if tied else -float(len(c.token_ids)) - 0.01 * i
-                             for i, c in enumerate(group.completions)])
+                tied = seen <= self.ties or self.tied_again < seen <= self.tied_again + 4
+                rows.append(
+                    [0.0 if tied else -float(len(c.token_ids)) - 0.01 * i for i, c in enumerate(group.completions)]
+                )
             return rows
 
         return score
@@ -45,6 +49,40 @@ class BrokenScore(ScorerConfig):
         return lambda groups: [rows(len(group.completions)) for group in groups]
 
 
+class Raises(ScorerConfig):
+    """Fails as code of users fails: while it starts, or when it is asked."""
+
+    name: str
+    when: str
+
+    def start(self) -> ScoreFunction:
+        if self.when == "start":
+            raise FileNotFoundError("no lexicon here")
+        return lambda groups: {}["missing"]
+
+
+class FailingOnce(TransformersEngineConfig):
+    """An engine whose first poll fails from within; what replaces it works."""
+
+    name: str
+    flag: str
+
+    def build(self, **arguments: Any) -> FailingEngine:
+        engine = FailingEngine(self, **arguments)
+        engine.flag = Path(self.flag)
+        return engine
+
+
+class FailingEngine(TransformersEngine):
+    flag: Path
+
+    def poll(self, timeout_s: float = 1.0) -> list[Completion]:
+        if not self.flag.exists():
+            self.flag.touch()
+            raise EngineLost("its state is unknown", where=self.name)
+        return super().poll(timeout_s)
+
+
 class Tokens(ScorerConfig):
     """Likes token ids above a limit: something that a tiny random model learns in a few steps."""
 
@@ -53,7 +91,9 @@ class Tokens(ScorerConfig):
 
     def start(self) -> ScoreFunction:
         def score(groups: Sequence[Group]) -> list[list[float]]:
-            return [[sum(t > self.above for t in c.token_ids) / len(c.token_ids) for c in g.completions] for g in groups]
+            return [
+                [sum(t > self.above for t in c.token_ids) / len(c.token_ids) for c in g.completions] for g in groups
+            ]
 
         return score
 

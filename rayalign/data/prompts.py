@@ -125,8 +125,17 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    "this line is not UTF-8",
+                    where=f"{path}:{number}",
+                    value=str(error),
+                    remedy="save the file as UTF-8",
+                ) from None
             if not line.strip():
                 continue
             try:
@@ -176,6 +185,13 @@ def _messages(value: Any, system: str | None, where: str) -> list[dict[str, str]
             where=where,
             value=value,
             rule="a text that is not empty, or a list of {role, content} messages",
+        )
+    if messages[-1]["role"] != "user":
+        raise DataError(
+            "these messages do not end with the user's",
+            where=where,
+            value=f"the last role is {messages[-1]['role']}",
+            rule="the model answers the user's last message",
         )
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -82,25 +80,3 @@ def end_token_ids(model: str, *, trust_remote_code: bool = False) -> tuple[int, 
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-
-
-def peak_memory_gib() -> float:
-    """Peak memory of this process so far, in GiB: resident, plus what CUDA reserved."""
-    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        gib += torch.cuda.max_memory_reserved() / 2**30
-    return gib
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bar of transformers while a model loads: an engine's host has its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

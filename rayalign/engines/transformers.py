@@ -20,11 +20,11 @@ from rayalign.engines.common import (
     check_sequences,
     end_token_ids,
     model_dtype,
-    peak_memory_gib,
     quiet_loading,
     refuse_when_open,
 )
 from rayalign.errors import SyncMismatch
+from rayalign.memory import peak_gib
 from rayalign.protocols import WeightPush
 from rayalign.record import Record
 from rayalign.sync.flat import check_names, checksum, unpack, verify
@@ -175,7 +175,7 @@ class TransformersEngine:
         self._model.to(self._device)
 
     def memory_gib(self) -> float:
-        return peak_memory_gib()
+        return peak_gib()
 
     def close(self) -> None:
         self._model, self._cache = None, None

@@ -22,11 +22,11 @@ from rayalign.engines.common import (
     check_sequences,
     end_token_ids,
     model_dtype,
-    peak_memory_gib,
     refuse_when_open,
 )
 from rayalign.engines.vllm_worker import verify_loaded
 from rayalign.errors import EngineLost, SyncMismatch
+from rayalign.memory import peak_gib
 from rayalign.protocols import Chunk, WeightPush
 from rayalign.record import Record
 from rayalign.sync.flat import check_names, verify
@@ -187,8 +187,8 @@ class VLLMEngine:
 
     def memory_gib(self) -> float:
         if self.config.tensor_parallel == 1:
-            return peak_memory_gib()
-        return peak_memory_gib() + sum(self._llm.collective_rpc("rayalign_memory"))
+            return peak_gib()
+        return peak_gib() + sum(self._llm.collective_rpc("rayalign_memory"))
 
     def close(self) -> None:
         """Free weights and caches and end worker processes. Twice is once."""

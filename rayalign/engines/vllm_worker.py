@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayalign.engines.common import peak_memory_gib
 from rayalign.errors import SyncMismatch
+from rayalign.memory import peak_gib
 from rayalign.protocols import Chunk
 from rayalign.sync.flat import checksum, unpack
 
@@ -56,7 +56,7 @@ class ReloadExtension:
         return Reloaded(handed, recorder.unloaded)
 
     def rayalign_memory(self) -> float:
-        return peak_memory_gib()
+        return peak_gib()
 
 
 class _LoadRecorder:

@@ -9,7 +9,6 @@ and merges with the functions below.
 from __future__ import annotations
 
 import math
-import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from rayalign.collate import collate
 from rayalign.errors import ConfigError, DataError, TrainingStopped
 from rayalign.learners.models import CausalPolicy, resolve_dtype
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, OptimizerConfig, learning_rate
+from rayalign.memory import peak_gib
 from rayalign.protocols import Algorithm, UpdatePlan, WeightPush
 from rayalign.sharding import lengths_of, minibatches, split
 from rayalign.types import Batch, Column, Example, Metrics, Terms
@@ -305,11 +305,8 @@ class RankLearner(ABC):
             self.policy.export(Path(path), state, self.push_dtype)
 
     def memory_gib(self) -> float:
-        """Peak resident memory of this process and peak of its GPU, in GiB."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available():
-            peak += torch.cuda.max_memory_allocated()
-        return peak / 2**30
+        """Peak memory of this process: all roles in it."""
+        return peak_gib()
 
     def close(self) -> None:
         """Forget the weights. The learner cannot be used any more."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rayalign.record import Record
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Record):
     """AdamW (Loshchilov 2019) and its learning rate."""
 
     lr: float = Field(1e-6, gt=0, description="learning rate after warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and second moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="the rate after warm-up")

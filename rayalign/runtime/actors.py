@@ -25,30 +25,59 @@ QUIET = {
 class Host:
     """Holds one object in an actor's process, and sends what the process prints to its own log file."""
 
-    def __init__(self, log_path: Path, factory: Callable[..., Any], arguments: dict[str, Any]):
+    def __init__(self, log_path: Path):
         _redirect(log_path)
-        self._object = factory(**arguments)
+        self._object: Any = None
+
+    def start(self, factory: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        """Build the object; not in __init__, so that an error arrives as it is."""
+        self._object = self._logged("start", factory, **arguments)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._object, method)(*args, **kwargs)
+        return self._logged(method, getattr(self._object, method), *args, **kwargs)
 
     def process_id(self) -> int:
         return os.getpid()
 
+    def _logged(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            logging.getLogger("rayalign").exception("%s failed", what)
+            raise
 
-def start_actor(place: Place, log_dir: Path, factory: Callable[..., Any], **arguments: Any) -> Any:
-    """An actor that holds `factory(**arguments)` at its place. Returns at once; the first call waits."""
+
+def start_actor(place: Place, log_dir: Path, factory: Callable[..., Any], **arguments: Any) -> tuple[Any, Any]:
+    """An actor that holds `factory(**arguments)` at its place, and the reference that is ready once it does."""
     threads = str(max(1, len(place.cores)))
-    environment = {**QUIET, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    actor = ray.remote(Host).options(
-        num_cpus=place.cpus,
-        num_gpus=place.gpus,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(place.node.id, soft=False),
-        runtime_env={"env_vars": environment},
-        max_restarts=0,
-        max_concurrency=1,
+    environment = {**QUIET, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": _own_paths()}
+    actor = (
+        ray.remote(Host)
+        .options(
+            num_cpus=place.cpus,
+            num_gpus=place.gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node.id, soft=False),
+            runtime_env={"env_vars": environment},
+            max_restarts=0,
+            max_concurrency=1,
+        )
+        .remote(log_dir / f"{place.actor}.log")
     )
-    return actor.remote(log_dir / f"{place.actor}.log", factory, arguments)
+    return actor, actor.start.remote(factory, arguments)
+
+
+def _own_paths() -> str:
+    """Where this process imports from, its environment's packages apart: parts that a config names by dotted
+    path have to be found in the actors as well."""
+    installed = (sys.prefix, sys.base_prefix)
+    paths = [path for path in sys.path if path and not path.startswith(installed)]
+    return os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def own_cores(cores: tuple[int, ...]) -> tuple[int, ...]:
+    """Core numbers counted from 0 → those that this process may use (a container may have cores 8 and 9)."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return tuple(sorted({allowed[core % len(allowed)] for core in cores}))
 
 
 def _redirect(log_path: Path) -> None:

@@ -13,8 +13,17 @@ from rayalign.runtime.placement import Node, RayPlacement
 log = logging.getLogger("rayalign")
 
 
-def connect(placement: RayPlacement) -> None:
-    """Join the cluster at `placement.address`, or start one here. Raises ConfigError when none answers."""
+def connect(placement: RayPlacement) -> bool:
+    """Join the cluster at `placement.address`, or start one here; a connection that is there is used as it is.
+
+    Returns:
+        whether a connection was made, which `disconnect` then ends.
+
+    Raises:
+        ConfigError: no cluster answers.
+    """
+    if ray.is_initialized():
+        return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = placement.address or os.environ.get("RAY_ADDRESS")
@@ -26,7 +35,6 @@ def connect(placement: RayPlacement) -> None:
             address=address or "local",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            ignore_reinit_error=True,
             **own,
         )
     except Exception as error:  # Ray raises many kinds, from ConnectionError to its own
@@ -38,6 +46,7 @@ def connect(placement: RayPlacement) -> None:
             remedy=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; a cluster with a token needs "
             "RAY_AUTH_MODE=token and the same ~/.ray/auth_token",
         ) from error
+    return True
 
 
 def nodes() -> list[Node]:

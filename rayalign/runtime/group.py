@@ -63,14 +63,17 @@ class LearnerGroup:
         self._names = [place.actor for place in places]
         self._log_dir, self._deadline_s, self._start_deadline_s = log_dir, deadline_s, start_deadline_s
         self._factory, self._arguments = factory, arguments
-        self.actors = [
+        started = [
             start_actor(place, log_dir, LearnerHost, rank=rank, world_size=len(places))
             for rank, place in enumerate(places)
         ]
+        self.actors = [actor for actor, _ in started]
+        self._started = [ready for _, ready in started]
         self._building: list[Any] = []
 
     def start(self) -> None:
         """Begin to build the roles on all ranks; `ready` waits for it."""
+        self._wait(self._started, "start", self._start_deadline_s)
         address = self._wait([self.actors[0].call.remote("address")], "start", self._start_deadline_s)[0]
         self._building = [a.call.remote("build", self._factory, self._arguments, address) for a in self.actors]
 

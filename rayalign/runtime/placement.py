@@ -28,7 +28,9 @@ class RayPlacement(Record):
 
     name: Literal["ray"] = "ray"
     address: str | None = Field(None, description="of a running cluster, or auto; default: one of this machine's own")
-    colocate: bool = Field(True, description="engines and learners take turns on the same GPUs; off: each has its own")
+    colocate: bool = Field(
+        False, description="one engine and one learner rank take turns on a node's only GPU; off: each has its own GPUs"
+    )
     object_store_gib: float | None = Field(None, gt=0, description="of this machine's own cluster; default: Ray's")
     start_deadline_s: float = Field(600.0, gt=0, description="longest time for an actor to start")
 
@@ -73,6 +75,14 @@ def place(
         ConfigError: the cluster cannot hold them.
     """
     on_gpu = any(node.gpus for node in nodes)
+    if colocate and on_gpu and (tensor_parallel > 1 or any(node.gpus > 1 for node in nodes)):
+        raise ConfigError(
+            "engines and learners cannot share these GPUs",
+            where="key placement.colocate",
+            value=f"engine.tensor_parallel={tensor_parallel}, up to {max(n.gpus for n in nodes)} GPUs a node",
+            rule="one GPU a node and tensor_parallel=1: Ray places shares of a GPU without saying of which",
+            remedy="set placement.colocate=false, so that each has GPUs of its own",
+        )
     hosts = [node for node in nodes if node.gpus] if on_gpu else list(nodes)
     slots = {node.id: node.gpus if on_gpu else node.cpus for node in hosts}
     unit = "GPUs" if on_gpu else "CPU cores"

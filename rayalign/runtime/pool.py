@@ -19,8 +19,9 @@ import ray
 
 from rayalign.errors import EngineLost, RayalignError, ScorerLost, SyncMismatch
 from rayalign.protocols import Engine, WeightPush
+from rayalign.runtime.actors import own_cores
 from rayalign.runtime.transport import resolve_push
-from rayalign.runtime.wait import ActorDied, fetch, late, wait_all
+from rayalign.runtime.wait import ActorDied, Late, answers, fetch, late, wait_all
 from rayalign.types import Completion, Group, Request
 
 log = logging.getLogger("rayalign")
@@ -29,10 +30,10 @@ POLL_S = 1.0  # how long a member works before it reports that nothing has finis
 
 
 class EngineHost:
-    """An engine in an actor: weights arrive as handles, and are resolved here."""
+    """An engine in an actor: weights arrive as handles, core numbers count from 0; both are resolved here."""
 
-    def __init__(self, build: Callable[..., Engine], arguments: dict[str, Any]):
-        self._engine = build(**arguments)
+    def __init__(self, build: Callable[..., Engine], cores: tuple[int, ...], arguments: dict[str, Any]):
+        self._engine = build(cores=own_cores(cores), **arguments)
 
     def load(self, push: WeightPush) -> None:
         self._engine.load(resolve_push(push))
@@ -43,22 +44,38 @@ class EngineHost:
 
 @dataclass
 class Member:
-    """One actor of a pool: what it owes (by id), and its poll that is under way."""
+    """One actor of a pool.
+
+    Attributes:
+        started: ready once its object is built.
+        open: what it owes, by id.
+        polling: its poll that is under way.
+        sent: submissions whose errors nobody has looked at yet.
+        heard: when it last finished something, or was given work while it had none.
+    """
 
     name: str
     actor: Any
+    started: Any
     open: dict[str, Any] = field(default_factory=dict)
     polling: Any = None
-    sent: list[Any] = field(default_factory=list)  # submissions whose errors nobody has looked at yet
-    heard: float = 0.0  # when it last finished something, or was first given work
+    sent: list[Any] = field(default_factory=list)
+    heard: float = 0.0
 
 
 class ActorPool:
-    """What engine pools and scorer pools share: work is dealt to the least busy, results come by polls."""
+    """What engine pools and scorer pools share: work is dealt to the least busy, results come by polls.
+
+    Args:
+        start: index → (actor, reference that is ready once it has started).
+        lost: raised when a member is given up.
+        deadline_s: seconds without any result from a member that owes one.
+        max_replacements: dead members that are replaced in the pool's life.
+    """
 
     def __init__(
         self,
-        start: Callable[[int], Any],
+        start: Callable[[int], tuple[Any, Any]],
         names: Sequence[str],
         *,
         lost: type[RayalignError],
@@ -66,29 +83,27 @@ class ActorPool:
         start_deadline_s: float,
         max_replacements: int,
         log_dir: Path,
-        on_replace: Callable[[str], None] | None = None,
     ):
         self._start, self._lost, self._deadline_s = start, lost, deadline_s
         self._start_deadline_s, self._left, self._log_dir = start_deadline_s, max_replacements, log_dir
-        self._on_replace = on_replace or (lambda name: log.warning("%s died and is being replaced", name))
-        self.members = [Member(name, start(index)) for index, name in enumerate(names)]
+        self.members = [Member(name, *start(index)) for index, name in enumerate(names)]
 
     def ready(self) -> None:
         """Wait until all members have started."""
-        refs = {member.actor.process_id.remote(): member.name for member in self.members}
-        wait_all(refs, what="start", deadline_s=self._start_deadline_s, lost=self._lost, log_dir=self._log_dir)
+        self._wait({member.started: member.name for member in self.members}, "start", self._start_deadline_s)
 
     def deal(self, items: Iterable[tuple[str, Any]]) -> None:
         """Give each (id, item) to the member with the fewest open."""
         dealt: dict[int, list[Any]] = {}
         for key, item in items:
             place = min(range(len(self.members)), key=lambda i: len(self.members[i].open))
-            self.members[place].open[key] = item
+            member = self.members[place]
+            if not member.open:
+                member.heard = time.monotonic()
+            member.open[key] = item
             dealt.setdefault(place, []).append(item)
         for place, share in dealt.items():
-            member = self.members[place]
-            member.heard = time.monotonic()
-            member.sent.append(member.actor.call.remote("submit", share))
+            self.members[place].sent.append(self.members[place].actor.call.remote("submit", share))
 
     def gather(self, timeout_s: float, key: Callable[[Any], str]) -> list[Any]:
         """What has finished since the last call, from all members. A result that nobody waits for any more
@@ -105,8 +120,8 @@ class ActorPool:
         for ref in ready:
             member, polls[ref].polling = polls[ref], None
             try:
-                results = fetch(ref, member.name)
-            except ActorDied as death:
+                results = fetch(ref, member.name, "poll")
+            except (ActorDied, EngineLost) as death:  # its process, or the engine in it, whose state is unknown
                 self._replace(member, death)
                 continue
             for result in results:
@@ -119,57 +134,57 @@ class ActorPool:
     @staticmethod
     def _check_submissions(member: Member) -> None:
         """Raise what a submission raised. A dead member is left to its poll, which replaces it."""
-        done, member.sent = ray.wait(member.sent, num_returns=len(member.sent), timeout=0) if member.sent else ([], [])
-        for ref in done:
-            with suppress(ActorDied):
-                fetch(ref, member.name)
+        if member.sent:
+            done, member.sent = ray.wait(member.sent, num_returns=len(member.sent), timeout=0)
+            for ref in done:
+                with suppress(ActorDied):
+                    fetch(ref, member.name, "submit")
 
-    def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        """The same call on all members; for calls between requests. A dead member is replaced first."""
-        try:
-            return self._call_all(method, *args, deadline_s=deadline_s)
-        except ActorDied:
-            for member in list(self.members):
-                try:
-                    fetch(member.actor.process_id.remote(), member.name)
-                except ActorDied as death:
-                    self._replace(member, death)
-            return self._call_all(method, *args, deadline_s=deadline_s)
+    def call_all(self, method: str, *args: Any) -> list[Any]:
+        """The same call on all members, between requests; the answers in their order. Dead ones are replaced."""
+        found: dict[str, Any] = {}
+        while len(found) < len(self.members):
+            asked = {m.actor.call.remote(method, *args): m for m in self.members if m.name not in found}
+            names = {ref: member.name for ref, member in asked.items()}
+            try:
+                for ref in answers(names, what=method, deadline_s=self._deadline_s):
+                    try:
+                        found[names[ref]] = fetch(ref, names[ref], method)
+                    except ActorDied as death:
+                        self._replace(asked[ref], death)
+            except Late as wait:
+                raise late(self._lost, wait.who, method, self._deadline_s, self._log_dir) from None
+        return [found[member.name] for member in self.members]
 
-    def _call_all(self, method: str, *args: Any, deadline_s: float | None) -> list[Any]:
-        refs = {member.actor.call.remote(method, *args): member for member in self.members}
-        names = {ref: member.name for ref, member in refs.items()}
-        pending, started = list(refs), time.monotonic()
-        limit = deadline_s or self._deadline_s
-        while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
-            for ref in ready:
-                fetch(ref, names[ref])
-            if pending and time.monotonic() - started > limit:
-                raise late(self._lost, ", ".join(names[ref] for ref in pending), method, limit, self._log_dir)
-        return [fetch(ref, names[ref]) for ref in refs]
-
-    def _replace(self, member: Member, death: ActorDied) -> None:
+    def _replace(self, member: Member, death: Exception) -> None:
+        reason = death.reason if isinstance(death, ActorDied) else str(death)
+        with suppress(Exception):  # it may be gone already; what it has reserved has to be free for the next one
+            ray.kill(member.actor)
         if self._left <= 0:
             raise self._lost(
                 f"{member.name} died, and no replacement is left",
                 where=member.name,
-                value=death.reason,
+                value=reason,
                 rule="max_replacements",
                 remedy=f"see {self._log_dir / (member.name + '.log')}",
             )
         self._left -= 1
-        self._on_replace(member.name)
-        member.actor, member.polling, member.sent = self._start(self.members.index(member)), None, []
-        refs = {member.actor.process_id.remote(): member.name}
-        wait_all(refs, what="start", deadline_s=self._start_deadline_s, lost=self._lost, log_dir=self._log_dir)
+        log.warning("%s died and is being replaced; its open requests are asked again", member.name)
+        log.info("%s: %s", member.name, reason)
+        member.actor, member.started = self._start(self.members.index(member))
+        member.polling, member.sent = None, []
+        self._wait({member.started: member.name}, "start", self._start_deadline_s)
         self._prepare(member)
-        member.heard = time.monotonic()
         if member.open:
             member.sent.append(member.actor.call.remote("submit", list(member.open.values())))
+        for each in self.members:  # nobody was listened to meanwhile
+            each.heard = time.monotonic()
 
     def _prepare(self, member: Member) -> None:
         """Bring a new member to where the others are."""
+
+    def _wait(self, refs: dict[Any, str], what: str, deadline_s: float) -> None:
+        wait_all(refs, what=what, deadline_s=deadline_s, lost=self._lost, log_dir=self._log_dir)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -188,7 +203,7 @@ class ActorPool:
 class EnginePool(ActorPool):
     """Many engines as one `protocols.Engine`."""
 
-    def __init__(self, start: Callable[[int], Any], names: Sequence[str], **settings: Any):
+    def __init__(self, start: Callable[[int], tuple[Any, Any]], names: Sequence[str], **settings: Any):
         super().__init__(start, names, lost=EngineLost, **settings)
         self.version = 0
         self._push: WeightPush | None = None
@@ -206,7 +221,7 @@ class EnginePool(ActorPool):
             if mine:
                 for request_id in mine:
                     del member.open[request_id]
-                member.actor.call.remote("abort", sorted(mine))
+                member.sent.append(member.actor.call.remote("abort", sorted(mine)))
 
     def load(self, push: WeightPush) -> None:
         self._push = push  # first, so that a member that dies while loading is replaced by one with these weights
@@ -218,7 +233,7 @@ class EnginePool(ActorPool):
         first, *others = self.call_all("logps", sequences)
         for member, answer in zip(self.members[1:], others, strict=True):
             gap = max((float(np.abs(a - b).mean()) for a, b in zip(first, answer, strict=True) if a.size), default=0.0)
-            if gap > AGREE:
+            if not gap <= AGREE:
                 raise SyncMismatch(
                     f"{member.name} and {self.members[0].name} disagree on the same text",
                     where=member.name,
@@ -236,14 +251,13 @@ class EnginePool(ActorPool):
 
     def _prepare(self, member: Member) -> None:
         if self._push is not None:
-            refs = {member.actor.call.remote("load", self._push): member.name}
-            wait_all(refs, what="load", deadline_s=self._deadline_s, lost=EngineLost, log_dir=self._log_dir)
+            self._wait({member.actor.call.remote("load", self._push): member.name}, "load", self._deadline_s)
 
 
 class ScorerPool(ActorPool):
     """Many scorers as one `protocols.Scorer`."""
 
-    def __init__(self, start: Callable[[int], Any], names: Sequence[str], **settings: Any):
+    def __init__(self, start: Callable[[int], tuple[Any, Any]], names: Sequence[str], **settings: Any):
         super().__init__(start, names, lost=ScorerLost, **settings)
 
     def submit(self, groups: Sequence[Group]) -> None:

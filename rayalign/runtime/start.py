@@ -34,8 +34,8 @@ def start_actors(
         of them for their peak memory.
     """
     log_dir = log_dir.resolve()
-    cluster.connect(config.placement)
-    stack.callback(cluster.disconnect)
+    if cluster.connect(config.placement):
+        stack.callback(cluster.disconnect)
     places = place(
         cluster.nodes(),
         engines=engine.count,
@@ -86,14 +86,9 @@ def start_actors(
     return engines, scorers, roles, turns, memory
 
 
-def _start_engine(where: Place, log_dir: Path, engine: Any, arguments: dict[str, Any]) -> Any:
-    return start_actor(
-        where,
-        log_dir,
-        EngineHost,
-        build=engine.build,
-        arguments={**arguments, "name": where.actor, "cores": where.cores},
-    )
+def _start_engine(where: Place, log_dir: Path, engine: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    named = {**arguments, "name": where.actor}
+    return start_actor(where, log_dir, EngineHost, build=engine.build, cores=where.cores, arguments=named)
 
 
 def _with_threads(specs: list[LearnerSpec], where: Place) -> list[LearnerSpec]:

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("schema",),
     ("config", "build"),
+    ("run_dir",),
     ("api",),
     ("cli", "__main__"),
     ("__init__",),  # the package's own names are taken from everywhere, lazily

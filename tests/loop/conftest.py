@@ -29,7 +29,7 @@ def train(make):
 
 
 def records(run_dir, name="metrics"):
-    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().split("\n")[:-1]]
 
 
 def timeless(record):

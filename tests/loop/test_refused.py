@@ -14,8 +14,12 @@ from rayalign.errors import ConfigError
         ({"model__path": "/no/such/model"}, ["key model.path", "there is no such folder"]),
         ({"rollout__prompts": 17}, ["key rollout.prompts", "at most 16", "held_out"]),
         ({"train__minibatches": 5}, ["key train.minibatches", "cannot be split", "rollout.prompts=4"]),
-        ({"learner": {"name": "deepspeed", "ranks": 5}}, ["key learner.ranks", "cannot be split"]),
+        (
+            {"learner": {"name": "deepspeed", "ranks": 5}, "placement": {"name": "ray"}},
+            ["key learner.ranks", "cannot be split"],
+        ),
         ({"learner": {"name": "deepspeed", "ranks": 2}}, ["key learner.ranks", "placement"]),
+        ({"model__path": "no-such-owner/no-such-model"}, ["key model.path", "no tokenizer could be loaded"]),
         ({"engine__count": 2}, ["key engine.count", "placement"]),
         ({"sampling__temperature": 0}, ["key sampling.temperature", "all the same"]),
         ({"engine__max_context": 4096}, ["key engine.max_context", "at most 512"]),
@@ -28,3 +32,20 @@ def test_parts_that_do_not_fit(make, tmp_path, changes, expected):
     for part in expected:
         assert part in str(error.value), str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": 1}, "key seed"),
+        ({"rollout__prompts": 3}, "key rollout.prompts"),
+        ({"algorithm__loss": {"name": "dpo", "beta": 0.2}}, "key algorithm.loss.beta"),
+        ({"evaluation__prompts": 2}, "key evaluation.prompts"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(train, changes, key):
+    train(train__steps=1)
+    with pytest.raises(ConfigError, match="cannot change when a run is resumed") as error:
+        train(train__steps=2, resume=True, **changes)
+    assert key in str(error.value)
+    assert train(train__steps=2, resume=True, optimizer__lr=1e-4).step == 2

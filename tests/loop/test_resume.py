@@ -21,13 +21,17 @@ VARIANTS = {
 
 def settings(tmp_path, name, variant):
     return {
-        "train__steps": STEPS, "checkpoint__every": 1, "checkpoint__keep": 99, "evaluation__prompts": 2,
-        "run_dir": str(tmp_path / name), **VARIANTS[variant],
+        "train__steps": STEPS,
+        "checkpoint__every": 1,
+        "checkpoint__keep": 99,
+        "evaluation__prompts": 2,
+        "run_dir": str(tmp_path / name),
+        **VARIANTS[variant],
     }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("killed_at", [1, 3, STEPS])
+@pytest.mark.parametrize("killed_at", range(1, STEPS + 1))
 def test_resumed_metrics_are_the_same_bit_for_bit(train, tmp_path, killed_at, variant):
     whole = train(**settings(tmp_path, "whole", variant)).run_dir
     # Dies after the record of a step was written and before its checkpoint: the step is taken again.

@@ -15,10 +15,12 @@ from rayalign.errors import ScoreError, TrainingStopped
 from tests.loop.conftest import records, timeless
 from tests.parts import tiny_config
 
-KEYS = """step loss lr grad_norm reward/mean reward/std kl/k1 kl/k3 rewards/margins rewards/accuracies
-completion/length_mean completion/truncated pairs/dropped sync/version sync/logp_gap_mean sync/logp_gap_max
-rollout/tokens_per_s time/rollout_s time/score_s time/annotate_s time/update_s time/sync_s time/step_s
-memory/peak_gib""".split()
+KEYS = (
+    "step loss lr grad_norm reward/mean reward/std kl/k1 kl/k3 rewards/margins rewards/accuracies "
+    "completion/length_mean completion/truncated pairs/dropped sync/version sync/logp_gap_mean sync/logp_gap_max "
+    "rollout/tokens_per_s time/rollout_s time/score_s time/annotate_s time/update_s time/sync_s time/step_s "
+    "memory/peak_gib"
+)
 
 
 def test_a_policy_learns_what_the_scorer_likes(train):
@@ -29,7 +31,7 @@ def test_a_policy_learns_what_the_scorer_likes(train):
     assert after["kl/k3"] > 0.0
     steps = records(result.run_dir)
     assert [r["step"] for r in steps] == list(range(1, 31))
-    assert all(key in record for record in steps for key in KEYS)
+    assert all(key in record for record in steps for key in KEYS.split())
     assert all(r["sync/logp_gap_max"] < 1e-3 for r in steps)
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
@@ -69,6 +71,7 @@ def test_rollout_t_is_sampled_by_the_version_that_depth_says(train, depth, every
         assert record["rollout/version"] == max(0, index - depth) * every
     used = [record["reward/mean"] for record in steps]
     assert [used[i] == used[i - 1] for i in range(1, 7)] == [i % every != 0 for i in range(1, 7)]
+    assert ["time/rollout_s" in record for record in steps] == [i % every == 0 for i in range(7)]
 
 
 def test_depth_is_reproducible(train, tmp_path):
@@ -78,10 +81,15 @@ def test_depth_is_reproducible(train, tmp_path):
 
 
 def test_minibatches_epochs_and_a_moving_reference(train):
-    steps = records(train(
-        train__epochs=2, train__minibatches=2, algorithm__reference={"update": "average", "decay": 0.5},
-        algorithm__pairs="all", optimizer__warmup_steps=4,
-    ).run_dir)
+    steps = records(
+        train(
+            train__epochs=2,
+            train__minibatches=2,
+            algorithm__reference={"update": "average", "decay": 0.5},
+            algorithm__pairs="all",
+            optimizer__warmup_steps=4,
+        ).run_dir
+    )
     assert [r["lr"] for r in steps] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
     assert steps[0]["pairs/kept"] + steps[0]["pairs/dropped"] == 4 * 6
     assert steps[0]["rewards/margins"] != 0.0  # the second optimiser step already sees a moved policy
@@ -94,11 +102,46 @@ def test_ties_are_skipped_and_logged_then_learning_goes_on(train):
     assert ["loss" in r for r in steps] == [False, False, True, True]
 
 
-def test_many_steps_of_ties_stop_the_run_with_the_reason(train, tmp_path):
-    with pytest.raises(TrainingStopped, match="3 steps in which every prompt") as error:
-        train(scorer={"name": "tests.parts:SameScore"}, rollout__max_empty_steps=3)
+@pytest.mark.parametrize("every", [1, 2])
+def test_many_rollouts_of_ties_stop_the_run_with_the_reason(train, tmp_path, every):
+    """However often each of them is used."""
+    with pytest.raises(TrainingStopped, match="3 rollouts in which every prompt") as error:
+        train(
+            scorer={"name": "tests.parts:SameScore"},
+            rollout__max_empty=3,
+            rollout__resample_every=every,
+            train__steps=9,
+        )
     assert "samples.jsonl" in str(error.value)
-    assert len(records(Path(tmp_path / "run"))) == 3
+    assert len(records(Path(tmp_path / "run"))) == 1 + 2 * every
+
+
+def test_a_reference_that_is_due_on_a_tied_step_still_follows(train):
+    steps = records(
+        train(
+            train__steps=3,
+            scorer={"name": "tests.parts:SameScore", "ties": 0, "tied_again": 4},
+            algorithm__reference={"update": "replace", "every": 2},
+        ).run_dir
+    )
+    assert ["loss" in r for r in steps] == [True, False, True]
+    assert steps[2]["kl/k3"] == 0.0  # step 2 had no pair, and the reference was replaced after it
+
+
+def test_no_prompt_is_twice_in_a_rollout_and_an_epoch_uses_each_once(train):
+    samples = records(train(train__steps=7, rollout__prompts=5).run_dir, "samples")  # 16 prompts: 3 rollouts an epoch
+    rollouts = [[s["prompt_index"] for s in samples if s["step"] == step] for step in range(1, 8)]
+    assert all(len(set(rollout)) == 5 for rollout in rollouts)
+    assert len({index for rollout in rollouts[:3] for index in rollout}) == 15
+    assert len({index for rollout in rollouts[3:6] for index in rollout}) == 15
+    assert rollouts[0] != rollouts[3]
+
+
+def test_kl_is_not_claimed_for_samples_of_a_truncated_distribution(train):
+    run = train(train__steps=1, sampling__top_k=5, evaluation__prompts=2)
+    assert "kl/k1" not in records(run.run_dir)[0]
+    assert "kl/k1" not in run.evaluations[1].metrics
+    assert "reward" in run.evaluations[1].metrics
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("nan", "not a finite number"), ("short", "number of scores is wrong")])

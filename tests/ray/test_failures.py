@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ import ray
 import yaml
 
 from rayalign.api import run_training
-from rayalign.errors import ConfigError, EngineLost, LearnerLost, SyncMismatch
+from rayalign.errors import ActorError, ConfigError, EngineLost, LearnerLost, SyncMismatch
+from rayalign.protocols import UpdatePlan
 from tests.loop.conftest import records, timeless
 from tests.parts import tiny_config
 from tests.ray.conftest import LIGHT, RAY
@@ -86,6 +88,59 @@ def test_a_learner_rank_that_dies_ends_the_call_with_its_name(make, start):
         assert "resume=true" in str(error.value)
 
 
+def test_a_rank_that_dies_inside_a_collective_call_is_named_too(make, start):
+    """The survivor's own error (its connection broke) comes first, and is not the cause."""
+    config = make(optimizer__lr=1e-5, **{**LIGHT, "learner": {**LIGHT["learner"], "ranks": 2}})
+    with start(config) as parts:
+        groups = draw(config, parts)
+        examples, _ = config.algorithm.examples(groups)
+        examples = parts.roles["reference"].annotate(examples, (config.algorithm.needs[0][1],))
+        victim = pid_of(parts.roles.policy._group.actors[1])
+        threading.Timer(2.0, os.kill, (victim, signal.SIGKILL)).start()
+        with pytest.raises(LearnerLost, match="learner-1 died"):
+            parts.roles.policy.update(examples, config.algorithm, UpdatePlan(0, epochs=100_000))
+
+
+def test_an_engine_that_fails_from_within_is_replaced(make, start, tmp_path):
+    config = make(**LIGHT)
+    flaky = make(
+        **{**LIGHT, "engine": {**LIGHT["engine"], "name": "tests.parts:FailingOnce", "flag": str(tmp_path / "f")}}
+    )
+    with start(config) as parts:
+        whole = draw(config, parts)
+    with start(flaky) as parts:
+        again = draw(flaky, parts)
+    assert [c.token_ids for g in again for c in g.completions] == [c.token_ids for g in whole for c in g.completions]
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"), [("start", "FileNotFoundError: no lexicon here"), ("score", "KeyError: 'missing'")]
+)
+def test_what_fails_in_an_actor_is_said_in_a_line_with_the_traceback_in_its_log(make, tmp_path, when, expected):
+    with pytest.raises(ActorError) as error:
+        run_training(make(**LIGHT, scorer={"name": "tests.parts:Raises", "when": when}))
+    assert expected in str(error.value)
+    assert "scorer-0" in error.value.where
+    assert "Traceback" in (tmp_path / "run" / "log" / "scorer-0.log").read_text()
+
+
+def test_a_part_of_ones_own_is_found_where_the_command_runs(tmp_path, model):
+    (tmp_path / "my_rewards.py").write_text(
+        "from rayalign.scorers.base import ScorerConfig\n"
+        "class Politeness(ScorerConfig):\n"
+        "    name: str\n"
+        "    word: str = 'please'\n"
+        "    def start(self):\n"
+        "        return lambda groups: [[float(self.word in t) - i for i, t in enumerate(g.texts)] for g in groups]\n"
+    )
+    arguments, environment = command(tmp_path, model, train__steps=1, scorer={"name": "my_rewards:Politeness"})
+    # -P: the current folder is not on the path by itself, as for the installed command
+    done = subprocess.run(
+        [arguments[0], "-P", *arguments[1:]], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_push_that_was_changed_on_the_way_is_refused(make, start):
     config = make(**RAY)
     with start(config) as parts:
@@ -105,8 +160,11 @@ def test_a_push_that_was_changed_on_the_way_is_refused(make, start):
 
 @pytest.mark.parametrize("key", ["engine", "learner"])
 def test_more_actors_than_the_cluster_can_hold_are_refused_before_any_starts(make, key):
-    many = {"engine": {**LIGHT["engine"], "count": 99}} if key == "engine" else {
-        "learner": {**LIGHT["learner"], "ranks": 16}, "rollout": {"prompts": 16}}
+    many = (
+        {"engine": {**LIGHT["engine"], "count": 99}}
+        if key == "engine"
+        else {"learner": {**LIGHT["learner"], "ranks": 16}, "rollout": {"prompts": 16}}
+    )
     with pytest.raises(ConfigError, match="the cluster cannot hold so many"):
         run_training(make(**{**LIGHT, **many}))
 
@@ -122,8 +180,9 @@ def command(tmp_path, model, **changes):
 def started(tmp_path, model, **changes):
     """The command in a process of its own, once its third step is recorded, and its actors' ids."""
     arguments, environment = command(tmp_path, model, **changes)
-    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     limit = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):

@@ -48,8 +48,10 @@ def tokens():
 def test_the_same_completions_give_the_same_loss(make, start, tokens, ranks):
     """vLLM + DeepSpeed on Ray against transformers + torch here, and 1 against 2 engines and ranks."""
     local = make(optimizer__lr=1e-3)
-    remote = make(optimizer__lr=1e-3, **{**RAY, "learner": {**RAY["learner"], "ranks": ranks},
-                                         "engine": {**RAY["engine"], "count": ranks}})
+    remote = make(
+        optimizer__lr=1e-3,
+        **{**RAY, "learner": {**RAY["learner"], "ranks": ranks}, "engine": {**RAY["engine"], "count": ranks}},
+    )
     with start(remote, "remote") as parts:
         groups = draw(remote, parts)
         there = first_step(remote, parts, groups)
@@ -89,7 +91,11 @@ def test_depth_one_runs_on_actors_with_sharded_learners(make, tmp_path, monkeypa
     assert [r["sync/version"] for r in steps] == [1, 2, 3]
     assert all(r["sync/logp_gap_max"] < 1e-3 for r in steps)
     assert {p.name for p in (result.run_dir / "log").iterdir()} == {
-        "driver.log", "engine-0.log", "scorer-0.log", "learner-0.log", "learner-1.log"
+        "driver.log",
+        "engine-0.log",
+        "scorer-0.log",
+        "learner-0.log",
+        "learner-1.log",
     }
     again = run_evaluation(make(evaluation__prompts=2, **RAY), model=str(result.run_dir / "checkpoints" / "step-3"))
     assert again.metrics["reward"] == pytest.approx(result.evaluations[3].metrics["reward"], abs=1e-6)

@@ -20,16 +20,34 @@ from rayalign.learners.models import CausalPolicy
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, OptimizerConfig
 from rayalign.types import Column, Example, Sequence
 
-SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-             num_key_value_heads=1, head_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-             eos_token_id=2)
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 OTHERS = {
     "gemma2": Gemma2Config(**SMALL, final_logit_softcapping=2.0, sliding_window=8),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64),
     "cohere": CohereConfig(**SMALL, logit_scale=3.0),
     "granite": GraniteConfig(**SMALL, logits_scaling=4.0),
-    "opt": OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2,
-                     max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0),
+    "opt": OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        pad_token_id=0,
+    ),
 }
 EXAMPLES = [
     Example((Sequence((5, 6, 7), (8, 9)), Sequence((5, 6, 7), (10, 11, 12, 0)))),
@@ -51,15 +69,17 @@ def folder(request, tmp_path):
 
 
 def load(folder, trainable=True, **settings):
-    spec = LearnerSpec("policy", str(folder), trainable=trainable, optimizer=OptimizerConfig(),
-                       settings=LearnerSettings(**settings))
+    spec = LearnerSpec(
+        "policy", str(folder), trainable=trainable, optimizer=OptimizerConfig(), settings=LearnerSettings(**settings)
+    )
     return CausalPolicy.load(spec, torch.float32)
 
 
 def run(policy, columns=(Column.LOGPS, Column.ENTROPY), temperature=0.7, chunk=2048):
     batch = collate(EXAMPLES, pad_id=0)
-    return policy(batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask, columns,
-                  temperature, chunk)
+    return policy(
+        batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask, columns, temperature, chunk
+    )
 
 
 def test_columns_are_those_of_the_full_logits_row_by_row(folder):

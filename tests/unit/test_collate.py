@@ -30,17 +30,29 @@ def test_a_real_token_that_equals_the_pad_id_is_not_masked():
     assert batch.mask.sum() == 3 and batch.attention_mask.sum() == 4
 
 
-@pytest.mark.parametrize("row", [
-    Sequence((1,), ()), Sequence((), (1,)), Sequence((1,), (2, 3), rollout_logps=(0.0,)),
-    Sequence((1,), (2, 3), columns={"reference/logps": np.zeros(1)})])
+@pytest.mark.parametrize(
+    "row",
+    [
+        Sequence((1,), ()),
+        Sequence((), (1,)),
+        Sequence((1,), (2, 3), rollout_logps=(0.0,)),
+        Sequence((1,), (2, 3), columns={"reference/logps": np.zeros(1)}),
+    ],
+)
 def test_rows_that_cannot_be_used_are_data_errors(row):
     with pytest.raises(DataError):
         collate([Example((row,))], pad_id=0)
 
 
-@pytest.mark.parametrize("examples", [
-    [], [Example((SHORT,)), Example((SHORT, LONG))], [Example((SHORT, Sequence((1,), (2,))))],
-    [Example((SHORT,), {"p": 1.0}), Example((SHORT,))]])
+@pytest.mark.parametrize(
+    "examples",
+    [
+        [],
+        [Example((SHORT,)), Example((SHORT, LONG))],
+        [Example((SHORT, Sequence((1,), (2,))))],
+        [Example((SHORT,), {"p": 1.0}), Example((SHORT,))],
+    ],
+)
 def test_examples_that_do_not_fit_together_are_refused(examples):
     with pytest.raises(ValueError):
         collate(examples, pad_id=0)

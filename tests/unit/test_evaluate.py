@@ -11,7 +11,8 @@ from rayalign.evaluate import EvaluatedSample, Evaluation, bootstrap_interval, d
 def make(scores):
     samples = [
         EvaluatedSample(p, f"p{p}", "a b a", score, 3, p == 0, 0.5, 0.25)
-        for p, row in enumerate(scores) for score in row
+        for p, row in enumerate(scores)
+        for score in row
     ]
     return Evaluation(0, tuple(samples))
 
@@ -42,5 +43,5 @@ def test_summary_and_rise_are_paired_by_prompt():
 
 
 def test_kl_is_left_out_without_a_reference():
-    sample = EvaluatedSample(0, "p", "a", 1.0, 1, False, float("nan"), float("nan"))
+    sample = EvaluatedSample(0, "p", "a", 1.0, 1, False, None, None)
     assert "kl/k1" not in summarise(Evaluation(0, (sample,)), seed=0)

@@ -8,14 +8,17 @@ from rayalign.errors import ConfigError
 from rayalign.runtime.placement import Node, place
 
 LAPTOP = [Node("a", 2, 0)]
+ONE_EACH = [Node("a", 16, 1), Node("b", 16, 1)]
 TWO_CPU = [Node("a", 8, 0), Node("b", 8, 0)]
 ONE_GPU = [Node("a", 16, 1)]
 CLUSTER = [Node("a", 64, 8), Node("b", 64, 8)]
 
 
-def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=True):
-    return place(nodes, engines=engines, tensor_parallel=tensor_parallel, learners=learners, scorers=scorers,
-                 colocate=colocate)
+def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=None):
+    colocate = max(node.gpus for node in nodes) == 1 if colocate is None else colocate
+    return place(
+        nodes, engines=engines, tensor_parallel=tensor_parallel, learners=learners, scorers=scorers, colocate=colocate
+    )
 
 
 def test_a_laptop_takes_turns_on_all_its_cores():
@@ -34,8 +37,8 @@ def test_kinds_spread_over_nodes():
 
 
 def test_gpus_are_shared_or_apart():
-    shared = run(ONE_GPU)
-    assert sum(p.gpus for p in shared) <= 1
+    shared = run(ONE_EACH, engines=2, learners=2)
+    assert all(sum(p.gpus for p in shared if p.node == node) <= 1 for node in ONE_EACH)
     assert all(p.gpus > 0 for p in shared if not p.actor.startswith("scorer"))
     apart = run(CLUSTER, engines=2, tensor_parallel=4, learners=8, colocate=False)
     for node in CLUSTER:
@@ -56,7 +59,8 @@ def test_no_node_is_asked_for_more_than_it_has(nodes):
     [
         (LAPTOP, {"engines": 3}, ["key engine.count", "3 × 1 CPU cores", "2 CPU cores", "lower engine.count to 2"]),
         (LAPTOP, {"learners": 3}, ["key learner.ranks", "lower learner.ranks to 2"]),
-        (ONE_GPU, {"tensor_parallel": 2}, ["key engine.count", "1 × 2 GPUs", "2 of one node"]),
+        (CLUSTER, {"colocate": True}, ["key placement.colocate", "one GPU a node", "placement.colocate=false"]),
+        (ONE_GPU, {"tensor_parallel": 2, "colocate": False}, ["key engine.count", "1 × 2 GPUs", "2 of one node"]),
         (ONE_GPU, {"colocate": False}, ["key learner.ranks", "0 GPUs"]),
         (CLUSTER, {"engines": 3, "tensor_parallel": 8}, ["lower engine.count to 2"]),
     ],

@@ -78,6 +78,7 @@ def test_long_prompts_are_counted_or_refused(tokenizer, tmp_path):
         ('{"prompt": "a"}\n{"prompt": "b"\n', {}, r"p.jsonl:2: this line is not JSON"),
         ('["a"]\n', {}, r"p.jsonl:1: this line is not a JSON object"),
         ('{"text": "a"}\n', {}, r"no column 'prompt'.*\n.*columns text"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', {}, "row 1: these messages do not end with the user"),
         ('{"promt": "a"}\n', {}, "did you mean promt"),
         ('{"prompt": "a"}\n{"x": 1}\n', {}, "row 2: there is no column"),
         ('{"prompt": "  "}\n', {}, "row 1: this is not a prompt"),
@@ -101,6 +102,12 @@ def test_folder_bad_csv_and_unknown_hub_id(tokenizer, tmp_path):
         load(tokenizer, tmp_path / "p.parquet")
     with pytest.raises(DataError, match="could not be loaded"):
         load(tokenizer, "no_such_owner_here/no_such_data")
+
+
+def test_a_file_in_another_encoding_is_named_with_its_line(tokenizer, tmp_path):
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a"}\n{"prompt": "é"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"p.jsonl:2: this line is not UTF-8"):
+        load(tokenizer, tmp_path / "p.jsonl")
 
 
 def test_no_chat_template_is_explained(tokenizer, tmp_path):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from rayalign.sharding import minibatches, split
 
 LENGTHS = st.integers(1, 3).flatmap(
-    lambda rows: st.lists(st.lists(st.integers(2, 60), min_size=rows, max_size=rows), max_size=30))
+    lambda rows: st.lists(st.lists(st.integers(2, 60), min_size=rows, max_size=rows), max_size=30)
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -53,9 +54,14 @@ def test_one_minibatch_keeps_the_order_and_epochs_differ():
     assert len(orders) == 4
 
 
-@pytest.mark.parametrize("call", [
-    lambda: split([[1]], ranks=0, micro_batch_tokens=1), lambda: split([[1]], ranks=1, micro_batch_tokens=0),
-    lambda: minibatches(3, count=0, seed=0, epoch=0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: split([[1]], ranks=0, micro_batch_tokens=1),
+        lambda: split([[1]], ranks=1, micro_batch_tokens=0),
+        lambda: minibatches(3, count=0, seed=0, epoch=0),
+    ],
+)
 def test_sizes_below_one_are_refused(call):
     with pytest.raises(ValueError):
         call()

