@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests that need no GPU. Arguments go to pytest: `launch/test.sh -k spin`,
-# `launch/test.sh tests/unit/test_errors.py -x`.
+# `launch/test.sh tests/unit/test_config.py -x`.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

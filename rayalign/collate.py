@@ -66,12 +66,18 @@ def check_row(row: Row) -> None:
         raise DataError("a completion has no tokens", rule="a completion has at least one token (the end token counts)")
     count = len(row.completion_ids)
     if row.rollout_logps and len(row.rollout_logps) != count:
-        raise DataError("rollout log-probs do not match the completion", value=len(row.rollout_logps),
-                        rule=f"one number a completion token, {count} here")
+        raise DataError(
+            "rollout log-probs do not match the completion",
+            value=len(row.rollout_logps),
+            rule=f"one number a completion token, {count} here",
+        )
     for name, numbers in row.columns.items():
         if np.shape(numbers) != (count,):
-            raise DataError(f"column {name} does not match the completion", value=np.shape(numbers),
-                            rule=f"one number a completion token, {count} here")
+            raise DataError(
+                f"column {name} does not match the completion",
+                value=np.shape(numbers),
+                rule=f"one number a completion token, {count} here",
+            )
 
 
 def _pad(lists: Sequence, width: int, fill: float, dtype: type) -> torch.Tensor:

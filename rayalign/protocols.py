@@ -5,7 +5,7 @@ Nothing here names Ray, vLLM or DeepSpeed: the loop, and every algorithm, runs w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -148,6 +148,11 @@ class Algorithm(Protocol):
     """A few verbs. Frozen and picklable: it is sent to the learners as it is."""
 
     needs: Sequence[tuple[str, Column]]  # (role, column) to annotate before the update
+    columns: Sequence[Column]  # of the policy, with their gradient, in the loss
+    # Numbers of the whole step that the loss needs (KTO's reference point, a batch's label mass): None, or a
+    # function like `loss` that gives named sums of one micro-batch. The learner adds them up over micro-batches
+    # and ranks in a pass of its own, without gradient, before the loss pass.
+    statistics: Callable[[Batch, Mapping[str, Any]], Mapping[str, Any]] | None
 
     def request(self, sampling: Sampling) -> Sequence[Sampling]:
         """What to sample for one prompt: one entry a completion. Empty for an offline method."""
@@ -161,8 +166,9 @@ class Algorithm(Protocol):
     def denominator(self, examples: Sequence[Example]) -> float:
         """What the summed loss of all these examples is divided by, over all ranks and micro-batches."""
 
-    def loss(self, batch: Batch, columns: Mapping[str, Any]) -> Terms:
-        """`columns`: "policy/logps" [R, T] with its gradient. Others are in `batch.columns`."""
+    def loss(self, batch: Batch, columns: Mapping[str, Any], statistics: Mapping[str, Any]) -> Terms:
+        """`columns`: "policy/logps" [R, T] and what else `self.columns` names, with gradients; annotated ones
+        are in `batch.columns`. `statistics`: the sums over the whole step; empty where none are asked for."""
 
     def refresh(self, step: int) -> float | None:
         """After this step (counted from 1): the decay with which the reference follows the policy,

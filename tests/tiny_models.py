@@ -28,7 +28,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Specials, every printable ASCII character and a few words: 160 ids, no unknown ASCII text, and
     decode(encode(text)) == text."""
     pieces = list(SPECIALS) + ["\n"] + [chr(code) for code in range(32, 127)]
-    pieces += [word for word in (" " + word for word in WORDS)]
+    pieces += [" " + word for word in WORDS]
     pieces += [f"<extra_{index}>" for index in range(VOCAB_SIZE - len(pieces))]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     assert len(vocab) == VOCAB_SIZE

@@ -42,6 +42,8 @@ class OnlinePreference(Record):
     reference: Reference = Reference()
 
     needs: ClassVar = (("reference", Column.LOGPS),)
+    columns: ClassVar = (Column.LOGPS,)
+    statistics: ClassVar = None
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return [sampling] * self.samples
@@ -67,7 +69,7 @@ class OnlinePreference(Record):
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))
 
-    def loss(self, batch: Batch, columns: Mapping[str, Tensor]) -> Terms:
+    def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
         policy = batch.by_example(sequence_logprob(columns["policy/logps"], batch.mask))  # [B, 2]
         reference = batch.by_example(sequence_logprob(batch.columns["reference/logps"], batch.mask))
         gap = log_ratio_gap(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])

@@ -29,8 +29,16 @@ from rayalign.sharding import lengths_of, minibatches, split
 from rayalign.types import Batch, Column, Example, Metrics, Terms
 from rayalign.types import Sequence as Row
 
-__all__ = ["LearnerSettings", "LearnerSpec", "OptimizerConfig", "RankLearner", "learning_rate",
-           "merge_annotations", "merge_metrics", "weighted_sum"]
+__all__ = [
+    "LearnerSettings",
+    "LearnerSpec",
+    "OptimizerConfig",
+    "RankLearner",
+    "learning_rate",
+    "merge_annotations",
+    "merge_metrics",
+    "weighted_sum",
+]
 
 Annotation = tuple[int, tuple[dict[str, np.ndarray], ...]]  # index of an example, new columns of each of its rows
 StepMetrics = tuple[dict[str, float], dict[str, float]]  # partial sums, and what is the same on all ranks
@@ -47,8 +55,10 @@ def merge_annotations(examples: Sequence[Example], shards: Sequence[Sequence[Ann
         raise ValueError(f"{len(examples)} examples, but columns for {len(found)}")
     merged = []
     for index, example in enumerate(examples):
-        rows = (replace(row, columns={**row.columns, **new})
-                for row, new in zip(example.sequences, found[index], strict=True))
+        rows = (
+            replace(row, columns={**row.columns, **new})
+            for row, new in zip(example.sequences, found[index], strict=True)
+        )
         merged.append(replace(example, sequences=tuple(rows)))
     return merged
 
@@ -72,8 +82,10 @@ def weighted_sum(terms: Terms, batch: Batch) -> Tensor:
     if loss.shape == batch.labels.shape:
         weight = weight.repeat_interleave(batch.rows).unsqueeze(1)
     elif loss.shape != weight.shape:
-        raise ValueError(f"a loss is [B] = {tuple(weight.shape)} or [R, T] = {tuple(batch.labels.shape)}, "
-                         f"this one is {tuple(loss.shape)}")
+        raise ValueError(
+            f"a loss is [B] = {tuple(weight.shape)} or [R, T] = {tuple(batch.labels.shape)}, "
+            f"this one is {tuple(loss.shape)}"
+        )
     return torch.where(weight > 0, loss * weight, 0.0).sum()
 
 
@@ -133,6 +145,10 @@ class RankLearner(ABC):
         """The sum of `value` over all ranks, the same on each."""
 
     @abstractmethod
+    def _total_tensor(self, value: Tensor) -> Tensor:
+        """As `_total`, of a tensor."""
+
+    @abstractmethod
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and full tensors, one at a time, valid until the next is asked for. Every rank
         of the role has to walk through all of them."""
@@ -154,26 +170,29 @@ class RankLearner(ABC):
         return merge_annotations(examples, [self.annotate_shard(examples, columns)])
 
     def annotate_shard(self, examples: Sequence[Example], columns: Sequence[Column]) -> list[Annotation]:
-        """"role/column" arrays for this rank's share of the examples, by index. Every rank has to call it."""
+        """ "role/column" arrays for this rank's share of the examples, by index. Every rank has to call it."""
         if not examples or not columns:
             return [(index, tuple({} for _ in example.sequences)) for index, example in enumerate(examples)]
         return self._annotate(examples, columns, self.spec.temperature, self.rank, self.world_size)
 
     @torch.no_grad()
-    def _annotate(self, examples: Sequence[Example], columns: Sequence[Column], temperature: float, rank: int,
-                  ranks: int) -> list[Annotation]:
+    def _annotate(
+        self, examples: Sequence[Example], columns: Sequence[Column], temperature: float, rank: int, ranks: int
+    ) -> list[Annotation]:
         plan = split(lengths_of(examples), ranks=ranks, micro_batch_tokens=self.settings.micro_batch_tokens)
         found: list[Annotation] = []
         for micro in plan[rank]:
             batch = self._batch(examples, micro, columns=False)
-            tensors = {name: values.cpu().numpy() for name, values in
-                       self._columns(batch, columns, temperature).items()}
+            tensors = {
+                name: values.cpu().numpy() for name, values in self._columns(batch, columns, temperature).items()
+            }
             for place, index in enumerate(micro):
                 rows = []
                 for offset, row in enumerate(examples[index].sequences):
                     at, count = place * batch.rows + offset, len(row.completion_ids)
-                    rows.append({f"{self.spec.role}/{name}": values[at, :count].copy()
-                                 for name, values in tensors.items()})
+                    rows.append(
+                        {f"{self.spec.role}/{name}": values[at, :count].copy() for name, values in tensors.items()}
+                    )
                 found.append((index, tuple(rows)))
         return found
 
@@ -185,8 +204,10 @@ class RankLearner(ABC):
         else:
             chosen, weight = [min(examples, key=lambda example: sum(map(len, example.sequences)))], [0.0]
         if not columns:
-            chosen = [replace(example, values={}, sequences=tuple(replace(row, columns={}) for row in
-                                                                 example.sequences)) for example in chosen]
+            chosen = [
+                replace(example, values={}, sequences=tuple(replace(row, columns={}) for row in example.sequences))
+                for example in chosen
+            ]
         return _to(collate(chosen, pad_id=self.spec.pad_id, weight=weight), self.device)
 
     def logps(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
@@ -221,8 +242,11 @@ class RankLearner(ABC):
         if not self.spec.trainable:
             raise ConfigError(f"the {self.spec.role} learner is frozen and cannot be trained", where=self.spec.role)
         if not examples:
-            raise DataError("a training step without examples", rule="at least one example",
-                            remedy="skip steps whose examples were all dropped")
+            raise DataError(
+                "a training step without examples",
+                rule="at least one example",
+                remedy="skip steps whose examples were all dropped",
+            )
         rate = learning_rate(self.spec.optimizer, plan.step, self.spec.total_steps)
         steps, largest, summed = 0, 0.0, {}
         for epoch in range(plan.epochs):
@@ -235,32 +259,53 @@ class RankLearner(ABC):
 
     def _optimizer_step(self, examples: list[Example], algorithm: Algorithm, lr: float, step: int):
         denominator = algorithm.denominator(examples) or 1.0  # nothing counts: the sum is 0, and stays so
-        plan = split(lengths_of(examples), ranks=self.world_size,
-                     micro_batch_tokens=self.settings.micro_batch_tokens)[self.rank]
+        plan = split(lengths_of(examples), ranks=self.world_size, micro_batch_tokens=self.settings.micro_batch_tokens)[
+            self.rank
+        ]
+        statistics = self._statistics(examples, algorithm, plan) if algorithm.statistics is not None else {}
         sums = _Sums(0.0, {})
         for index, micro in enumerate(plan):
             batch = self._batch(examples, micro)
-            logps = self._columns(batch, [Column.LOGPS], self.spec.temperature)[Column.LOGPS.value]
+            columns = self._named_columns(batch, algorithm)
             if micro:
-                terms = algorithm.loss(batch, {f"{self.spec.role}/logps": logps})
+                terms = algorithm.loss(batch, columns, statistics)
                 loss = weighted_sum(terms, batch) / denominator
                 _add(sums, loss, terms.metrics, batch, len(examples))
             else:
                 # The algorithm is not asked about a filler: its loss is exactly 0 whatever the numbers are.
-                loss = torch.where(batch.mask > 0, 0.0, logps).sum()
+                loss = sum(torch.where(batch.mask > 0, 0.0, column).sum() for column in columns.values())
             self._backward(loss, last=index == len(plan) - 1)
         self._finite("the loss", self._total(sums.loss), step)
         norm = self._step(lr)
         self._finite("the gradient norm", norm, step)
         return sums, norm
 
+    def _named_columns(self, batch: Batch, algorithm: Algorithm) -> dict[str, Tensor]:
+        found = self._columns(batch, algorithm.columns, self.spec.temperature)
+        return {f"{self.spec.role}/{name}": values for name, values in found.items()}
+
+    @torch.no_grad()
+    def _statistics(self, examples: list[Example], algorithm: Algorithm, plan: list[list[int]]) -> dict[str, Tensor]:
+        """The algorithm's sums over the whole step: all micro-batches, all ranks."""
+        sums: dict[str, Tensor] = {}
+        for micro in plan:
+            batch = self._batch(examples, micro)
+            found = algorithm.statistics(batch, self._named_columns(batch, algorithm))
+            for name, value in found.items():
+                value = value if micro else torch.zeros_like(value)  # a filler counts for nothing
+                sums[name] = sums[name] + value if name in sums else value
+        return {name: self._total_tensor(value) for name, value in sums.items()}
+
     def _finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
             raise TrainingStopped(
-                f"{what} of the {self.spec.role} is not finite", where=f"step {step + 1}", value=value,
+                f"{what} of the {self.spec.role} is not finite",
+                where=f"step {step + 1}",
+                value=value,
                 rule="training goes on with finite numbers only; this step was not taken",
                 remedy="start from the last checkpoint with a lower optimizer.lr (or a longer warm-up, a lower "
-                       "max_grad_norm, dtype float32)")
+                "max_grad_norm, dtype float32)",
+            )
 
     # Weights.
 
@@ -289,9 +334,13 @@ class RankLearner(ABC):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         if source not in self.peers or self.spec.trainable:
-            raise ConfigError(f"the {self.spec.role} learner cannot take over weights", where=self.spec.role,
-                              value=source, rule="a frozen role follows a role that is built beside it: "
-                              + ", ".join(sorted(set(self.peers) - {self.spec.role})))
+            raise ConfigError(
+                f"the {self.spec.role} learner cannot take over weights",
+                where=self.spec.role,
+                value=source,
+                rule="a frozen role follows a role that is built beside it: "
+                + ", ".join(sorted(set(self.peers) - {self.spec.role})),
+            )
         self._blend(self.peers[source], decay)
         self.refreshed = True
 
@@ -324,6 +373,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    nested = {name: {key: tensor.to(device) for key, tensor in getattr(batch, name).items()}
-              for name in ("columns", "values")}
+    nested = {
+        name: {key: tensor.to(device) for key, tensor in getattr(batch, name).items()} for name in ("columns", "values")
+    }
     return replace(batch, **moved, **nested)

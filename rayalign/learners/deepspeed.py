@@ -28,7 +28,8 @@ class DeepSpeedLearnerConfig(LearnerSettings):
     name: Literal["deepspeed"] = "deepspeed"
     ranks: int = Field(1, ge=1, description="data-parallel processes")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="what the ranks share out: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters")
+        2, description="what the ranks share out: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters"
+    )
     offload: Literal["none", "cpu"] = Field("none", description="where optimiser state lives (stages 1 to 3)")
     config: dict[str, Any] = Field({}, description="merged into DeepSpeed's own config, for what is not said here")
 
@@ -67,8 +68,9 @@ class DeepSpeedLearner(RankLearner):
         super().__init__(spec, peers, rank=rank, world_size=world_size)
         self.stage = self.settings.zero_stage
         init_process(rank, world_size)
-        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() \
-            else torch.device("cpu")
+        self._device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         self.policy = CausalPolicy.load(spec, self.dtype).to(self._device)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.policy.named_weights()}
         self.engine = self._initialize() if spec.trainable or self.stage == 3 else None
@@ -83,11 +85,18 @@ class DeepSpeedLearner(RankLearner):
         optimizer = None
         if self.spec.trainable:
             wanted = self.spec.optimizer
-            optimizer = torch.optim.AdamW(self.policy.parameters(), lr=wanted.lr, betas=wanted.betas, eps=wanted.eps,
-                                          weight_decay=wanted.weight_decay, fused=True)
+            optimizer = torch.optim.AdamW(
+                self.policy.parameters(),
+                lr=wanted.lr,
+                betas=wanted.betas,
+                eps=wanted.eps,
+                weight_decay=wanted.weight_decay,
+                fused=True,
+            )
         with contextlib.redirect_stdout(io.StringIO()):  # some of its optimisers print memory tables
-            return deepspeed.initialize(model=self.policy, optimizer=optimizer, config=config,
-                                        dist_init_required=False)[0]
+            return deepspeed.initialize(
+                model=self.policy, optimizer=optimizer, config=config, dist_init_required=False
+            )[0]
 
     @property
     def device(self) -> torch.device:
@@ -95,8 +104,16 @@ class DeepSpeedLearner(RankLearner):
 
     def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
         forward = self.engine if self.engine is not None else self.policy
-        return forward(batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask,
-                       tuple(columns), temperature, self.settings.logprob_chunk)
+        return forward(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.labels,
+            batch.positions,
+            batch.mask,
+            tuple(columns),
+            temperature,
+            self.settings.logprob_chunk,
+        )
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -124,6 +141,11 @@ class DeepSpeedLearner(RankLearner):
         total = torch.tensor([value], dtype=torch.float64, device=self._device)
         torch.distributed.all_reduce(total)
         return float(total)
+
+    def _total_tensor(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.stage < 3:

@@ -13,15 +13,34 @@ import torch
 from rayalign.learners.settings import LearnerSpec
 
 # Keys of DeepSpeed's config that follow from ours.
-OWNED = frozenset({
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "managed_gradient_accumulation", "optimizer", "scheduler", "gradient_clipping",
-    "bf16", "bfloat16", "fp16", "amp", "torch_autocast", "prescale_gradients", "gradient_predivide_factor",
-})
+OWNED = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "managed_gradient_accumulation",
+        "optimizer",
+        "scheduler",
+        "gradient_clipping",
+        "bf16",
+        "bfloat16",
+        "fp16",
+        "amp",
+        "torch_autocast",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+    }
+)
 
 
-def init_process(rank: int, world_size: int, master_addr: str | None = None, master_port: int | None = None, *,
-                 timeout_s: float = 1800.0) -> None:
+def init_process(
+    rank: int,
+    world_size: int,
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    *,
+    timeout_s: float = 1800.0,
+) -> None:
     """Join the process group of the ranks, once a process: gloo on CPUs, nccl on GPUs.
 
     Args:
@@ -49,8 +68,9 @@ def init_process(rank: int, world_size: int, master_addr: str | None = None, mas
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False,
-                               timeout=timedelta(seconds=timeout_s))
+    deepspeed.init_distributed(
+        "nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
 def engine_config(spec: LearnerSpec, dtype: torch.dtype, world_size: int, parameters: int) -> dict[str, Any]:
@@ -83,8 +103,11 @@ def engine_config(spec: LearnerSpec, dtype: torch.dtype, world_size: int, parame
         "steps_per_print": 2**31,
     }
     if bfloat16:
-        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32",
-                   "data_types": {"grad_accum_dtype": "fp32"}}
+        config |= {
+            "bf16": {"enabled": True},
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
     if spec.trainable and stage:
         config["gradient_clipping"] = spec.optimizer.max_grad_norm
     return merged(config, settings.config)

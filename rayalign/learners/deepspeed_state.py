@@ -42,10 +42,13 @@ def restore(learner: DeepSpeedLearner, path: Path) -> None:
     wanted = _marker(learner)
     for key, name in (("zero_stage", "ZeRO stage"), ("ranks", "number of ranks"), ("dtype", "dtype")):
         if marker.get(key) != wanted[key]:
-            raise CheckpointError(f"this state was written with another {name}", where=str(path),
-                                  value=f"{name} {marker.get(key)} in the checkpoint, {wanted[key]} in the config",
-                                  rule="state is sharded by ranks and stage and is read back the same way",
-                                  remedy=f"resume with {name} {marker.get(key)}, or start anew from exported weights")
+            raise CheckpointError(
+                f"this state was written with another {name}",
+                where=str(path),
+                value=f"{name} {marker.get(key)} in the checkpoint, {wanted[key]} in the config",
+                rule="state is sharded by ranks and stage and is read back the same way",
+                remedy=f"resume with {name} {marker.get(key)}, or start anew from exported weights",
+            )
     learner.refreshed = bool(marker["refreshed"])
     if learner.spec.trainable:
         _restore_engine(learner, path)
@@ -58,12 +61,16 @@ def _restore_engine(learner: DeepSpeedLearner, path: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             loaded, client = learner.engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise CheckpointError("DeepSpeed cannot read this checkpoint", where=str(path),
-                              value=f"{type(error).__name__}: {error}",
-                              remedy="resume with the model that wrote it, or from another checkpoint") from error
+        raise CheckpointError(
+            "DeepSpeed cannot read this checkpoint",
+            where=str(path),
+            value=f"{type(error).__name__}: {error}",
+            remedy="resume with the model that wrote it, or from another checkpoint",
+        ) from error
     if loaded is None:
-        raise CheckpointError("DeepSpeed found no checkpoint here", where=str(path),
-                              remedy="restore from another checkpoint")
+        raise CheckpointError(
+            "DeepSpeed found no checkpoint here", where=str(path), remedy="restore from another checkpoint"
+        )
     torch.set_rng_state(client["rng"].cpu())
 
 
@@ -72,18 +79,29 @@ def _restore_shares(learner: DeepSpeedLearner, path: Path) -> None:
     found = load_file(file)
     own = dict(learner.shares())
     stored = {name.removeprefix("own/"): share for name, share in found.items() if name.startswith("own/")}
-    check_names(file, {name: tuple(share.shape) for name, share in stored.items()},
-                {name: tuple(share.shape) for name, share in own.items()})
+    check_names(
+        file,
+        {name: tuple(share.shape) for name, share in stored.items()},
+        {name: tuple(share.shape) for name, share in own.items()},
+    )
     for name, share in own.items():
         share.copy_(stored[name])
-    learner.master = {name.removeprefix("master/"): share.to(learner.device)
-                      for name, share in found.items() if name.startswith("master/")}
+    learner.master = {
+        name.removeprefix("master/"): share.to(learner.device)
+        for name, share in found.items()
+        if name.startswith("master/")
+    }
 
 
 def _marker(learner: DeepSpeedLearner) -> dict[str, Any]:
-    return {"learner": "deepspeed", "role": learner.spec.role, "zero_stage": learner.stage,
-            "ranks": learner.world_size, "dtype": str(learner.dtype).removeprefix("torch."),
-            "refreshed": learner.refreshed}
+    return {
+        "learner": "deepspeed",
+        "role": learner.spec.role,
+        "zero_stage": learner.stage,
+        "ranks": learner.world_size,
+        "dtype": str(learner.dtype).removeprefix("torch."),
+        "refreshed": learner.refreshed,
+    }
 
 
 def _shares_file(learner: DeepSpeedLearner, path: Path) -> Path:

@@ -33,8 +33,13 @@ def resolve_dtype(spec: LearnerSpec) -> torch.dtype:
         config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
         name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if name not in ("float32", "bfloat16"):
-        raise ConfigError(f"the {spec.role} learner cannot run in this dtype", where=f"{spec.role}.dtype", value=name,
-                          rule="float32 or bfloat16", remedy="set dtype to one of them")
+        raise ConfigError(
+            f"the {spec.role} learner cannot run in this dtype",
+            where=f"{spec.role}.dtype",
+            value=name,
+            rule="float32 or bfloat16",
+            remedy="set dtype to one of them",
+        )
     return getattr(torch, name)
 
 
@@ -56,6 +61,7 @@ class ColumnHead(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor, columns: tuple[Column, ...], temperature: float, chunk: int):
         """hidden [N, H] and labels [N] → for each column [N]."""
+
         def compute(hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
             logits = self.logits(hidden).unsqueeze(0)  # [1, n, V]
             return tuple(_column(column, logits, labels.unsqueeze(0), temperature)[0] for column in columns)
@@ -110,9 +116,13 @@ class CausalPolicy(nn.Module):
                 attn_implementation=spec.settings.attention,
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"the {spec.role} model cannot be loaded", where=f"{spec.role}.model", value=spec.model,
-                              rule="the folder of a Hugging Face causal language model",
-                              remedy=f"{type(error).__name__}: {error}") from error
+            raise ConfigError(
+                f"the {spec.role} model cannot be loaded",
+                where=f"{spec.role}.model",
+                value=spec.model,
+                rule="the folder of a Hugging Face causal language model",
+                remedy=f"{type(error).__name__}: {error}",
+            ) from error
         model.requires_grad_(spec.trainable)
         checkpointing = spec.settings.gradient_checkpointing and spec.trainable
         return cls(model, gradient_checkpointing=checkpointing)
@@ -196,9 +206,12 @@ class CausalPolicy(nn.Module):
 
 
 def _unknown_head(model: PreTrainedModel) -> ConfigError:
-    return ConfigError("this architecture makes its logits in a way that is not known here",
-                       value=type(model).__name__, rule="logits = a linear head of the last hidden state",
-                       remedy="use another model, or add what it does to rayalign/learners/models.py")
+    return ConfigError(
+        "this architecture makes its logits in a way that is not known here",
+        value=type(model).__name__,
+        rule="logits = a linear head of the last hidden state",
+        remedy="use another model, or add what it does to rayalign/learners/models.py",
+    )
 
 
 def _column(column: Column, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -47,8 +47,13 @@ class TorchLearner(RankLearner):
         self._optimizer = None
         if spec.trainable:
             self._optimizer = torch.optim.AdamW(
-                self.policy.parameters(), lr=spec.optimizer.lr, betas=spec.optimizer.betas, eps=spec.optimizer.eps,
-                weight_decay=spec.optimizer.weight_decay, fused=True)
+                self.policy.parameters(),
+                lr=spec.optimizer.lr,
+                betas=spec.optimizer.betas,
+                eps=spec.optimizer.eps,
+                weight_decay=spec.optimizer.weight_decay,
+                fused=True,
+            )
 
     @property
     def device(self) -> torch.device:
@@ -56,8 +61,16 @@ class TorchLearner(RankLearner):
 
     def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            return self.policy(batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask,
-                               columns, temperature, self.settings.logprob_chunk)
+            return self.policy(
+                batch.input_ids,
+                batch.attention_mask,
+                batch.labels,
+                batch.positions,
+                batch.mask,
+                columns,
+                temperature,
+                self.settings.logprob_chunk,
+            )
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -72,6 +85,9 @@ class TorchLearner(RankLearner):
         return norm
 
     def _total(self, value: float) -> float:
+        return value
+
+    def _total_tensor(self, value: Tensor) -> Tensor:
         return value
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -91,8 +107,11 @@ class TorchLearner(RankLearner):
         if changed:
             save_file({name: tensor.cpu().contiguous() for name, tensor in self.full_tensors()}, path / WEIGHTS)
         if self._optimizer is not None:
-            state = {"optimizer": self._optimizer.state_dict(), "rng": torch.get_rng_state(),
-                     "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            state = {
+                "optimizer": self._optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            }
             torch.save(state, path / OPTIMIZER)
 
     @torch.no_grad()
@@ -104,8 +123,11 @@ class TorchLearner(RankLearner):
         if marker["weights"]:
             weights = load_file(path / WEIGHTS)
             own = dict(self.full_tensors())
-            check_names(path / WEIGHTS, {name: tuple(t.shape) for name, t in weights.items()},
-                        {name: tuple(t.shape) for name, t in own.items()})
+            check_names(
+                path / WEIGHTS,
+                {name: tuple(t.shape) for name, t in weights.items()},
+                {name: tuple(t.shape) for name, t in own.items()},
+            )
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
         if self._optimizer is not None:
@@ -125,13 +147,20 @@ def read_marker(path: Path, *, learner: str, role: str) -> dict:
     try:
         marker = json.loads((path / MARKER).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no state of the {role} learner can be read here", where=str(path / MARKER),
-                              value=f"{type(error).__name__}: {error}",
-                              remedy="restore from another checkpoint") from None
+        raise CheckpointError(
+            f"no state of the {role} learner can be read here",
+            where=str(path / MARKER),
+            value=f"{type(error).__name__}: {error}",
+            remedy="restore from another checkpoint",
+        ) from None
     if marker.get("learner") != learner or marker.get("role") != role:
-        raise CheckpointError("this state is of another learner", where=str(path / MARKER),
-                              value=f"{marker.get('learner')} {marker.get('role')}", rule=f"{learner} {role}",
-                              remedy="resume with the learner and roles that wrote the checkpoint")
+        raise CheckpointError(
+            "this state is of another learner",
+            where=str(path / MARKER),
+            value=f"{marker.get('learner')} {marker.get('role')}",
+            rule=f"{learner} {role}",
+            remedy="resume with the learner and roles that wrote the checkpoint",
+        )
     return marker
 
 
@@ -139,7 +168,10 @@ def check_names(path: Path, found: dict[str, tuple], wanted: dict[str, tuple]) -
     """Raises CheckpointError unless both have the same names and shapes."""
     if found != wanted:
         wrong = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-        raise CheckpointError("these weights are of another model", where=str(path),
-                              value=f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}",
-                              rule="the names and shapes of the model in the config",
-                              remedy="resume with the model that wrote the checkpoint")
+        raise CheckpointError(
+            "these weights are of another model",
+            where=str(path),
+            value=f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}",
+            rule="the names and shapes of the model in the config",
+            remedy="resume with the model that wrote the checkpoint",
+        )

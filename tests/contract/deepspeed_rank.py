@@ -14,19 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.contract.learner_cases import PROBES, Broken, pairs, specs, train, weights
 
 from rayalign.errors import CheckpointError, TrainingStopped
 from rayalign.learners.base import merge_annotations, merge_metrics
 from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
 from rayalign.protocols import UpdatePlan
 from rayalign.sync.flat import unpack
+from tests.contract.learner_cases import PROBES, Broken, Centred, pairs, specs, train, weights
 
 TRAINING = {  # name → settings, examples, plan
     "whole": ({}, 5, {}),
     "split": ({"micro_batch_tokens": 40, "logprob_chunk": 4}, 5, {}),
     "alone": ({"micro_batch_tokens": 1, "gradient_checkpointing": True}, 5, {"epochs": 2, "minibatches": 2, "seed": 3}),
     "one": ({}, 1, {}),
+    "statistics": ({"micro_batch_tokens": 40}, 5, {"algorithm": Centred()}),
+    "statistics of one": ({}, 1, {"algorithm": Centred()}),
 }
 OFFLOAD = {"offloaded": ({"offload": "cpu", "micro_batch_tokens": 60}, 5, {})}
 
@@ -53,10 +55,12 @@ class Ranks:
         out.mkdir(parents=True, exist_ok=True)
 
     def build(self, dtype: str = "float32", stage: int | None = None, **settings):
-        config = DeepSpeedLearnerConfig(zero_stage=self.stage if stage is None else stage, dtype=dtype,
-                                        deadline_s=120, **settings)
-        return config.build(specs(self.model, config), rank=self.rank, world_size=self.world_size,
-                            address=("127.0.0.1", self.port))
+        config = DeepSpeedLearnerConfig(
+            zero_stage=self.stage if stage is None else stage, dtype=dtype, deadline_s=120, **settings
+        )
+        return config.build(
+            specs(self.model, config), rank=self.rank, world_size=self.world_size, address=("127.0.0.1", self.port)
+        )
 
     def everywhere(self, value) -> list:
         found = [None] * self.world_size
@@ -110,6 +114,7 @@ class Ranks:
 
     def resumed(self, dtype: str) -> None:
         """Saved, built anew, restored, and trained on: next to a run that was never interrupted."""
+
         def prepared():
             roles = self.build(dtype)
             self.train(roles, pairs(4))
@@ -127,8 +132,13 @@ class Ranks:
         for role, learner in again.items():
             learner.restore(folder / role)
         got = self.train(again, pairs(4, seed=9), start=2)
-        self.write(f"resumed-{dtype}", want=want, got=got, straight=straight,
-                   again={role: weights(learner) for role, learner in again.items()})
+        self.write(
+            f"resumed-{dtype}",
+            want=want,
+            got=got,
+            straight=straight,
+            again={role: weights(learner) for role, learner in again.items()},
+        )
         close(again)
         if dtype == "float32":
             self.other_shapes_are_refused(folder)
@@ -189,8 +199,9 @@ def launch(world_size: int, stages: list[int], model: Path, out: Path, timeout: 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     target: Callable = main
-    context = torch.multiprocessing.spawn(target, args=(world_size, port, stages, str(model), str(out)),
-                                          nprocs=world_size, join=False)
+    context = torch.multiprocessing.spawn(
+        target, args=(world_size, port, stages, str(model), str(out)), nprocs=world_size, join=False
+    )
     end = time.monotonic() + timeout.total_seconds()
     while not context.join(timeout=5):
         if time.monotonic() > end:

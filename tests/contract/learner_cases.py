@@ -17,8 +17,7 @@ from rayalign.types import Sequence as Row
 
 DPO = OnlinePreference()
 # eps well above float32 noise: Adam divides by the gradient's size, and would blow noise up to the rate.
-OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5, weight_decay=0.01, max_grad_norm=0.5, schedule="linear",
-                            warmup_steps=1)
+OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5, weight_decay=0.01, max_grad_norm=0.5, schedule="linear", warmup_steps=1)
 STEPS = 2
 
 
@@ -42,18 +41,29 @@ PROBES = [row.prompt_ids + row.completion_ids for example in pairs(2, seed=5) fo
 def specs(model: Path, settings: LearnerSettings, **changes) -> list[LearnerSpec]:
     """A policy and its reference."""
     common = dict(settings=settings, total_steps=5, temperature=0.8) | changes
-    return [LearnerSpec("policy", str(model), optimizer=OPTIMIZER, **common),
-            LearnerSpec("reference", str(model), trainable=False, **common)]
+    return [
+        LearnerSpec("policy", str(model), optimizer=OPTIMIZER, **common),
+        LearnerSpec("reference", str(model), trainable=False, **common),
+    ]
 
 
 def weights(learner) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().float().cpu().clone() for name, tensor in learner.full_tensors()}
 
 
-def train(roles, examples: Sequence[Example], *, annotate, update, start: int = 0, steps: int = STEPS, **plan):
-    """A few steps of DPO; the metrics of each."""
-    return [update(roles["policy"], annotate(roles["reference"], examples, [Column.LOGPS]), DPO,
-                   UpdatePlan(step=step, **plan)) for step in range(start, start + steps)]
+def train(
+    roles, examples: Sequence[Example], *, annotate, update, start: int = 0, steps: int = STEPS, algorithm=DPO, **plan
+):
+    """A few steps; the metrics of each."""
+    return [
+        update(
+            roles["policy"],
+            annotate(roles["reference"], examples, [Column.LOGPS]),
+            algorithm,
+            UpdatePlan(step=step, **plan),
+        )
+        for step in range(start, start + steps)
+    ]
 
 
 def smooth(metrics: dict[str, float]) -> dict[str, float]:
@@ -62,15 +72,43 @@ def smooth(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Broken:
-    """An algorithm with a number that is not finite: in the loss of the longest row, or only in its gradient."""
+class Centred:
+    """A loss with a number of the whole step in it (the mean gap), and a second column: only the same on any
+    number of ranks and micro-batches when both passes cover all examples and count each once."""
 
-    where: str
+    columns = (Column.LOGPS, Column.ENTROPY)
 
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))
 
-    def loss(self, batch: Batch, columns) -> Terms:
+    @staticmethod
+    def _gap(batch: Batch, columns) -> torch.Tensor:
+        rows = torch.where(batch.mask > 0, columns["policy/logps"], 0.0).sum(1)
+        pair = batch.by_example(rows)
+        return (pair[:, 0] - pair[:, 1]) / 10
+
+    def statistics(self, batch: Batch, columns) -> dict[str, torch.Tensor]:
+        gap = self._gap(batch, columns)
+        return {"gap": gap.sum(), "count": torch.ones_like(gap).sum()}
+
+    def loss(self, batch: Batch, columns, statistics) -> Terms:
+        gap, mean = self._gap(batch, columns), statistics["gap"] / statistics["count"]
+        entropy = batch.by_example(torch.where(batch.mask > 0, columns["policy/entropy"], 0.0).sum(1)).sum(1)
+        return Terms((gap - mean - 1.0) ** 2 - 0.01 * entropy, {"mean": torch.full_like(gap, float(mean))})
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An algorithm with a number that is not finite: in the loss of the longest row, or only in its gradient."""
+
+    where: str
+    columns = (Column.LOGPS,)
+    statistics = None
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        return float(len(examples))
+
+    def loss(self, batch: Batch, columns, statistics) -> Terms:
         total = torch.where(batch.mask > 0, columns["policy/logps"], 0.0).sum(1)
         total = batch.by_example(total).sum(1)
         if self.where == "gradient":

@@ -7,13 +7,13 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from tests.contract.deepspeed_rank import OFFLOAD, TRAINING, launch
-from tests.contract.learner_cases import PROBES, pairs, smooth, specs, train, weights
-from tests.tiny_models import build_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
 from rayalign.learners.torch import TorchLearnerConfig
+from tests.contract.deepspeed_rank import OFFLOAD, TRAINING, launch
+from tests.contract.learner_cases import PROBES, pairs, smooth, specs, train, weights
+from tests.tiny_models import build_tiny_llama
 
 STAGES = (0, 1, 2, 3)
 CASES = [(stage, ranks) for stage in STAGES for ranks in (1, 2)]
@@ -45,8 +45,13 @@ def wanted(model):
     for name, (_, count, plan) in (TRAINING | OFFLOAD).items():
         config = TorchLearnerConfig()
         roles = config.build(specs(model, config), rank=0, world_size=1, address=("", 0))
-        metrics = train(roles, pairs(count), annotate=lambda role, *rest: role.annotate(*rest),
-                        update=lambda role, *rest: role.update(*rest), **plan)
+        metrics = train(
+            roles,
+            pairs(count),
+            annotate=lambda role, *rest: role.annotate(*rest),
+            update=lambda role, *rest: role.update(*rest),
+            **plan,
+        )
         found[name] = metrics, weights(roles["policy"])
     return found
 
@@ -64,7 +69,8 @@ def test_loss_norm_and_parameters_are_those_of_one_big_batch(out, wanted):
         found = torch.load(out / f"{name}.pt", weights_only=False)
         metrics, parameters = wanted[name]
         assert [smooth(step) for step in found["metrics"]] == [
-            pytest.approx(smooth(step), abs=1e-5, rel=1e-5) for step in metrics], name
+            pytest.approx(smooth(step), abs=1e-5, rel=1e-5) for step in metrics
+        ], name
         assert_close(found["weights"], parameters, 1e-5)
 
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.contract.learner_cases import DPO, OPTIMIZER, PROBES, Broken, pairs, smooth, specs, train, weights
-from tests.tiny_models import build_tiny_llama
 from transformers import AutoModelForCausalLM
 
 from rayalign.errors import CheckpointError, ConfigError, DataError, TrainingStopped
@@ -19,6 +17,8 @@ from rayalign.learners.torch import TorchLearnerConfig
 from rayalign.protocols import UpdatePlan
 from rayalign.sync.flat import checksum, unpack
 from rayalign.types import Column
+from tests.contract.learner_cases import DPO, OPTIMIZER, PROBES, Broken, pairs, smooth, specs, train, weights
+from tests.tiny_models import build_tiny_llama
 
 ADDRESS = ("127.0.0.1", 1)
 
@@ -232,7 +232,10 @@ def test_updates_that_cannot_be_are_refused(model):
 
 def test_merging_what_ranks_give():
     assert merge_metrics([({"loss": 1.0, "x": 2.0}, {"lr": 3.0}), ({"loss": 0.5}, {"lr": 3.0})]) == {
-        "loss": 1.5, "x": 2.0, "lr": 3.0}
+        "loss": 1.5,
+        "x": 2.0,
+        "lr": 3.0,
+    }
     examples = pairs(2)
     new = ({"a": np.zeros(1)}, {"a": np.ones(1)})
     merged = merge_annotations(examples, [[(1, new)], [(0, new)]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_models import build_tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -19,6 +18,7 @@ from rayalign.errors import ConfigError
 from rayalign.learners.models import CausalPolicy
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, OptimizerConfig
 from rayalign.types import Column, Example, Sequence
+from tests.tiny_models import build_tiny_llama
 
 SMALL = dict(
     vocab_size=64,

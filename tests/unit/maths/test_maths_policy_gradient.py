@@ -57,9 +57,7 @@ def test_ppo_on_policy_has_the_policy_gradient():
     (grad,) = torch.autograd.grad(loss.sum(), logp)
     torch.testing.assert_close(grad, -advantage)
     old = logp.detach() + 0.05
-    assert torch.autograd.gradcheck(
-        lambda x: ppo_policy_loss(x, old, advantage, clip_low=0.2, clip_high=0.2)[0], logp
-    )
+    assert torch.autograd.gradcheck(lambda x: ppo_policy_loss(x, old, advantage, clip_low=0.2, clip_high=0.2)[0], logp)
 
 
 def test_masked_garbage_and_extremes_leave_finite_gradients():
