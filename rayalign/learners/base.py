@@ -21,12 +21,13 @@ from torch import Tensor
 
 from rayalign.collate import collate
 from rayalign.errors import ConfigError, DataError, TrainingStopped
+from rayalign.learners.merge import Annotation, StepMetrics, merge_annotations, merge_metrics, weighted_sum
 from rayalign.learners.models import CausalPolicy, resolve_dtype
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, OptimizerConfig, learning_rate
 from rayalign.memory import peak_gib
 from rayalign.protocols import Algorithm, UpdatePlan, WeightPush
 from rayalign.sharding import lengths_of, minibatches, split
-from rayalign.types import Batch, Column, Example, Metrics, Terms
+from rayalign.types import Batch, Column, Example, Metrics
 from rayalign.types import Sequence as Row
 
 __all__ = [
@@ -39,54 +40,6 @@ __all__ = [
     "merge_metrics",
     "weighted_sum",
 ]
-
-Annotation = tuple[int, tuple[dict[str, np.ndarray], ...]]  # index of an example, new columns of each of its rows
-StepMetrics = tuple[dict[str, float], dict[str, float]]  # partial sums, and what is the same on all ranks
-
-
-def merge_annotations(examples: Sequence[Example], shards: Sequence[Sequence[Annotation]]) -> list[Example]:
-    """Examples with the columns that the ranks computed, in their own order.
-
-    Raises:
-        ValueError: an example that no rank annotated.
-    """
-    found = {index: columns for shard in shards for index, columns in shard}
-    if len(found) != len(examples):
-        raise ValueError(f"{len(examples)} examples, but columns for {len(found)}")
-    merged = []
-    for index, example in enumerate(examples):
-        rows = (
-            replace(row, columns={**row.columns, **new})
-            for row, new in zip(example.sequences, found[index], strict=True)
-        )
-        merged.append(replace(example, sequences=tuple(rows)))
-    return merged
-
-
-def merge_metrics(ranks: Sequence[StepMetrics]) -> Metrics:
-    """One record from what `update_shard` gave on each rank: sums are added, the rest is the first rank's."""
-    merged: Metrics = {}
-    for summed, _ in ranks:
-        for name, value in summed.items():
-            merged[name] = merged.get(name, 0.0) + value
-    return {**merged, **ranks[0][1]}
-
-
-def weighted_sum(terms: Terms, batch: Batch) -> Tensor:
-    """Sum of the terms times the weight of their examples, in float32: a scalar with its gradient.
-
-    Raises:
-        ValueError: a loss that is neither [B] nor [R, T].
-    """
-    weight, loss = batch.weight, terms.loss.float()
-    if loss.shape == batch.labels.shape:
-        weight = weight.repeat_interleave(batch.rows).unsqueeze(1)
-    elif loss.shape != weight.shape:
-        raise ValueError(
-            f"a loss is [B] = {tuple(weight.shape)} or [R, T] = {tuple(batch.labels.shape)}, "
-            f"this one is {tuple(loss.shape)}"
-        )
-    return torch.where(weight > 0, loss * weight, 0.0).sum()
 
 
 @dataclass

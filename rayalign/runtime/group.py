@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from rayalign.errors import LearnerLost
-from rayalign.learners.base import merge_annotations, merge_metrics
+from rayalign.learners.merge import merge_annotations, merge_metrics
 from rayalign.protocols import Algorithm, UpdatePlan, WeightPush
 from rayalign.runtime.actors import start_actor
 from rayalign.runtime.placement import Place
