@@ -169,7 +169,7 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     with (
         logged(console, folder / "log" / "driver.log"),
         start_parts(config, tokenizer, folder, console, policy=policy, train=False) as parts,
-        console.bars(len(held_out) * config.evaluation.samples),
+        console.bars(),
     ):
         found = evaluate(
             collector_for(config, parts, tokenizer),

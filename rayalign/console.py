@@ -46,16 +46,17 @@ class Console:
             disable=not self.rich.is_terminal,
         )
         self._steps = self._samples = None
-        self._total = 0
+        self._total = self._done = 0
 
     def say(self, text: str) -> None:
         self.rich.print(escape(text))
 
     @contextmanager
-    def bars(self, total: int) -> Iterator[None]:
-        """While inside, `step` and `sampled` move the bars."""
-        self._total = total
-        self._steps = self._progress.add_task("steps", total=total, rate="")
+    def bars(self, steps: int | None = None) -> Iterator[None]:
+        """While inside, `step` (of so many) and `sampled` move the bars."""
+        self._total = steps or 0
+        if steps:
+            self._steps = self._progress.add_task("steps", total=steps, rate="")
         self._samples = self._progress.add_task("samples", total=None, rate="", visible=False)
         with self._progress:
             yield
@@ -64,11 +65,12 @@ class Console:
         """Completions of the current rollout."""
         if self._samples is None:
             return
-        if done <= 1 or self._progress.tasks[-1].total != total:
+        if done <= self._done:  # the next rollout has begun
             self._progress.reset(self._samples, total=total)
+        self._done = done
         speed = self._progress.tasks[-1].speed
         rate = f"{speed:.1f} samples/s" if speed else ""
-        self._progress.update(self._samples, completed=done, rate=rate, visible=done < total)
+        self._progress.update(self._samples, completed=done, total=total, rate=rate, visible=done < total)
 
     def step(self, step: int, metrics: Metrics) -> None:
         """One line: what was learned, on what reward, how far from the reference, in what time."""

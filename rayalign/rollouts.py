@@ -171,7 +171,7 @@ class Rollouts:
     ):
         self._collector, self._prompts, self._sampling = collector, prompts, sampling
         self._seed, self._count, self._depth, self._every = seed, count, depth, resample_every
-        self._progress = progress
+        self.progress = progress
         self._open: dict[int, Future[Rollout]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if depth else None
 
@@ -226,7 +226,7 @@ class Rollouts:
             self._sampling,
             lambda prompt, k: sample_seed(self._seed, index, prompt, k),
             label=f"rollout-{index}",
-            progress=self._progress,
+            progress=self.progress,
         )
         return Rollout(index, version, groups, rollout_s, score_s)
 

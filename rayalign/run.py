@@ -137,6 +137,7 @@ class Run:
             samples=self.evaluation.samples,
             seed=self.seed,
             step=step,
+            progress=self.rollouts.progress,
         )
         self.evaluations[step] = found
         self.recorder.evaluation(step, found.record())
