@@ -18,3 +18,21 @@ if ROOT not in sys.path:
 import torch  # noqa: E402  (after the environment is set)
 
 torch.set_num_threads(1)
+
+import pytest  # noqa: E402
+
+from rayalign.config import parse_config  # noqa: E402
+from tests.parts import tiny_config  # noqa: E402
+from tests.tiny_models import build_tiny_llama  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny random llama, as a folder."""
+    return build_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def make(tmp_path, model):
+    """A checked config of the tiny model, with changes."""
+    return lambda **changes: parse_config(tiny_config(tmp_path, model, **changes))

@@ -1,4 +1,4 @@
-"""One tiny model for all tests of the loop in this process."""
+"""What tests of the loop share."""
 
 from __future__ import annotations
 
@@ -7,20 +7,6 @@ import json
 import pytest
 
 from rayalign.api import run_training
-from rayalign.config import parse_config
-from tests.parts import tiny_config
-from tests.tiny_models import build_tiny_llama
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return build_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def make(tmp_path, model):
-    """A checked config of the tiny model, with changes."""
-    return lambda **changes: parse_config(tiny_config(tmp_path, model, **changes))
 
 
 @pytest.fixture

@@ -7,10 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from rayalign.build import load_tokenizer, start_parts
-from rayalign.config import parse_config
 from rayalign.console import Console
-from tests.parts import tiny_config
-from tests.tiny_models import build_tiny_llama
 
 RAY = {
     "placement": {"name": "ray", "object_store_gib": 0.2},
@@ -18,16 +15,6 @@ RAY = {
     "engine": {"name": "vllm", "max_context": 64, "max_running": 16, "kv_cache_gib": 0.1, "deadline_s": 120},
 }
 LIGHT = {**RAY, "engine": {"name": "transformers", "max_context": 64, "deadline_s": 60}}
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return build_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def make(tmp_path, model):
-    return lambda **changes: parse_config(tiny_config(tmp_path, model, **changes))
 
 
 @pytest.fixture
