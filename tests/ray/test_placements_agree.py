@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from rayalign.api import run_evaluation, run_training
 from rayalign.build import collector_for, load_tokenizer, prompts_for
@@ -76,6 +78,27 @@ def test_the_whole_loop_gives_the_same_metrics_in_both_placements(make, tmp_path
     for ours, theirs in zip(records(local), records(remote), strict=True):
         ours, theirs = timeless(ours), timeless(theirs)
         assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert theirs[key] == pytest.approx(value, abs=1e-3), key
+
+
+def test_two_nodes_give_the_same_run_as_one_process(make, tmp_path):
+    """Two Ray nodes with an object store each: an engine and a learner rank on either, weights between them."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
+    cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
+    two = {"engine": {**LIGHT["engine"], "count": 2}, "learner": {**LIGHT["learner"], "ranks": 2, "zero_stage": 2}}
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        local = run_training(make(run_dir=str(tmp_path / "local"), train__steps=2)).run_dir
+        remote = run_training(make(run_dir=str(tmp_path / "remote"), train__steps=2, **{**LIGHT, **two})).run_dir
+        assert ray.is_initialized()  # a connection that was there is left there
+        used = {actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}
+        assert len(used) == 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    for ours, theirs in zip(records(local), records(remote), strict=True):
+        ours, theirs = timeless(ours), timeless(theirs)
         for key, value in ours.items():
             assert theirs[key] == pytest.approx(value, abs=1e-3), key
 
