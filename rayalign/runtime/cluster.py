@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 import ray
 
 from rayalign.errors import ConfigError
 from rayalign.runtime.placement import Node, RayPlacement
 
-log = logging.getLogger("rayalign")
+CONNECT_S = 10.0
 
 
 def connect(placement: RayPlacement) -> bool:
@@ -31,12 +32,8 @@ def connect(placement: RayPlacement) -> bool:
     if placement.object_store_gib and not address:
         own["object_store_memory"] = int(placement.object_store_gib * 2**30)
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **own,
-        )
+        _reach(address)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises many kinds, from ConnectionError to its own
         raise ConfigError(
             "the Ray cluster does not answer",
@@ -47,6 +44,13 @@ def connect(placement: RayPlacement) -> bool:
             "RAY_AUTH_MODE=token and the same ~/.ray/auth_token",
         ) from error
     return True
+
+
+def _reach(address: str | None) -> None:
+    """Knock once where an address names a port: Ray itself tries for minutes. Raises OSError."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
 def nodes() -> list[Node]:

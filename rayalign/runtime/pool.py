@@ -150,7 +150,7 @@ class ActorPool:
                 for ref in answers(names, what=method, deadline_s=self._deadline_s):
                     try:
                         found[names[ref]] = fetch(ref, names[ref], method)
-                    except ActorDied as death:
+                    except (ActorDied, EngineLost) as death:
                         self._replace(asked[ref], death)
             except Late as wait:
                 raise late(self._lost, wait.who, method, self._deadline_s, self._log_dir) from None

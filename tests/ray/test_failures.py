@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -156,6 +157,16 @@ def test_a_push_that_was_changed_on_the_way_is_refused(make, start):
             parts.engine.load(missing)
         parts.engine.load(push)
         assert len(draw(config, parts)) == 4
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(make):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="the Ray cluster does not answer") as error:
+            run_training(make(**{**LIGHT, "placement": {"name": "ray", "address": address}}))
+    assert address in str(error.value)
+    assert "RAY_AUTH_MODE=token" in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["engine", "learner"])
