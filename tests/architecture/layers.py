@@ -28,8 +28,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("schema",),
     ("config", "build"),
-    ("run_dir",),
-    ("api",),
+    ("run_dir", "plan", "submit", "listing"),
+    ("api", "selftest"),
+    ("doctor",),
     ("cli", "__main__"),
     ("__init__",),  # the package's own names are taken from everywhere, lazily
 )
