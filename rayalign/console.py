@@ -24,7 +24,7 @@ from rich.table import Table
 from rayalign.evaluate import Evaluation, rise
 from rayalign.types import Metrics
 
-NOISY = ("transformers", "datasets", "vllm", "ray", "deepspeed", "torch")
+NOISY = ("transformers", "datasets", "vllm", "ray", "deepspeed", "torch", "wandb", "mlflow", "alembic")
 
 
 class Console:

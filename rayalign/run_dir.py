@@ -7,10 +7,10 @@ import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rayalign.config import load_config, save_config
 from rayalign.errors import ConfigError
+from rayalign.record import flat
 from rayalign.schema import Config
 
 # What a run is: other values would be another run, and its rollouts, seeds and evaluations would not fit.
@@ -79,7 +79,7 @@ def _holds_something(run_dir: Path) -> bool:
 
 def _check_same_run(config: Config, before: Config) -> None:
     """Raises ConfigError naming the first key that may not change in the middle of a run."""
-    new, old = _flat(config.to_dict()), _flat(before.to_dict())
+    new, old = flat(config.to_dict()), flat(before.to_dict())
     for key in sorted(new.keys() | old.keys()):
         fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED) and key.split(".")[-1] not in FREE
         if fixed and new.get(key) != old.get(key):
@@ -90,13 +90,6 @@ def _check_same_run(config: Config, before: Config) -> None:
                 rule=f"{old.get(key)}, as in the run's config.yaml",
                 remedy="change it back, or start a new run from the checkpoint with model.path",
             )
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def versions() -> dict[str, str]:
