@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Unfit(ValueError):
+    """Raised by a record's validators, where a plain ValueError would leave a person to guess.
+
+    Args:
+        what: one sentence, what is wrong.
+        rule: what should be there.
+        remedy: what to write instead.
+        key: of the record, when the fault is one key's and not the whole record's.
+    """
+
+    def __init__(self, what: str, *, rule: str, remedy: str, key: str = ""):
+        super().__init__(what)
+        self.what, self.rule, self.remedy, self.key = what, rule, remedy, key
 
 
 class Record(BaseModel):
-    """A frozen set of settings. Field descriptions are what `--help` and the JSON schema show."""
+    """A frozen set of settings. Field descriptions are what error messages and the JSON schema say."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, populate_by_name=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Else `steps: true` would be one step."""
+        if isinstance(value, bool):
+            kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("true and false are no numbers")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation names, those of the values of a Literal included."""
+    inner = get_args(annotation)
+    if not inner:
+        return {annotation} if isinstance(annotation, type) else {type(annotation)}
+    return set().union(*map(_kinds, inner))
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from pydantic.json_schema import GenerateJsonSchema
 
 from rayalign.algorithms import ALGORITHMS
 from rayalign.checkpoint import CheckpointConfig
@@ -13,8 +15,8 @@ from rayalign.engines import ENGINES
 from rayalign.evaluate import EvaluationConfig
 from rayalign.learners import LEARNERS
 from rayalign.learners.settings import OptimizerConfig
-from rayalign.record import Record
-from rayalign.registry import tagged
+from rayalign.record import Record, Unfit
+from rayalign.registry import Tagged
 from rayalign.rollouts import RolloutConfig
 from rayalign.run import TrainConfig
 from rayalign.runtime.placement import PLACEMENTS
@@ -23,18 +25,18 @@ from rayalign.sync.handshake import SyncConfig
 from rayalign.trackers import TRACKERS
 from rayalign.types import Sampling
 
-AnyAlgorithm = Annotated[SerializeAsAny[Record], tagged("algorithm", ALGORITHMS, "examples")]
-AnyEngine = Annotated[SerializeAsAny[Record], tagged("engine", ENGINES, "build")]
-AnyLearner = Annotated[SerializeAsAny[Record], tagged("learner", LEARNERS, "build")]
-AnyScorer = Annotated[SerializeAsAny[Record], tagged("scorer", SCORERS, "start")]
-AnyPlacement = Annotated[SerializeAsAny[Record], tagged("placement", PLACEMENTS, "model_dump")]
-AnyTracker = Annotated[SerializeAsAny[Record], tagged("tracker", TRACKERS, "start")]
+AnyAlgorithm = Annotated[SerializeAsAny[Record], Tagged("algorithm", ALGORITHMS, "examples")]
+AnyEngine = Annotated[SerializeAsAny[Record], Tagged("engine", ENGINES, "build")]
+AnyLearner = Annotated[SerializeAsAny[Record], Tagged("learner", LEARNERS, "build")]
+AnyScorer = Annotated[SerializeAsAny[Record], Tagged("scorer", SCORERS, "start")]
+AnyPlacement = Annotated[SerializeAsAny[Record], Tagged("placement", PLACEMENTS, "model_dump")]
+AnyTracker = Annotated[SerializeAsAny[Record], Tagged("tracker", TRACKERS, "start")]
 
 
 class ModelConfig(Record):
     """The model to align. The reference starts as the same."""
 
-    path: str = Field(description="folder of a Hugging Face checkpoint, or a hub id")
+    path: str = Field(description="folder of a Hugging Face checkpoint, or a hub id", examples=["/models/my-model"])
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of learner and engine unless they say else")
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
 
@@ -51,7 +53,12 @@ class SamplingConfig(Record):
     @model_validator(mode="after")
     def _room(self) -> SamplingConfig:
         if self.min_tokens > self.max_tokens:
-            raise ValueError("min_tokens may not be above max_tokens")
+            raise Unfit(
+                "completions could never end",
+                key="min_tokens",
+                rule=f"at most sampling.max_tokens={self.max_tokens}",
+                remedy=f"lower min_tokens to {self.max_tokens} or less, or raise max_tokens",
+            )
         return self
 
     def sampling(self) -> Sampling:
@@ -59,22 +66,29 @@ class SamplingConfig(Record):
 
 
 class Config(Record):
-    """One run."""
+    """One run of rayalign."""
 
-    model: ModelConfig
-    algorithm: AnyAlgorithm
-    data: DataConfig
-    scorer: AnyScorer
-    sampling: SamplingConfig = SamplingConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    train: TrainConfig = TrainConfig()
-    engine: AnyEngine = Field({"name": "vllm"})
-    learner: AnyLearner = Field({"name": "deepspeed"})
-    optimizer: OptimizerConfig = OptimizerConfig()
-    placement: AnyPlacement = Field({"name": "ray"})
-    sync: SyncConfig = SyncConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    model: ModelConfig = Field(
+        description="the model that is aligned, and what the reference starts as",
+        examples=[{"path": "/models/my-model"}],
+    )
+    algorithm: AnyAlgorithm = Field(
+        description="what is asked of the engines, and the loss", examples=[{"name": "online_preference"}]
+    )
+    data: DataConfig = Field(description="where the prompts come from", examples=[{"prompts": "my_prompts.jsonl"}])
+    scorer: AnyScorer = Field(
+        description="what tells good completions from bad ones", examples=[{"name": "rules", "rule": "vader"}]
+    )
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="how many prompts a step, and how fresh their samples")
+    train: TrainConfig = Field(TrainConfig(), description="the length of the run, and the use of one rollout")
+    engine: AnyEngine = Field({"name": "vllm"}, description="what samples completions")
+    learner: AnyLearner = Field({"name": "deepspeed"}, description="what trains the policy")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and its learning rate")
+    placement: AnyPlacement = Field({"name": "ray"}, description="where engines, scorers and learners run")
+    sync: SyncConfig = Field(SyncConfig(), description="how a push of weights is verified")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how often held-out prompts are sampled")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="how often checkpoints are written and kept")
     trackers: tuple[AnyTracker, ...] = Field(({"name": "tensorboard"},), description="where metrics go besides files")
     run_dir: str | None = Field(None, description="folder of the run; default runs/NAME-DATE-TIME")
     resume: bool = Field(False, description="go on from the last checkpoint in run_dir")
@@ -83,3 +97,23 @@ class Config(Record):
     def to_dict(self) -> dict[str, Any]:
         """As YAML would hold it, defaults included."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a config file, for editors: keys, descriptions, defaults, and every name
+    that selects a part. It allows what `load_config` allows, but for rules that join several keys, numbers in
+    quotes, and the keys of parts from outside, which it cannot know."""
+    return {"$schema": GenerateJsonSchema.schema_dialect, **record_schema(Config), "title": "rayalign config"}
+
+
+@cache
+def record_schema(record: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of one record, its keys as a config spells them."""
+    return record.model_json_schema(schema_generator=_Untitled)
+
+
+class _Untitled(GenerateJsonSchema):
+    """Without a title for each key, which would repeat the key."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False

@@ -24,7 +24,8 @@ from rayalign.types import Sequence as Row
 class DPO(Record):
     """Direct preference optimisation; label smoothing above 0 makes it cDPO (Mitchell 2023)."""
 
-    name: Literal["dpo"] = "dpo"
+    paper: ClassVar = "Rafailov et al. 2023, arXiv:2305.18290"
+    name: Literal["dpo"] = Field("dpo", description="which loss")
     beta: float = Field(0.1, gt=0, description="strength of the KL penalty to the reference")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed probability that a label is wrong")
 
@@ -33,13 +34,14 @@ class DPO(Record):
 
 
 class OnlinePreference(Record):
-    """K samples a prompt → a scorer ranks them → pairs → a pair loss against the reference."""
+    """Online preference optimisation: K samples a prompt, a scorer ranks them, and pairs of them train the policy."""
 
+    paper: ClassVar = "Guo et al. 2024, arXiv:2402.04792"
     name: Literal["online_preference"] = "online_preference"
     samples: int = Field(4, ge=2, description="K, completions sampled for each prompt")
     pairs: Literal["best_worst", "all"] = Field("best_worst", description="which pairs of the K are trained on")
     pair_loss: DPO = Field(DPO(), alias="loss", description="the loss of one pair")
-    reference: Reference = Reference()
+    reference: Reference = Field(Reference(), description="whether, and how, the reference follows the policy")
 
     needs: ClassVar = (("reference", Column.LOGPS),)
     columns: ClassVar = (Column.LOGPS,)

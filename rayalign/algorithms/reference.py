@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rayalign.record import Record
+from rayalign.record import Record, Unfit
 
 
 class Reference(Record):
@@ -21,7 +21,13 @@ class Reference(Record):
     @model_validator(mode="after")
     def _consistent(self) -> Reference:
         if (self.update == "average") != (self.decay > 0):
-            raise ValueError("decay above 0 goes with update: average, and only with it")
+            average = self.update == "average"
+            raise Unfit(
+                "a moving average without a decay" if average else "a decay without a moving average",
+                key="decay",
+                rule="above 0 with update: average, and 0 with any other update",
+                remedy="set decay: 0.99" if average else "set update: average, or take decay out",
+            )
         return self
 
     def decay_after(self, step: int) -> float | None:

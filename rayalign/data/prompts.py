@@ -22,7 +22,9 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 class DataConfig(Record):
     """Where the prompts come from."""
 
-    prompts: str = Field(description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    prompts: str = Field(
+        description="a .jsonl, .json, .csv or .parquet file, or a hub id", examples=["my_prompts.jsonl"]
+    )
     split: str = Field("train", description="of a hub data set")
     prompt_column: str = Field("prompt", description="column with a text, or with chat messages")
     system: str | None = Field(None, description="system message put before every prompt")

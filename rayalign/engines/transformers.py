@@ -35,7 +35,7 @@ class TransformersEngineConfig(Record):
     """Engines that decode with Hugging Face transformers: for tests, and for models that vLLM lacks."""
 
     name: Literal["transformers"] = "transformers"
-    count: int = Field(1, ge=1, description="engines")
+    count: int = Field(1, ge=1, description="engine actors")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the model's")
     max_context: int = Field(2048, ge=2, description="longest prompt + completion, in tokens")
     max_running: int = Field(16, ge=1, description="requests decoded at the same time (of equal prompt length)")

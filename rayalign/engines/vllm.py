@@ -39,7 +39,7 @@ class VLLMEngineConfig(Record):
     """vLLM engines, on GPUs or on a CPU."""
 
     name: Literal["vllm"] = "vllm"
-    count: int = Field(1, ge=1, description="engines")
+    count: int = Field(1, ge=1, description="engine actors")
     tensor_parallel: int = Field(1, ge=1, description="GPUs (or groups of CPU cores) that share one engine's weights")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the model's")
     max_context: int = Field(2048, ge=2, description="longest prompt + completion, in tokens")

@@ -17,6 +17,7 @@ from rayalign.learners import deepspeed_state as state
 from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
 from rayalign.learners.deepspeed_config import OWNED, engine_config, init_process
 from rayalign.learners.models import CausalPolicy
+from rayalign.record import Unfit
 from rayalign.types import Batch, Column
 
 __all__ = ["DeepSpeedLearner", "DeepSpeedLearnerConfig", "init_process"]
@@ -38,7 +39,11 @@ class DeepSpeedLearnerConfig(LearnerSettings):
     def _not_owned(cls, config: dict[str, Any]) -> dict[str, Any]:
         taken = sorted(OWNED & set(config))
         if taken:
-            raise ValueError(f"{', '.join(taken)}: rayalign sets these from its own keys")
+            raise Unfit(
+                f"rayalign sets {', '.join(taken)} itself",
+                rule="keys of DeepSpeed's config that do not follow from a key of ours",
+                remedy="take it out; see optimizer.*, model.dtype, learner.micro_batch_tokens and learner.zero_stage",
+            )
         return config
 
     def build(

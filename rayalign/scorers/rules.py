@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,14 +26,17 @@ RULES: dict[str, Callable[[], Callable[[str], float]]] = {"vader": _vader, "brev
 
 
 class Rules(ScorerConfig):
-    """Scores the completion's text by a rule.
+    """A rule on the completion's text: no model, always the same answer.
 
     `vader`: the compound sentiment of Hutto and Gilbert 2014, from −1 to 1.
     `brevity`: minus the number of words.
     """
 
+    paper: ClassVar = "Hutto and Gilbert 2014, ICWSM (vader)"
     name: Literal["rules"] = "rules"
-    rule: Literal["vader", "brevity"] = Field(description="which rule")
+    rule: Literal["vader", "brevity"] = Field(
+        description="vader: sentiment from −1 to 1; brevity: minus the number of words"
+    )
 
     def start(self) -> ScoreFunction:
         score = RULES[self.rule]()

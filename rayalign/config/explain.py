@@ -1,0 +1,263 @@
+"""What pydantic found → one ConfigError that a person can act on: place, value, rule, remedy.
+
+Rules are read off the JSON schema, so that a message and an editor say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
+from pydantic.fields import FieldInfo
+
+from rayalign.config.habits import HABITS
+from rayalign.config.source import Source, in_yaml
+from rayalign.errors import ConfigError
+from rayalign.record import Unfit
+from rayalign.registry import Tagged, did_you_mean
+from rayalign.schema import Config, record_schema
+
+Path = tuple[str | int, ...]
+KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping of keys",
+}
+BOUNDS = (
+    ("minimum", "at least {:g}"),
+    ("exclusiveMinimum", "above {:g}"),
+    ("maximum", "at most {:g}"),
+    ("exclusiveMaximum", "below {:g}"),
+)
+
+
+def explain(error: ValidationError, source: Source) -> ConfigError:
+    """The first problem in full, and where the others are. Unknown keys come first: a key that is spelt wrong
+    is often the one that is missing."""
+    problems = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+    paths = [".".join(map(str, each["loc"])) for each in problems[1:]]
+    others = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    also = f" (also wrong: {others})" if paths else ""
+    problem = problems[0]
+    path: Path = problem["loc"]
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown(path, problem["input"], source, also)
+    if problem["type"] == "missing" and isinstance(path[-1], str):
+        return _missing(path, problem["input"], source, also)
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, Unfit):
+        return _unfit(cause, path, problem["input"], source, also)
+    return _wrong(path, problem, source, also)
+
+
+def _unknown(path: Path, value: Any, source: Source, also: str) -> ConfigError:
+    record, section, word = _owner(path, source.data), ".".join(map(str, path[:-1])), str(path[-1])
+    found = f"{word}: {source.written(path, value)}"
+    rule = f"{section or 'a config'} has the keys {', '.join(_names(record))}"
+    return ConfigError(
+        f"unknown key{also}", where=source.place(path), value=found, rule=rule, remedy=_right_key(path, record, source)
+    )
+
+
+def _right_key(path: Path, record: type[BaseModel], source: Source) -> str:
+    """Which key was meant: another library's, the same elsewhere, one of another part, or one spelt alike."""
+    word = str(path[-1])
+    habit = HABITS.get(word.strip().lower().replace("-", "_"))
+    if habit:
+        return f"here this is {habit}"
+    everywhere = list(_keys(Config, source.data))
+    if word in everywhere:
+        return f"write it nested, one level a dot: {word.replace('.', ': {')}: …{'}' * word.count('.')}"
+    parts = _parts_with(path, source)
+    if parts:
+        return f"it is a key of {parts}; take it out, or use that"
+    same = [key for key in everywhere if key.rpartition(".")[2] == word and word != "name"]
+    if same:
+        return f"it belongs elsewhere: {' or '.join(same[:3])}"
+    here = did_you_mean(word, _names(record))
+    if here.startswith("did"):
+        return here
+    elsewhere = did_you_mean(word, [key.rpartition(".")[2] for key in everywhere])
+    near = elsewhere.removeprefix("did you mean ").removesuffix("?")
+    whole = next((key for key in everywhere if key.rpartition(".")[2] == near), None)
+    return f"did you mean {whole}?" if whole else here
+
+
+def _parts_with(path: Path, source: Source) -> str:
+    """'engine: vllm' where only that kind of engine has the key."""
+    field, _ = _below_key(path[:-1], source.data)
+    tag = _tag(field.metadata) if field else None
+    if tag is None:
+        return ""
+    return " and ".join(f"{tag.kind}: {name}" for name in sorted(tag.table) if path[-1] in _names(tag.select(name)))
+
+
+def _missing(path: Path, section: Any, source: Source, also: str) -> ConfigError:
+    key, node = str(path[-1]), _schema_of(path, source)
+    there = ", ".join(map(str, section)) if isinstance(section, Mapping) else in_yaml(section)
+    example = _example(node)
+    above = ".".join(map(str, path[:-1]))
+    return ConfigError(
+        f"this key is missing{also}",
+        where=source.place(path),
+        value=f"only {there}" if there else "nothing",
+        rule=f"{_rule(node)}; it has no default",
+        remedy=f"add {key}: {example or '…'}" + (f" under {above}" if above else "") + (", say" if example else ""),
+    )
+
+
+def _unfit(cause: Unfit, path: Path, value: Any, source: Source, also: str) -> ConfigError:
+    if cause.key and isinstance(value, Mapping):
+        field = _names(_owner((*path, cause.key), source.data)).get(cause.key)
+        path = (*path, cause.key)
+        value = value.get(cause.key, field.default if field else None)
+    return ConfigError(
+        f"{cause.what}{also}",
+        where=source.place(path),
+        value=source.written(path, value),
+        rule=cause.rule,
+        remedy=cause.remedy,
+    )
+
+
+def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) -> ConfigError:
+    node, value, kind = _schema_of(path, source), problem["input"], problem["type"]
+    key = str(path[-1]) if path else ""
+    written = source.written(path, value)
+    empty_section = value is None and kind in ("model_type", "model_attributes_type")
+    what = "this section is empty" if empty_section else "this value cannot be used"
+    rule = _rule(node) or problem["msg"]
+    if kind == "value_error" and not isinstance(value, bool):  # of a validator that says no more than this
+        rule = str(problem["ctx"]["error"])
+    if empty_section:
+        keys = ", ".join(_names(_owner((*path, ""), source.data)))
+        remedy = f"put keys under {key}: ({keys}), or take the line out, for the defaults"
+    elif kind == "string_type" and not isinstance(value, Mapping | list | None):
+        remedy = f'put quotes around it: {key}: "{written}"'
+    elif choices := _choices(node):
+        remedy = did_you_mean(str(value), [str(choice) for choice in choices])
+    else:
+        example = _example(node)
+        default = ", the default" if "default" in node and example == in_yaml(node["default"]) else ""
+        remedy = f"write {key}: {example}{default or ', say'}" if example else f"change it, or take {key} out"
+    return ConfigError(f"{what}{also}", where=source.place(path), value=written, rule=rule, remedy=remedy)
+
+
+def _rule(node: Mapping[str, Any]) -> str:
+    """What a JSON schema allows, in words, and what it is for."""
+    allowed, purpose = _allowed(node), str(node.get("description", "")).rstrip(".")
+    return f"{allowed} ({purpose})" if allowed and purpose else allowed or purpose
+
+
+def _allowed(node: Mapping[str, Any]) -> str:
+    choices = _choices(node)
+    if choices:
+        return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
+    if "anyOf" in node:
+        return " or ".join(filter(None, ("nothing" if _is_null(each) else _allowed(each) for each in node["anyOf"])))
+    bounds = [text.format(node[bound]) for bound, text in BOUNDS if bound in node]
+    kind = KINDS.get(node.get("type", ""), "")
+    if "prefixItems" in node:
+        kind = f"a list of {len(node['prefixItems'])} values, each {_allowed(node['prefixItems'][0])}"
+    return kind + (f", {' and '.join(bounds)}" if bounds else "")
+
+
+def _choices(node: Mapping[str, Any]) -> list[Any]:
+    if "anyOf" in node:
+        known = [each for each in node["anyOf"] if not _is_null(each)]
+        return _choices(known[0]) if len(known) == 1 else []
+    return node.get("enum") or ([node["const"]] if "const" in node else [])
+
+
+def _is_null(node: Mapping[str, Any]) -> bool:
+    return node.get("type") == "null"
+
+
+def _example(node: Mapping[str, Any]) -> str:
+    for found in (*node.get("examples", ()), node.get("default"), *_choices(node)):
+        if found is not None:
+            return in_yaml(found)
+    return ""
+
+
+def _schema_of(path: Path, source: Source) -> Mapping[str, Any]:
+    """The JSON schema of a key, as far as one can be made."""
+    names = [i for i, part in enumerate(path) if isinstance(part, str)]
+    if not names:
+        return {}
+    last = names[-1]
+    try:
+        node = record_schema(_owner(path[: last + 1], source.data))["properties"][path[last]]
+    except (PydanticInvalidForJsonSchema, KeyError):
+        return {}
+    for index in path[last + 1 :]:
+        items = node.get("prefixItems", ())
+        node = items[index] if isinstance(index, int) and index < len(items) else node.get("items", {})
+    return node
+
+
+def _names(record: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in record.model_fields.items()}
+
+
+def _owner(path: Path, data: Any) -> type[BaseModel]:
+    """The record that the last key of the path belongs to: Config, or one that the data selects below it."""
+    return _below_key(path[:-1], data)[1]
+
+
+def _below_key(path: Path, data: Any) -> tuple[FieldInfo | None, type[BaseModel]]:
+    """The field at the end of the path, and the record that it holds, or else the one that holds it."""
+    field: FieldInfo | None = None
+    record: type[BaseModel] = Config
+    value = data
+    for part in path:
+        if isinstance(part, str):
+            field = _names(record).get(part)
+            value = _get(value, part, field)
+        else:
+            value = value[part] if isinstance(value, list | tuple) and part < len(value) else None
+        if field is not None:
+            record = _below(field.annotation, field.metadata, value) or record
+    return field, record
+
+
+def _keys(record: type[BaseModel], data: Any, prefix: str = "") -> Iterator[str]:
+    """Every key that a config with these names in it can hold, dotted."""
+    for key, field in _names(record).items():
+        value = _get(data, key, field)
+        yield f"{prefix}{key}"
+        below = _below(field.annotation, field.metadata, value)
+        if below is not None:
+            yield from _keys(below, value, f"{prefix}{key}.")
+
+
+def _get(data: Any, key: str, field: FieldInfo | None) -> Any:
+    if isinstance(data, Mapping) and key in data:
+        return data[key]
+    return field.default if field else None
+
+
+def _below(annotation: Any, metadata: Sequence[Any], value: Any) -> type[BaseModel] | None:
+    """The record that an annotation stands for; where a name selects it, the one that the value selects."""
+    tag = _tag(metadata)
+    if tag is not None:
+        try:
+            return tag.select(value)
+        except Unfit:
+            return None
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _below(inner, more, value)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_below(each, (), value) for each in get_args(annotation))
+    return next((each for each in found if each is not None), None)
+
+
+def _tag(metadata: Sequence[Any]) -> Tagged | None:
+    return next((each for each in metadata if isinstance(each, Tagged)), None)
