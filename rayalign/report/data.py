@@ -80,7 +80,8 @@ class Run:
         for record in self.evaluations:
             values = [record["metrics"].get(name, np.nan) for name in (key, f"{key}/low", f"{key}/high")]
             if all(_is_number(value) for value in values) and np.isfinite(values[0]):
-                found.append((int(record["step"]), *map(float, values)))
+                mean, low, high = map(float, values)
+                found.append((int(record["step"]), mean, low, high))
         return found
 
 

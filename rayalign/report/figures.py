@@ -3,7 +3,6 @@ light and dark, and the page's script draws, smooths and hides."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,35 +10,13 @@ from typing import Any
 import numpy as np
 
 from rayalign.report.data import Run, Series
+from rayalign.report.panels import COLORS, Key, Panel, filled, trace
 from rayalign.report.samples import visible
 from rayalign.report.summary import number
 from rayalign.report.thinning import bucket_means, jsonable, thinned
+from rayalign.report.timings import is_time, timings
 
-COLORS = 8  # in the style sheet; a ninth run has the first colour again
 DASHES = ("solid", "dash", "dot")
-
-
-@dataclass(frozen=True)
-class Key:
-    """One entry of a panel's legend. `color` None: that of each run."""
-
-    label: str
-    mark: str  # solid, dash, dot, area, held-out
-    color: int | None
-    value: str = ""  # the newest, when there is one run
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure with its title and legend; `summary` says in words what it shows."""
-
-    title: str
-    unit: str
-    figure: dict[str, Any]
-    legend: tuple[Key, ...]
-    summary: str
-    note: str = ""
-    run: int | None = None  # where a panel is of one run among several
 
 
 @dataclass(frozen=True)
@@ -51,6 +28,8 @@ class Curves:
         band: metric that is a standard deviation around the first line.
         held_out: metric → the measure of evaluations that is drawn with it.
         log: logarithmic, where every value allows it.
+        exact: set rather than measured, so never smoothed.
+        share: of a whole, from 0 to 1.
     """
 
     title: str
@@ -59,6 +38,7 @@ class Curves:
     band: str = ""
     held_out: Mapping[str, str] = field(default_factory=dict)
     log: bool = False
+    exact: bool = False
     share: bool = False
 
 
@@ -87,13 +67,13 @@ LEARNING = (
         held_out={"completion/truncated": "truncated"},
         share=True,
     ),
-    Curves("Learning rate", "", {"lr": "lr"}),
+    Curves("Learning rate", "", {"lr": "lr"}, exact=True),
     Curves("Gradient norm", "before clipping", {"grad_norm": "largest of the step"}),
     Curves("Pairs", "a step", {"pairs/kept": "kept", "pairs/dropped": "dropped, tied"}),
 )
 MACHINE = (
     Curves("Sampling speed", "tokens/s", {"rollout/tokens_per_s": "rollout"}),
-    Curves("Peak memory", "GiB, all processes", {"memory/peak_gib": "peak"}),
+    Curves("Peak memory", "GiB, all processes", {"memory/peak_gib": "peak"}, exact=True),
     Curves(
         "Log-prob gap, learner to engine",
         "nats a token",
@@ -101,7 +81,6 @@ MACHINE = (
         log=True,
     ),
 )
-STAGES = ("rollout", "score", "annotate", "update", "sync")  # of a step, in their order
 
 
 def learning(runs: Sequence[Run]) -> list[Panel]:
@@ -119,48 +98,44 @@ def machine(runs: Sequence[Run]) -> list[Panel]:
 def others(runs: Sequence[Run]) -> list[Panel]:
     """Every metric that has no panel of its own, by name."""
     shown = {key for each in (REWARD, *LEARNING, *MACHINE) for key in (*each.lines, each.band)}
-    keys = sorted({key for run in runs for key in run.keys if key not in shown and not _is_time(key)})
+    keys = sorted({key for run in runs for key in run.keys if key not in shown and not is_time(key)})
     found = [curves(runs, Curves(visible(key), "", {key: visible(key)})) for key in keys]
     return [panel for panel in found if panel]
 
 
 def curves(runs: Sequence[Run], spec: Curves) -> Panel | None:
-    """One or more metrics over the steps; None where no run has any of them."""
-    traces, legend, words, broken, all_values = [], [], [], [], []
+    """One or more metrics over the steps; None where no run has a finite value of any of them. With one run, colours
+    tell metrics apart; with several they tell runs apart, and dashes the metrics."""
+    several = len(runs) > 1
+    traces, legend, words = [], [], []
     for place, (key, label) in enumerate(spec.lines.items()):
-        dash = DASHES[place % len(DASHES)] if len(runs) > 1 else "solid"
-        newest = ""
-        for number_of_run, run in enumerate(runs):
-            series = run.series(key)
-            if not len(series.finite):
-                broken += [_broken(run, label, series)] if len(series) else []
-                continue
-            color = number_of_run if len(runs) > 1 else place
+        dash = DASHES[place % len(DASHES)] if several else "solid"
+        found = [(i, run, series) for i, run in enumerate(runs) if len((series := run.series(key)).finite)]
+        for number_of_run, run, series in found:
+            name = f"{run.name} {label}" if several else label
+            meta = {"run": number_of_run, "color": (number_of_run if several else place) % COLORS}
             band = run.series(spec.band) if spec.band and place == 0 else None
-            name = f"{run.name} {label}" if len(runs) > 1 else label
-            traces.append(_curve(series, band, name, number_of_run, color, dash))
-            if spec.held_out.get(key):
-                traces += _held_out(run, spec.held_out[key], f"{name}, held out", number_of_run, color)
-            words.append(_in_words(name, series))
-            broken += [_broken(run, label, series)] if len(series.finite) < len(series) else []
-            all_values.append(series.finite)
-            newest = number(series.finite[-1]) if len(runs) == 1 else ""
-        if any(len(run.series(key).finite) for run in runs):
-            legend.append(Key(label, dash, place if len(runs) == 1 else None, newest))
+            traces.append(_curve(series, band, name, meta | {"exact": spec.exact}, dash))
+            traces += _held_out(run, spec.held_out.get(key, ""), name, meta)
+            words.append((_in_words(name, series), _broken(name, series)))
+        if found:
+            newest = "" if several else number(found[0][2].finite[-1])
+            legend.append(Key(label, dash, None if several else place, newest))
     if not traces:
         return None
-    if any(trace["meta"]["role"] == "held-out" for trace in traces):
-        legend.append(Key("held-out prompts, 95 % interval", "held-out", None if len(runs) > 1 else 0))
-    axis: dict[str, Any] = {"type": "log" if spec.log and min(map(np.min, all_values)) > 0 else "linear"}
-    if spec.share:
-        axis |= {"range": [-0.03, 1.03], "tickformat": ".0%"}
+    if any(each["meta"]["role"] == "held-out" for each in traces):
+        legend.append(
+            Key("held-out prompts, 95 % interval", "held-out", 0 if len(legend) == 1 and not several else None)
+        )
+    values = np.concatenate([run.series(key).finite for run in runs for key in spec.lines])
+    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": _axis(spec, values), "hovermode": "x unified"}
     return Panel(
         spec.title,
         spec.unit,
-        {"data": traces, "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": axis, "hovermode": "x unified"}},
+        {"data": traces, "layout": layout},
         tuple(legend),
-        f"{spec.title} by step. " + " ".join(words),
-        " ".join(broken),
+        f"{spec.title} by step. " + " ".join(shown for shown, _ in words),
+        " ".join(broken for _, broken in words if broken),
     )
 
 
@@ -177,14 +152,13 @@ def reward_against_kl(runs: Sequence[Run]) -> Panel | None:
         steps, x, y = bucket_means(steps[there], x[there], y[there])
         name = run.name if len(runs) > 1 else "training"
         meta = {"role": "path", "run": number_of_run, "color": number_of_run % COLORS}
-        trace = _trace(x, y, name, meta) | {"mode": "markers", "customdata": jsonable(steps)}
-        traces.append(trace)
+        traces.append(trace(x, y, name, meta) | {"mode": "markers", "customdata": jsonable(steps)})
         words.append(f"{visible(name)}: from reward {number(y[0])} at {number(x[0])} nats "
                      f"to {number(y[-1])} at {number(x[-1])} nats.")  # fmt: skip
         traces += _held_out_path(run, name, number_of_run)
     if not traces:
         return None
-    held_out = any(trace["meta"]["role"] == "held-out" for trace in traces)
+    held_out = any(each["meta"]["role"] == "held-out" for each in traces)
     color = None if len(runs) > 1 else 0
     layout = {
         "xaxis": {"title": {"text": "KL to the reference, k1, nats a completion"}},
@@ -201,65 +175,34 @@ def reward_against_kl(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def timings(runs: Sequence[Run], number_of_run: int) -> Panel | None:
-    """Seconds of each step by stage, stacked; what no stage accounts for is `other`."""
-    run = runs[number_of_run]
-    whole = run.series("time/step_s")
-    stages = sorted((key for key in run.keys if _is_time(key) and key != "time/step_s"), key=_stage_order)
-    steps = np.array([r["step"] for r in run.metrics], dtype=float)
-    parts = {_stage(key): _filled(run.series(key), steps) for key in stages}
-    total = _filled(whole, steps)
-    if len(whole.finite):
-        parts["other"] = np.maximum(total - sum(parts.values(), np.zeros_like(total)), 0.0)
-    if not parts:
-        return None
-    means = bucket_means(steps, *parts.values(), total)
-    traces = [
-        _trace(means[0], y, label, {"role": "area", "run": number_of_run, "color": place % COLORS}) | {"mode": "lines"}
-        for place, (label, y) in enumerate(zip(parts, means[1:-1], strict=True))
-    ]
-    legend = [
-        Key(visible(label), "area", i % COLORS, f"{np.median(y):.2f} s") for i, (label, y) in enumerate(parts.items())
-    ]
-    if len(whole.finite):
-        outline = _trace(means[0], means[-1], "whole step", {"role": "outline", "run": number_of_run, "color": None})
-        traces.append(outline | {"mode": "lines"})
-    axis = {"rangemode": "tozero", "ticksuffix": " s"}
-    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": axis, "hovermode": "x unified"}
-    words = ", ".join(f"{key.label} {key.value}" for key in legend)
-    several = len(runs) > 1
-    return Panel(
-        f"Time of a step, {visible(run.name)}" if several else "Time of a step",
-        "seconds, with medians",
-        {"data": traces, "layout": layout},
-        tuple(legend),
-        f"Seconds of a step by stage, medians: {words}.",
-        "Stages overlap where rollouts run ahead (rollout.depth): the line is the whole step."
-        if len(whole.finite) and np.any(sum(parts.values(), np.zeros_like(total)) > total * 1.01 + 1e-3)
-        else "",
-        number_of_run if several else None,
-    )
+def _axis(spec: Curves, values: np.ndarray) -> dict[str, Any]:
+    if spec.share:
+        return {"range": [-0.03, 1.03], "tickformat": ".0%"}
+    if not spec.log or values.min() <= 0:
+        return {"type": "linear"}
+    few_decades = values.max() / values.min() < 1000
+    return {"type": "log", **({"dtick": "D2", "tickformat": "~g"} if few_decades else {"dtick": 1})}
 
 
-def _curve(series: Series, band: Series | None, name: str, run: int, color: int, dash: str) -> dict[str, Any]:
+def _curve(series: Series, band: Series | None, name: str, meta: dict[str, Any], dash: str) -> dict[str, Any]:
     """A line with what the page's script needs to smooth it: bucket means where points were left out."""
     kept = thinned(series.values)
-    meta: dict[str, Any] = {"role": "curve", "run": run, "color": color % COLORS}
-    around = [_filled(band, series.steps, np.nan)] if band is not None and len(band) else []
+    meta = meta | {"role": "curve"}
+    around = [filled(band, series.steps, np.nan)] if band is not None and len(band) else []
     if around or len(kept) < len(series):
         steps, values, *deviation = bucket_means(series.steps, series.values, *around)
         meta["mean"] = {"x": jsonable(steps), "y": jsonable(values), "band": jsonable(deviation[0]) if around else None}
-    trace = _trace(series.steps[kept], series.values[kept], name, meta)
-    return trace | {"mode": "lines" if len(series.finite) > 1 else "lines+markers", "line": {"dash": dash}}
+    shown = trace(series.steps[kept], series.values[kept], name, meta)
+    return shown | {"mode": "lines" if len(series.finite) > 1 else "lines+markers", "line": {"dash": dash}}
 
 
-def _held_out(run: Run, measure: str, name: str, number_of_run: int, color: int) -> list[dict[str, Any]]:
+def _held_out(run: Run, measure: str, name: str, meta: dict[str, Any]) -> list[dict[str, Any]]:
     found = run.evaluated(measure)
     if not found:
         return []
     steps, mean, low, high = np.array(found, dtype=float).T
-    meta = {"role": "held-out", "run": number_of_run, "color": color % COLORS}
-    return [_trace(steps, mean, name, meta) | {"mode": "markers", "error_y": _bars(mean, low, high)}]
+    shown = trace(steps, mean, f"{name}, held out", meta | {"role": "held-out"})
+    return [shown | {"mode": "markers", "error_y": _bars(mean, low, high)}]
 
 
 def _held_out_path(run: Run, name: str, number_of_run: int) -> list[dict[str, Any]]:
@@ -270,24 +213,11 @@ def _held_out_path(run: Run, name: str, number_of_run: int) -> list[dict[str, An
     steps, x, x_low, x_high, y, y_low, y_high = np.array(found, dtype=float).T
     meta = {"role": "held-out", "run": number_of_run, "color": number_of_run % COLORS}
     bars = {"error_x": _bars(x, x_low, x_high), "error_y": _bars(y, y_low, y_high)}
-    return [_trace(x, y, f"{name}, held out", meta) | {"mode": "markers", "customdata": jsonable(steps)} | bars]
+    return [trace(x, y, f"{name}, held out", meta) | {"mode": "markers", "customdata": jsonable(steps)} | bars]
 
 
 def _bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
     return {"type": "data", "symmetric": False, "array": jsonable(high - mean), "arrayminus": jsonable(mean - low)}
-
-
-def _trace(x: np.ndarray, y: np.ndarray, name: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """Plotly takes names for a kind of HTML: they are escaped once more for it."""
-    return {"type": "scatter", "x": jsonable(x), "y": jsonable(y), "name": html.escape(visible(name)), "meta": meta}
-
-
-def _filled(series: Series, steps: np.ndarray, missing: float = 0.0) -> np.ndarray:
-    """The values at these steps; `missing` where there is none or it is not finite."""
-    values = np.full(len(steps), missing)
-    _, to, of = np.intersect1d(steps, series.steps, return_indices=True)
-    values[to] = np.where(np.isfinite(series.values[of]), series.values[of], missing)
-    return values
 
 
 def _in_words(name: str, series: Series) -> str:
@@ -299,20 +229,9 @@ def _in_words(name: str, series: Series) -> str:
     )
 
 
-def _broken(run: Run, label: str, series: Series) -> str:
+def _broken(name: str, series: Series) -> str:
     steps = series.steps[~np.isfinite(series.values)]
-    more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
-    return f"{visible(run.name)}, {visible(label)}: not a finite number at step {steps[0]:.0f}{more}."
-
-
-def _is_time(key: str) -> bool:
-    return key.startswith("time/") and key.endswith("_s")
-
-
-def _stage(key: str) -> str:
-    return key.removeprefix("time/").removesuffix("_s")
-
-
-def _stage_order(key: str) -> tuple[int, str]:
-    stage = _stage(key)
-    return (STAGES.index(stage) if stage in STAGES else len(STAGES), stage)
+    if not len(steps):
+        return ""
+    more = f" and {len(steps) - 1:,} more" if len(steps) > 1 else ""
+    return f"{visible(name)}: not a finite number at step {steps[0]:.0f}{more}."

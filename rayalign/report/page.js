@@ -5,6 +5,7 @@
   const THEMES = ["light dark", "light", "dark"];
   const root = document.documentElement;
   const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+  const several = Boolean(document.querySelector(".runs"));
   const hidden = new Set();
   const slider = document.querySelector("#smoothing");
 
@@ -34,7 +35,8 @@
   const HOVER = "%{y:.4~g}";
   const draw = {
     curve(trace, half) {
-      const { color: slot, mean } = trace.meta;
+      const { color: slot, mean, exact } = trace.meta;
+      if (exact) half = 0;
       const from = mean || trace;
       const y = smooth(from.x, from.y, half);
       const parts = [];
@@ -43,12 +45,12 @@
         const edge = (sign) => y.map((v, i) => (v === null || band[i] === null ? null : v + sign * band[i]));
         const line = { width: 0 };
         parts.push({ x: mean.x, y: edge(-1), mode: "lines", line, hoverinfo: "skip" });
-        parts.push({ x: mean.x, y: edge(1), mode: "lines", line, hoverinfo: "skip", fill: "tonexty", fillcolor: color(`c${slot}`, 0.13) });
+        parts.push({ x: mean.x, y: edge(1), mode: "lines", line, hoverinfo: "skip", fill: "tonexty", fillcolor: color(`c${slot}`, several ? 0.06 : 0.14) });
       }
       const solid = { ...trace.line, color: color(`c${slot}`), width: 2 };
       const same = from.x.length === trace.x.length;
       if (half) {
-        parts.push({ ...trace, line: { ...trace.line, color: color(`c${slot}`, 0.35), width: 1 }, hoverinfo: "skip" });
+        parts.push({ ...trace, line: { ...trace.line, color: color(`c${slot}`, 0.4), width: 1 }, hoverinfo: "skip" });
         parts.push({ ...trace, x: from.x, y, customdata: same ? trace.y : undefined, line: solid,
           hovertemplate: HOVER + (same ? " (%{customdata:.4~g})" : "") });
       } else {
@@ -95,9 +97,11 @@
       ...given,
       xaxis: { ...axis, ...given.xaxis, title: { ...title, ...given.xaxis.title }, nticks: 7, showgrid: false, ticks: "outside", ticklen: 4,
         tickcolor: color("line"), showline: true, hoverformat: ",d", unifiedhovertitle: { text: "step %{x}" } },
-      yaxis: { ...axis, ...given.yaxis, title: given.yaxis.title && { ...title, ...given.yaxis.title }, nticks: 6 },
+      yaxis: { ...axis, ...given.yaxis, title: given.yaxis.title && { ...title, ...given.yaxis.title }, nticks: 6,
+        exponentformat: "power" },
       font, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 44, r: 14, t: 8, b: 40 }, uirevision: "kept",
+      modebar: { bgcolor: color("panel"), color: color("muted"), activecolor: color("text") },
       hoverlabel: { bgcolor: color("panel"), bordercolor: color("line"), font: { ...font, color: color("text") }, namelength: 40 },
     };
   }
@@ -107,7 +111,7 @@
     figure: JSON.parse(panel.querySelector("script").textContent),
   }));
   const options = { displaylogo: false, responsive: true, showSendToCloud: false, showEditInChartStudio: false, plotlyServerURL: "",
-    modeBarButtons: [["toImage", "resetScale2d"]], locale: "en-US" };
+    displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, modeBarButtons: [["toImage", "resetScale2d"]] };
 
   function render({ chart, figure }) {
     if (!chart.checkVisibility()) return;
@@ -129,7 +133,7 @@
   const steps = Number(slider.dataset.steps);
   const offered = HALF_LIVES.filter((half) => half <= Math.max(5, steps / 4));
   slider.max = offered.length - 1;
-  slider.value = offered.findLastIndex((half) => half <= Math.max(1, steps / 20));
+  slider.value = offered.findLastIndex((half) => half <= Math.max(1, steps / 15));
   const output = document.querySelector(".controls output");
   function showSmoothing() {
     const half = HALF_LIVES[slider.value];
@@ -144,8 +148,7 @@
   function setTheme(next) {
     chosen = next;
     root.style.colorScheme = THEMES[chosen];
-    theme.textContent = ["Auto", "Light", "Dark"][chosen];
-    theme.setAttribute("aria-label", `Colours: ${theme.textContent}`);
+    theme.textContent = `Theme: ${["auto", "light", "dark"][chosen]}`;
   }
   theme.addEventListener("click", () => { setTheme((chosen + 1) % THEMES.length); renderAll(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", renderAll);

@@ -33,6 +33,7 @@ class Tile:
 
     label: str
     value: str
+    unit: str = ""
     detail: str = ""
 
 
@@ -49,11 +50,13 @@ def number(value: float, *, sign: bool = False) -> str:
     if not math.isfinite(value):
         return "not finite"
     size = abs(value)
-    if size >= 1000:
+    if size == 0:
+        return "0"
+    if size >= 1000 or (size >= 1 and value == int(value)):
         text = f"{size:,.0f}"
     elif size >= 10:
         text = f"{size:.1f}"
-    elif size >= 0.001 or size == 0:
+    elif size >= 0.001:
         text = f"{size:.3f}"
     else:
         text = f"{size:.1e}"
@@ -94,17 +97,25 @@ def tiles(run: Run) -> list[Tile]:
 
 def evaluations(run: Run) -> Table | None:
     """Means and 95 % intervals: before, during, after."""
-    if not run.evaluations:
-        return None
-    chosen = spread(run.evaluations, EVALUATIONS)
-    known = dict.fromkeys(key for r in chosen for key in r["metrics"] if not key.endswith(("/low", "/high")))
+    chosen = [(run, int(record["step"])) for record in spread(run.evaluations, EVALUATIONS)]
+    return _measures(chosen, [_moment(run, step) for _, step in chosen])
+
+
+def last_evaluations(runs: Sequence[Run]) -> Table | None:
+    """The last evaluation of each run, side by side."""
+    chosen = [(run, int(run.evaluations[-1]["step"])) for run in runs if run.evaluations]
+    return _measures(chosen, [f"{visible(run.name)}, step {step:,}" for run, step in chosen])
+
+
+def _measures(chosen: Sequence[tuple[Run, int]], columns: Sequence[str]) -> Table | None:
+    metrics = [{r["step"]: r["metrics"] for r in run.evaluations}[step] for run, step in chosen]
+    known = dict.fromkeys(key for each in metrics for key in each if not key.endswith(("/low", "/high")))
     keys = [*(key for key in MEASURES if key in known), *(key for key in known if key not in MEASURES)]
-    measured = {key: {step: rest for step, *rest in run.evaluated(key)} for key in keys}
-    rows = tuple(
-        (MEASURES.get(key, visible(key)), tuple(_interval_cell(measured[key].get(int(r["step"]))) for r in chosen))
-        for key in keys
-    )
-    return Table(tuple(_moment(run, int(r["step"])) for r in chosen), rows)
+    rows = []
+    for key in keys:
+        found = [{at: rest for at, *rest in run.evaluated(key)}.get(step) for run, step in chosen]
+        rows.append((MEASURES.get(key, visible(key)), tuple(map(_interval_cell, found))))
+    return Table(tuple(columns), tuple(rows)) if rows else None
 
 
 def all_metrics(run: Run) -> Table:
@@ -154,47 +165,49 @@ def _reward_tile(run: Run) -> Tile | None:
     if found:
         (_, mean, low, high), (_, new_mean, new_low, new_high) = found[0], found[-1]
         if len(found) == 1:
-            return Tile("Held-out reward", number(mean), _interval(low, high))
+            return Tile("Held-out reward", number(mean), detail=_interval(low, high))
         rose = f"{number(new_mean - mean, sign=True)}; {_interval(low, high)} → {_interval(new_low, new_high)}"
-        return Tile("Held-out reward", f"{number(mean)} → {number(new_mean)}", rose)
+        return Tile("Held-out reward", f"{number(mean)} → {number(new_mean)}", detail=rose)
     values = run.series("reward/mean").finite
     if not len(values):
         return None
     share = max(1, len(values) // 10)
     first, last = values[:share].mean(), values[-share:].mean()
-    return Tile("Reward in training", f"{number(first)} → {number(last)}", f"mean of the first and last {share} steps")
+    return Tile(
+        "Reward in training", f"{number(first)} → {number(last)}", detail=f"mean of the first and last {share} steps"
+    )
 
 
 def _kl_tile(run: Run) -> Tile | None:
     found = run.evaluated("kl/k1")
     if found:
         _, mean, low, high = found[-1]
-        return Tile("KL to the reference, k1", f"{number(mean)} nats", f"{_interval(low, high)}, held-out prompts")
+        return Tile("KL (k1)", number(mean), "nats", f"{_interval(low, high)}, held-out prompts")
     values = run.series("kl/k1").finite
     if not len(values):
         return None
     share = max(1, len(values) // 10)
-    return Tile("KL to the reference, k1", f"{number(values[-share:].mean())} nats", f"mean of the last {share} steps")
+    return Tile("KL (k1)", number(values[-share:].mean()), "nats", f"mean of the last {_steps(share)}")
 
 
 def _steps_tile(run: Run) -> Tile:
     planned = run.planned_steps
     done = f"{run.last_step:,}" + (f" / {planned:,}" if planned else "")
     skipped = sum("loss" not in r for r in run.metrics) if "loss" in run.keys else 0
-    return Tile("Steps", done, f"{skipped:,} skipped, every pair tied" if skipped else "")
+    return Tile("Steps", done, detail=f"{skipped:,} skipped, every pair tied" if skipped else "")
 
 
 def _machine_tiles(run: Run) -> list[Tile]:
     found = []
     times = run.series("time/step_s").finite
     if len(times):
-        found.append(Tile("Time of a step", f"{np.median(times):.1f} s", f"median; {duration(times.sum())} in all"))
+        found.append(Tile("Time of a step", f"{np.median(times):.1f}", "s", f"median; {duration(times.sum())} in all"))
     speeds = run.series("rollout/tokens_per_s").finite
     if len(speeds):
-        found.append(Tile("Sampling", f"{np.median(speeds):,.0f} tokens/s", "median"))
+        found.append(Tile("Sampling", f"{np.median(speeds):,.0f}", "tokens/s", "median"))
     memory = run.series("memory/peak_gib").finite
     if len(memory):
-        found.append(Tile("Peak memory", f"{memory.max():.1f} GiB", "all processes"))
+        found.append(Tile("Peak memory", f"{memory.max():.1f}", "GiB", "all processes"))
     return found
 
 
@@ -202,6 +215,10 @@ def _moment(run: Run, step: int) -> str:
     if step == 0:
         return "before"
     return f"after, step {step:,}" if step == run.last_step else f"step {step:,}"
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count:,} steps"
 
 
 def _interval(low: float, high: float) -> str:
