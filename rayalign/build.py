@@ -40,13 +40,23 @@ def load_tokenizer(config: Config, path: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError and KeyError for the same thing
-        raise ConfigError(
-            "no tokenizer could be loaded from there",
-            where="key model.path",
-            value=where,
-            rule="a folder with a Hugging Face checkpoint, or a hub id that can be reached",
-            remedy=" ".join(str(error).split())[:200],
-        ) from error
+        raise _not_loaded("tokenizer", where, error) from error
+
+
+def _not_loaded(what: str, where: str, error: Exception) -> ConfigError:
+    folder = Path(where).is_dir()
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"no {what} could be loaded from there",
+        where="key model.path",
+        value=where,
+        rule=f"a folder with config.json, tokenizer and weights; transformers says: {reason}"
+        if folder
+        else "a folder with a Hugging Face checkpoint, or a hub id that can be reached",
+        remedy="save it again: model and tokenizer .save_pretrained(folder)"
+        if folder
+        else "check the id and the network, or download the model and give its folder",
+    )
 
 
 def model_path(path: str) -> str:
@@ -58,7 +68,8 @@ def model_path(path: str) -> str:
                 "this folder holds no model",
                 where="key model.path",
                 value=path,
-                rule="config.json and weights beside it",
+                rule="config.json, tokenizer and weights in it",
+                remedy=_nearest_model(expanded),
             )
         return str(expanded.resolve())
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -72,6 +83,14 @@ def model_path(path: str) -> str:
     return path
 
 
+def _nearest_model(folder: Path) -> str:
+    """A checkpoint right below, as in a run's folder, or in the cache of a hub."""
+    below = sorted(each.parent for each in folder.glob("*/config.json")) or sorted(
+        each.parent for each in folder.glob("*/*/config.json")
+    )
+    return f"did you mean {below[-1]}?" if below else "give the folder that holds config.json"
+
+
 def check_training(config: Config) -> None:
     """What one key alone cannot tell: whether the parts of a training fit together. Raises ConfigError."""
     check_parts(config)
@@ -83,7 +102,7 @@ def check_training(config: Config) -> None:
                 where=f"key {key}",
                 value=value,
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
-                remedy=f"raise rollout.prompts to {value}, or lower {key}",
+                remedy=f"set rollout.prompts={value}, or lower {key}",
             )
     if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
         raise ConfigError(
@@ -117,7 +136,7 @@ def check_parts(config: Config) -> None:
                 where=f"key {key}",
                 value=value,
                 rule="1 with placement: local",
-                remedy="set placement=ray",
+                remedy=f"set placement=ray, or {key}=1",
             )
     _check_context(config)
 
@@ -125,7 +144,11 @@ def check_parts(config: Config) -> None:
 def _check_context(config: Config) -> None:
     from transformers import AutoConfig
 
-    known = AutoConfig.from_pretrained(model_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    where = model_path(config.model.path)
+    try:
+        known = AutoConfig.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:
+        raise _not_loaded("model", where, error) from error
     longest = getattr(known.get_text_config(), "max_position_embeddings", None)
     context = config.engine.max_context
     if longest and context > longest:

@@ -28,13 +28,14 @@ class RayalignError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.value, self.rule, self.remedy)
 
     def __str__(self) -> str:
+        """At most four lines: what and where, found, rule, remedy."""
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         if self.value is not None:
             lines.append(f"  found:  {_short(self.value)}")
         if self.rule:
-            lines.append(f"  rule:   {self.rule}")
+            lines.append(f"  rule:   {_short(self.rule)}")
         if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
+            lines.append(f"  remedy: {_short(self.remedy)}")
         return "\n".join(lines)
 
 
@@ -86,7 +87,7 @@ def _rebuild(cls, what, where, value, rule, remedy):
     return cls(what, where=where, value=value, rule=rule, remedy=remedy)
 
 
-def _short(value: object, limit: int = 160) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text.split())
+def _short(value: object, limit: int = 180) -> str:
+    """On one line that a terminal can hold."""
+    text = " ".join(str(value).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -36,8 +36,9 @@ def prepare_run_dir(config: Config, name: str) -> Path:
         raise ConfigError(
             "there is nothing to resume",
             where="key resume",
+            value="resume: true without run_dir",
             rule="resume=true goes with run_dir=…",
-            remedy="name the run directory to go on with",
+            remedy="name the run directory to go on with, as run_dir=runs/demo",
         )
     if config.resume and not exists:
         raise ConfigError(
@@ -59,7 +60,11 @@ def prepare_run_dir(config: Config, name: str) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            "this folder cannot be made", where="key run_dir", value=str(run_dir), remedy=str(error)
+            "this folder cannot be made",
+            where="key run_dir",
+            value=str(run_dir),
+            rule=f"a folder that can be made; the system says: {error.strerror}",
+            remedy="choose another run_dir",
         ) from None
     if config.resume:
         _check_same_run(config, load_config(run_dir / "config.yaml"))
@@ -86,7 +91,7 @@ def _check_same_run(config: Config, before: Config) -> None:
             raise ConfigError(
                 "this cannot change when a run is resumed",
                 where=f"key {key}",
-                value=new.get(key),
+                value="nothing" if new.get(key) is None else new[key],
                 rule=f"{old.get(key)}, as in the run's config.yaml",
                 remedy="change it back, or start a new run from the checkpoint with model.path",
             )

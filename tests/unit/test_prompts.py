@@ -76,7 +76,7 @@ def test_long_prompts_are_counted_or_refused(tokenizer, tmp_path):
         ("", {}, "this file is empty"),
         ("\n\n", {}, "not one row"),
         ('{"prompt": "a"}\n{"prompt": "b"\n', {}, r"p.jsonl:2: this line is not JSON"),
-        ('["a"]\n', {}, r"p.jsonl:1: this line is not a JSON object"),
+        ('["a"]\n', {}, r"p.jsonl:1: this is not a JSON object"),
         ('{"text": "a"}\n', {}, r"no column 'prompt'.*\n.*columns text"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', {}, "row 1: these messages do not end with the user"),
         ('{"promt": "a"}\n', {}, "did you mean promt"),
