@@ -80,6 +80,7 @@ def run_training(config: Config, *, name: str = "run") -> Result:
                 return _train(config, parts, tokenizer, prompts, run_dir, checkpoints, recorder, console)
         finally:
             recorder.close()
+            _report(run_dir, console)
 
 
 def _train(
@@ -185,6 +186,18 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     print_evaluation(found, Path(policy).name)
     console.say(f"samples in {folder / 'evaluation.json'}")
     return found
+
+
+def _report(run_dir: Path, console: Console) -> None:
+    """A report of what was reached, however the run ended. One that cannot be written is said, and is no failure."""
+    if not read_records(run_dir / "metrics.jsonl"):
+        return
+    from rayalign.report import write_report
+
+    try:
+        console.say(f"report {write_report([run_dir])}")
+    except Exception as error:  # a full disk, say: what the run did is in its files all the same
+        console.say(f"no report was written: {type(error).__name__}: {error}")
 
 
 def quiet_libraries() -> None:
