@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         whole.write_text(page, encoding="utf-8")
         whole.replace(out)
     except OSError as error:
-        whole.unlink(missing_ok=True)
+        with suppress(OSError):
+            whole.unlink()
         raise ConfigError("the report cannot be written", where=str(out), value=str(error)) from None
     return out
 

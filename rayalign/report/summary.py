@@ -171,10 +171,10 @@ def _reward_tile(run: Run) -> Tile | None:
     values = run.series("reward/mean").finite
     if not len(values):
         return None
-    share = max(1, len(values) // 10)
+    share = min(len(values), max(3, len(values) // 10))
     first, last = values[:share].mean(), values[-share:].mean()
     return Tile(
-        "Reward in training", f"{number(first)} → {number(last)}", detail=f"mean of the first and last {share} steps"
+        "Reward in training", f"{number(first)} → {number(last)}", detail=f"mean of the first and last {_steps(share)}"
     )
 
 
@@ -186,7 +186,7 @@ def _kl_tile(run: Run) -> Tile | None:
     values = run.series("kl/k1").finite
     if not len(values):
         return None
-    share = max(1, len(values) // 10)
+    share = min(len(values), max(3, len(values) // 10))
     return Tile("KL (k1)", number(values[-share:].mean()), "nats", f"mean of the last {_steps(share)}")
 
 
