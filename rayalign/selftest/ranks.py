@@ -1,0 +1,75 @@
+"""Two learner ranks that train together: nccl between GPUs, gloo on a CPU.
+
+Run as a child: `python -m rayalign.selftest.ranks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from rayalign.selftest.stage import RANKS, stage
+from rayalign.selftest.training import dtype_for
+
+WORLD = 2
+DEADLINE_S = 120.0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rayalign.selftest.ranks")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--gpus-gib", type=float, nargs="*", default=[])
+    options = parser.parse_args(arguments)
+    remedy = (
+        "NCCL_DEBUG=INFO shows which way nccl took; in a container, give it more /dev/shm" if options.gpus_gib else ""
+    )
+    with stage(RANKS, remedy) as note:
+        from torch.multiprocessing import spawn
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        spawn(
+            train_on_rank, args=(port, str(options.model), options.gpus_gib), nprocs=WORLD
+        )  # raises what a rank raises
+        note.found = f"an update over {'nccl' if options.gpus_gib else 'gloo'}, and the same log-probs on both"
+    return 0
+
+
+def train_on_rank(rank: int, port: int, model: str, gpus_gib: list[float]) -> None:
+    """One update of a DPO policy, after which both ranks have to hold the same, other weights."""
+    os.environ["LOCAL_RANK"] = str(rank if gpus_gib else 0)
+    import numpy as np
+    import torch
+
+    from rayalign.algorithms.online_preference import OnlinePreference
+    from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
+    from rayalign.learners.settings import LearnerSpec, OptimizerConfig
+    from rayalign.protocols import UpdatePlan
+    from rayalign.types import Column, Example, Sequence
+
+    settings = DeepSpeedLearnerConfig(ranks=WORLD, zero_stage=2, dtype=dtype_for(gpus_gib), deadline_s=DEADLINE_S)
+    spec = LearnerSpec("policy", model, optimizer=OptimizerConfig(lr=1e-2), settings=settings)
+    policy = settings.build([spec], rank=rank, world_size=WORLD, address=("127.0.0.1", port))["policy"]
+
+    def row(first: int) -> Sequence:
+        tokens = tuple(range(first, first + 8))
+        return Sequence((40, 41), tokens, columns={f"reference/{Column.LOGPS.value}": np.zeros(8, np.float32)})
+
+    probe = tuple(range(40, 60))
+    before = policy.logps([probe])[0]
+    policy.update_shard([Example((row(40 + i), row(80 + i))) for i in range(4)], OnlinePreference(), UpdatePlan(0))
+    found: list[np.ndarray | None] = [None] * WORLD
+    torch.distributed.all_gather_object(found, policy.logps([probe])[0])
+    if not np.abs(found[0] - before).max() > 0:
+        raise RuntimeError("the update changed nothing")
+    if not np.array_equal(*found):
+        raise RuntimeError("the ranks hold different weights after one update")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

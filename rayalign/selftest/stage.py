@@ -1,0 +1,69 @@
+"""How one stage of the self-test went, as it crosses from a child process to the one that reports it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Literal
+
+MARK = "STAGE "  # libraries print to stdout too: only lines that begin so are ours
+
+# The stages, here because the process that reports them imports nothing of what it tries.
+TRAINING, OBJECT_STORE = "training on Ray actors", "push through Ray's object store"
+START, CHECKPOINT, PUSH, WAKE = "vLLM start-up", "checkpoint", "push within one process", "sleep and wake"
+START_TP, PUSH_TP = "vLLM on two tensor parallel ranks", "push by mapped files"
+RANKS = "two DeepSpeed ranks"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: what was tried.
+        outcome: passed, failed, or skipped because this machine or an earlier failure does not allow it.
+        found: what was seen, or the cause.
+        remedy: what to do, when there is something to do.
+        seconds: how long it took.
+    """
+
+    name: str
+    outcome: Literal["passed", "failed", "skipped"]
+    found: str
+    remedy: str = ""
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        return MARK + json.dumps(asdict(self))
+
+
+def from_line(line: str) -> Stage | None:
+    """The stage of a child's line, or None when the line is something else."""
+    return Stage(**json.loads(line.removeprefix(MARK))) if line.startswith(MARK) else None
+
+
+class Note:
+    """What a stage says about itself when it passes."""
+
+    found = ""
+
+
+@contextmanager
+def stage(name: str, remedy: str = "") -> Iterator[Note]:
+    """Print the stage that is done inside: passed with the note's `found`, or failed with the error, which ends
+    there so that the next stage still runs."""
+    note, started = Note(), perf_counter()
+    try:
+        yield note
+    except Exception as error:  # noqa: BLE001  whatever it is, it is this stage's finding
+        import traceback
+
+        traceback.print_exc()
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        done = Stage(name, "failed", cause, remedy, perf_counter() - started)
+    else:
+        done = Stage(name, "passed", note.found, "", perf_counter() - started)
+    print(done.line(), flush=True)
