@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from typing import Any
 
 import ray
 
@@ -56,14 +57,24 @@ def _reach(address: str | None) -> None:
 def nodes() -> list[Node]:
     """The living nodes, this one first, then by name."""
     here = ray.get_runtime_context().get_node_id()
-    living = [
-        Node(
-            n["NodeID"], int(n["Resources"].get("CPU", 0)), int(n["Resources"].get("GPU", 0)), n["NodeManagerHostname"]
-        )
-        for n in ray.nodes()
-        if n["Alive"] and n["Resources"].get("CPU", 0) >= 1
-    ]
+    living = [_node(n) for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
     return sorted(living, key=lambda node: (node.id != here, node.name, node.id))
+
+
+def _node(entry: dict[str, Any]) -> Node:
+    """Ray's entry of a node. Its memory is what was free when Ray started there, the object store included."""
+    resources = entry["Resources"]
+    memory = resources.get("memory", 0) + resources.get("object_store_memory", 0)
+    types = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    gpus = int(resources.get("GPU", 0))
+    return Node(
+        entry["NodeID"],
+        int(resources.get("CPU", 0)),
+        gpus,
+        entry["NodeManagerHostname"],
+        memory / 2**30,
+        types[0] if gpus and types else "",
+    )
 
 
 def disconnect() -> None:

@@ -37,12 +37,21 @@ class RayPlacement(Record):
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster. `id` is Ray's."""
+    """A node of the cluster.
+
+    Attributes:
+        id: Ray's.
+        memory_gib: of the host; 0 is not known.
+        gpu, gpu_gib: the type of its GPUs, and the memory of one; 0 is not known.
+    """
 
     id: str
     cpus: int
     gpus: int
     name: str = ""
+    memory_gib: float = 0.0
+    gpu: str = ""
+    gpu_gib: float = 0.0
 
 
 @dataclass(frozen=True)

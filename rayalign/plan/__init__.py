@@ -1,0 +1,48 @@
+"""What a run would be, before it starts: `rayalign plan CONFIG`. Nothing is started and no weights are read."""
+
+from __future__ import annotations
+
+from rayalign.build import check_training
+from rayalign.plan.advice import nearest_change
+from rayalign.plan.batches import prompt_lengths, tokens_of_a_step
+from rayalign.plan.differences import differences
+from rayalign.plan.fit import evaluate
+from rayalign.plan.learners import checkpoint_bytes
+from rayalign.plan.nodes import find_nodes
+from rayalign.plan.records import GIB, Disk, Plan
+from rayalign.plan.shapes import read_shape
+from rayalign.plan.show import print_plan
+from rayalign.schema import Config
+
+__all__ = ["Plan", "make_plan", "print_plan"]
+
+
+def make_plan(config: Config, *, nodes: str | None = None) -> Plan:
+    """Where actors would go, what a step would do, and whether it fits.
+
+    Args:
+        nodes: as `2x8xH100`, see `plan.nodes`; none: the cluster that the config or RAY_ADDRESS names, else this
+            machine.
+
+    Raises:
+        ConfigError: nodes or a model that cannot be read, or a config that no machine could run.
+    """
+    shape = read_shape(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    check_training(config)
+    there, source = find_nodes(config.placement, nodes)
+    lengths = prompt_lengths(config)
+    fit = evaluate(config, shape, lengths, there)
+    size = checkpoint_bytes(config, shape) / GIB
+    standing = min(fit.batches.checkpoints, config.checkpoint.keep + 1)
+    return Plan(
+        model=config.model.path,
+        shape=shape,
+        differs=differences(config),
+        nodes=there,
+        nodes_from=source,
+        lengths=lengths,
+        tokens=tokens_of_a_step(config, lengths, fit.batches),
+        disk=Disk(size, size * standing),
+        fit=fit,
+        advice=None if fit.fits else nearest_change(config, shape, lengths, there),
+    )

@@ -1,0 +1,184 @@
+"""Whether a config fits some nodes: places, memory of every role, and how full each GPU and each host gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rayalign.errors import ConfigError
+from rayalign.plan.batches import count_batches
+from rayalign.plan.engines import engine_memory
+from rayalign.plan.learners import compute_width, learner_memory, push_bytes, shares_gpus
+from rayalign.plan.records import GIB, Bytes, EngineCache, Fit, Lengths, Load, Problem, RoleMemory
+from rayalign.plan.shapes import Shape
+from rayalign.runtime.placement import Node, Place, place
+from rayalign.schema import Config
+
+DRIVER = 0.45 * GIB  # the training loop's own process, and
+RAY = 0.8 * GIB  # Ray's on a node: measured, as for learners
+SCORER = 0.3 * GIB
+
+
+def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node]) -> Fit:
+    """Everything that depends on keys that a change could touch. Pure: nothing is read or started."""
+    on_gpu = any(node.gpus for node in nodes)
+    batches, micro = count_batches(config, lengths)
+    problems: list[Problem] = []
+    try:
+        places = places_for(config, nodes)
+    except ConfigError as error:
+        places, problems = (), [Problem.of(error)]
+    gpu_gib = min((node.gpu_gib for node in nodes if node.gpus), default=0.0)
+    engine, cache, wrong = engine_memory(config, shape, gpu_gib=gpu_gib, on_gpu=on_gpu)
+    if on_gpu and not gpu_gib:
+        wrong = [problem for problem in wrong if "no room" not in problem.what]  # nothing to hold it against
+    memory = (
+        engine,
+        *learner_memory(config, shape, micro, on_gpu=on_gpu),
+        RoleMemory("scorer", "scorer", config.scorer.count, Bytes(), Bytes(other=SCORER)),
+    )
+    loads = _gpu_loads(config, places, memory) + _host_loads(config, shape, nodes, places, memory)
+    problems += wrong + [_overfull(load) for load in loads if not load.fits]
+    problems += _loading_problems(config, shape, nodes) + _batch_problems(config, lengths)
+    notes = _notes(config, cache, nodes, lengths)
+    return Fit(places, batches, micro, memory, cache, loads, tuple(problems), notes)
+
+
+def places_for(config: Config, nodes: Sequence[Node]) -> tuple[Place, ...]:
+    """Where actors go; with placement: local, all in one process on the first node. Raises ConfigError."""
+    if config.placement.name == "local":
+        node = nodes[0]
+        cores = tuple(range(node.cpus))
+        return tuple(
+            Place(actor, node, float(node.cpus), float(min(node.gpus, 1)) if actor[:6] != "scorer" else 0.0, cores)
+            for actor in ("engine-0", "learner-0", "scorer-0")
+        )
+    return place(
+        nodes,
+        engines=config.engine.count,
+        tensor_parallel=getattr(config.engine, "tensor_parallel", 1),
+        learners=config.learner.ranks,
+        scorers=config.scorer.count,
+        colocate=config.placement.colocate,
+    )
+
+
+def _kind(actor: str) -> str:
+    return actor.rpartition("-")[0]
+
+
+def _gpu_loads(config: Config, places: Sequence[Place], memory: Sequence[RoleMemory]) -> tuple[Load, ...]:
+    """GPUs that hold the same are one line. Engine and learner that share a GPU are added up: what a learner's
+    allocator has reserved in an update it keeps while the engine is awake."""
+    needs = {kind: sum(r.device.total for r in memory if r.actor == kind) / GIB for kind in ("engine", "learner")}
+    shared = shares_gpus(config)
+    found: dict[tuple[tuple[str, ...], float], list[str]] = {}
+    on_gpu = [each for each in places if each.gpus > 0]
+    if shared:
+        for node in dict.fromkeys(each.node for each in on_gpu):
+            kinds = tuple(_kind(each.actor) for each in on_gpu if each.node == node)
+            found.setdefault((kinds, node.gpu_gib), []).append(node.name)
+    else:
+        for each in on_gpu:
+            found.setdefault(((_kind(each.actor),), each.node.gpu_gib), []).append(each.actor)
+    return tuple(
+        Load(f"each GPU of {_range(names)}", kinds, sum(needs[kind] for kind in kinds), gib)
+        for (kinds, gib), names in found.items()
+    )
+
+
+def _host_loads(
+    config: Config, shape: Shape, nodes: Sequence[Node], places: Sequence[Place], memory: Sequence[RoleMemory]
+) -> tuple[Load, ...]:
+    """Memory of each node: its actors, the driver on the first, and pushed weights where they leave and arrive."""
+    needs = {
+        kind: sum(r.host.total for r in memory if r.actor == kind) / GIB for kind in ("engine", "learner", "scorer")
+    }
+    local = config.placement.name == "local"
+    push = push_bytes(config, shape) / GIB
+    found: dict[tuple[tuple[str, ...], float, float], list[str]] = {}
+    for number, node in enumerate(nodes):
+        kinds = [_kind(each.actor) for each in places if each.node == node]
+        first = any(each.actor == "learner-0" for each in places if each.node == node)
+        needed = sum(needs[kind] for kind in kinds)
+        holds = [f"{kinds.count(kind)} {kind}{'s' if kinds.count(kind) > 1 else ''}" for kind in needs if kind in kinds]
+        if local:  # one process: libraries once, one push at a time
+            needed, holds = needed - 0.5 * DRIVER / GIB + push / 2, [*holds, "a push"]
+        else:
+            needed += RAY / GIB + (DRIVER / GIB if not number else 0.0)
+            holds += ["Ray", *(["driver"] if not number else [])]
+            if first or "engine" in kinds:
+                needed, holds = needed + push, [*holds, "two pushes"]
+        if first:  # an export puts the whole policy together there
+            needed += push / 2
+        found.setdefault((tuple(holds), round(needed, 6), node.memory_gib), []).append(node.name)
+    return tuple(
+        Load(f"memory of {_range(names)}", holds, needed, has) for (holds, needed, has), names in found.items()
+    )
+
+
+def _range(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def _overfull(load: Load) -> Problem:
+    return Problem(
+        "this would not fit",
+        load.where,
+        f"{load.needed:.1f} GiB for {', '.join(load.holds)}",
+        f"at most {load.has:.1f} GiB",
+    )
+
+
+def cannot_load(config: Config, shape: Shape, nodes: Sequence[Node]) -> bool:
+    """Whether one whole model in the learner's dtype is more than a GPU has: no number of ranks changes that."""
+    gpu_gib = min((node.gpu_gib for node in nodes if node.gpus), default=0.0)
+    return bool(gpu_gib) and compute_width(config)[0] * shape.parameters > gpu_gib * GIB
+
+
+def _loading_problems(config: Config, shape: Shape, nodes: Sequence[Node]) -> list[Problem]:
+    if not cannot_load(config, shape, nodes):
+        return []
+    whole = compute_width(config)[0] * shape.parameters / GIB
+    return [
+        Problem(
+            "a learner rank cannot load this model",
+            "key model.path",
+            f"{whole:.1f} GiB of weights, whole on each GPU before ZeRO-3 shares them out",
+            f"at most {min(node.gpu_gib for node in nodes if node.gpus):.1f} GiB",
+            f"GPUs with more than {whole:.0f} GiB: no number of ranks makes this smaller",
+        )
+    ]
+
+
+def _batch_problems(config: Config, lengths: Lengths) -> list[Problem]:
+    """A rollout that the prompt file cannot fill."""
+    if lengths.training is None or lengths.training >= config.rollout.prompts:
+        return []
+    return [
+        Problem(
+            "there are not enough training prompts for one rollout",
+            "key rollout.prompts",
+            str(config.rollout.prompts),
+            f"at most {lengths.training}, the training prompts of {config.data.prompts}",
+        )
+    ]
+
+
+def _notes(config: Config, cache: EngineCache, nodes: Sequence[Node], lengths: Lengths) -> tuple[str, ...]:
+    """What fits, and is worth knowing."""
+    notes = []
+    wanted = config.engine.max_running
+    if config.engine.name == "vllm" and 0 < cache.requests < wanted:
+        notes.append(
+            f"an engine has keys and values for {cache.requests} requests of full length; "
+            f"of engine.max_running={wanted}, longer ones take turns"
+        )
+    if any(node.gpus and not node.gpu_gib for node in nodes):
+        notes.append("the memory of these GPUs is not known: say it with nodes like 1x8x80GiB")
+    if not all(node.memory_gib for node in nodes):
+        notes.append("host memory is not known and not checked: add it to the nodes, as 2x8xH100/1800GiB")
+    if not lengths.measured:
+        notes.append(f"prompt lengths are {lengths.source}")
+    if shares_gpus(config) and any(node.gpus for node in nodes):
+        notes.append("engine and learner are added up: a learner keeps what it reserved while the engine is awake")
+    return tuple(notes)

@@ -1,0 +1,140 @@
+"""Memory of a learner rank: its roles, the largest micro-batch, loading, and the host's part of a push."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayalign.learners.deepspeed_config import engine_config
+from rayalign.learners.settings import LearnerSpec
+from rayalign.plan.activations import logit_bytes, saved_bytes, working_bytes
+from rayalign.plan.records import GIB, Bytes, Micro, RoleMemory
+from rayalign.plan.shapes import Shape
+from rayalign.plan.zero import State, Zero, frozen_state, torch_state, trained_state
+from rayalign.schema import Config
+
+# Resident before there is a model, measured on Linux with the locked CPU versions (tests/bench/plan_memory.py).
+BASE = 0.6 * GIB  # Python, torch, transformers, DeepSpeed and Ray
+ALLOCATOR = 0.05  # of what is held: what an allocator keeps beyond what is asked for
+GPU_CONTEXT = 1.0 * GIB  # CUDA context, nccl and kernel libraries: a usual size, not measured here
+
+
+def learner_memory(config: Config, shape: Shape, micro: Micro, *, on_gpu: bool) -> tuple[RoleMemory, ...]:
+    """The roles of one rank, and its process. The reference works before the policy does, in the same space."""
+    count = config.learner.ranks
+    policy, *frozen = _states(config, shape)
+    width, autocast = compute_width(config)
+    activations = _activations(config, shape, micro, width=width, autocast=autocast)
+    update = policy.device + Bytes(activations=activations, other=max(0.0, policy.work - activations))
+    roles = [("policy", update, policy.host)]
+    roles += [("reference", state.device, state.host) for state in frozen]
+    process = _process(config, shape, [policy, *frozen], update, on_gpu=on_gpu)
+    found = [RoleMemory(role, "learner", count, device, host) for role, device, host in roles]
+    found.append(RoleMemory("process", "learner", count, *process))
+    return tuple(found) if on_gpu else tuple(_in_host(each) for each in found)
+
+
+def _in_host(role: RoleMemory) -> RoleMemory:
+    return RoleMemory(role.role, role.actor, role.count, Bytes(), role.device + role.host)
+
+
+def _process(config: Config, shape: Shape, states: list[State], update: Bytes, *, on_gpu: bool) -> tuple[Bytes, Bytes]:
+    """(device, host) of what belongs to no role: libraries, the allocator, and what loading takes beyond."""
+    width, _ = compute_width(config)
+    kept = update.total + sum(state.device.total for state in states[1:])
+    loading = loading_bytes(config, shape)
+    allocator = ALLOCATOR * kept
+    extra = max(0.0, loading - kept)
+    whole = float(width * shape.parameters)  # transformers loads all weights into host memory first
+    if on_gpu:
+        return Bytes(other=GPU_CONTEXT + allocator + extra), Bytes(other=BASE + whole)
+    return Bytes(other=allocator + extra), Bytes(other=BASE)
+
+
+def loading_bytes(config: Config, shape: Shape) -> float:
+    """The worst moment while roles are built one after the other: each rank loads a whole model, which stage 3
+    then shares out, beside what the roles before it hold."""
+    states, width = _states(config, shape), compute_width(config)[0]
+    whole, before, worst = float(width * shape.parameters), 0.0, 0.0
+    for state in states:
+        worst = max(worst, before + whole)
+        before += state.device.weights + state.device.optimizer + state.device.gradients
+    return worst
+
+
+def _states(config: Config, shape: Shape) -> list[State]:
+    """Of the policy, and of the reference where the algorithm needs one."""
+    reference = any(role == "reference" for role, _ in config.algorithm.needs)
+    zero = zero_of(config, shape)
+    if zero is None:
+        autocast = compute_width(config)[1]
+        states = [torch_state(shape, trained=True, autocast=autocast)]
+        return states + ([torch_state(shape, trained=False, autocast=autocast)] if reference else [])
+    averaged = getattr(getattr(config.algorithm, "reference", None), "update", "fixed") == "average"
+    return [trained_state(shape, zero)] + ([frozen_state(shape, zero, averaged=averaged)] if reference else [])
+
+
+def zero_of(config: Config, shape: Shape) -> Zero | None:
+    """What DeepSpeed is really told (`learners.deepspeed_config`); None for the torch learner."""
+    if not hasattr(config.learner, "zero_stage"):
+        return None
+    import torch
+
+    dtype = config.learner.dtype or config.model.dtype
+    spec = LearnerSpec("policy", shape.path, dtype=dtype, optimizer=config.optimizer, settings=config.learner)
+    told: dict[str, Any] = engine_config(spec, getattr(torch, dtype), config.learner.ranks, shape.parameters)
+    told = told["zero_optimization"]
+    return Zero(
+        stage=int(told["stage"]),
+        ranks=config.learner.ranks,
+        width=2 if dtype == "bfloat16" else 4,
+        offload=told.get("offload_optimizer", {}).get("device", "none") == "cpu",
+        bucket=int(told.get("reduce_bucket_size", shape.parameters)),
+    )
+
+
+def compute_width(config: Config) -> tuple[int, bool]:
+    """(bytes of a stored weight, whether the pass runs under autocast: float32 weights, bfloat16 products)."""
+    bfloat16 = (config.learner.dtype or config.model.dtype) == "bfloat16"
+    if hasattr(config.learner, "zero_stage"):
+        return (2 if bfloat16 else 4), False
+    return 4, bfloat16
+
+
+def _activations(config: Config, shape: Shape, micro: Micro, *, width: int, autocast: bool) -> float:
+    """At the end of the forward pass: what is saved, then the logits of one chunk or one layer's gradients."""
+    compute = 2 if autocast else width
+    saved = saved_bytes(
+        shape,
+        micro.tokens,
+        width=compute,
+        autocast=autocast,
+        longest=micro.longest,
+        checkpointing=config.learner.gradient_checkpointing,
+    )
+    positions = min(config.learner.logprob_chunk, micro.positions)
+    logits = logit_bytes(shape, positions, width=compute, temperature=config.sampling.temperature or 1.0)
+    return saved + max(logits, working_bytes(shape, micro.tokens, width=compute))
+
+
+def shares_gpus(config: Config) -> bool:
+    """Whether engine and learner are on the same GPU."""
+    return config.placement.name == "local" or bool(getattr(config.placement, "colocate", False))
+
+
+def push_bytes(config: Config, shape: Shape) -> float:
+    """Weights on their way to the engines: the push in use and the next one, in the compute dtype."""
+    width = 2 if (config.learner.dtype or config.model.dtype) == "bfloat16" else 4
+    return 2.0 * width * shape.parameters
+
+
+def checkpoint_bytes(config: Config, shape: Shape) -> float:
+    """On disk: the exported policy, the learner's own weights, its master and two moments (stage 0 in float32
+    and the torch learner have no master beside their weights), and a reference that has moved."""
+    bfloat16 = (config.learner.dtype or config.model.dtype) == "bfloat16"
+    size, width = float(shape.parameters), 2 if bfloat16 else 4
+    zero = zero_of(config, shape)
+    state = (12.0 + (width if zero is not None and zero.stage else 0)) * size
+    update = getattr(getattr(config.algorithm, "reference", None), "update", "fixed")
+    moved = 0.0 if update == "fixed" else size * (4 if zero is None else width)
+    master = 4.0 * size if update == "average" and zero is not None and bfloat16 else 0.0
+    return width * size + state + moved + master

@@ -1,0 +1,246 @@
+"""A plan as data: what would run where, what a step does, what memory it takes, and what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rayalign.errors import RayalignError
+from rayalign.plan.shapes import Shape
+from rayalign.runtime.placement import Node, Place
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of one role in one place, at its worst moment.
+
+    Attributes:
+        activations: what a backward pass needs, and the logits.
+        cache: keys and values.
+        other: libraries, buffers of reductions, copies in transit.
+    """
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, more: Bytes) -> Bytes:
+        return Bytes(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """One role of one actor.
+
+    Attributes:
+        actor: "engine", "learner", "scorer" or "driver"; there are `count` of them.
+        device: on each GPU that the actor has. On a CPU node all of it is in `host`.
+        host: in the node's memory, of one actor.
+    """
+
+    role: str
+    actor: str
+    count: int
+    device: Bytes
+    host: Bytes
+
+
+@dataclass(frozen=True)
+class Load:
+    """How full one place gets. `needed` and `has` are GiB; `has` is 0 where it is not known."""
+
+    where: str
+    holds: tuple[str, ...]
+    needed: float
+    has: float
+
+    @property
+    def fits(self) -> bool:
+        return not self.has or self.needed <= self.has
+
+
+@dataclass(frozen=True)
+class EngineCache:
+    """Keys and values of one engine.
+
+    Attributes:
+        token_bytes: of one token, all layers and all GPUs of the engine.
+        gib: what the engine has for them, over all its GPUs.
+        wanted_gib: engine.max_running requests of full length.
+        requests: of full length that fit at once.
+    """
+
+    token_bytes: float
+    gib: float
+    wanted_gib: float
+    requests: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of prompts: measured on the prompt file where it could be read, else bounds.
+
+    Attributes:
+        training, held_out: number of prompts; None where not known.
+        source: in words.
+    """
+
+    mean: float
+    longest: int
+    training: int | None
+    held_out: int | None
+    skipped: int
+    measured: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class Batches:
+    """From prompts to optimiser steps. What depends on scores and on lengths is an upper bound.
+
+    Attributes:
+        examples: training examples of one step at most (pairs, for a preference loss).
+        rows: sequences of one example.
+        minibatch: examples of one optimiser step.
+        share: examples of one optimiser step on the rank that has most.
+        micro_batches: of one optimiser step on each rank, at full length.
+        passes: over the training prompts in the whole run; None where their number is not known.
+    """
+
+    prompts: int
+    samples: int
+    completions: int
+    examples: int
+    rows: int
+    minibatches: int
+    epochs: int
+    minibatch: int
+    ranks: int
+    share: int
+    micro_batches: int
+    optimizer_steps: int
+    steps: int
+    optimizer_steps_in_run: int
+    rollouts: int
+    passes: float | None
+    pushes: int
+    evaluations: int
+    checkpoints: int
+    evaluation_completions: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one step, at most, with completions of full length."""
+
+    prompt: float
+    sampled: float
+    trained: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Micro:
+    """The largest micro-batch: tokens with padding, longest sequence, completion positions."""
+
+    tokens: int
+    longest: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """GiB: one checkpoint, and the most that stands on the disk while the next one is written."""
+
+    checkpoint: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that would not work. `remedy` is what to change."""
+
+    what: str
+    where: str = ""
+    value: str = ""
+    rule: str = ""
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, error: RayalignError) -> Problem:
+        value = "" if error.value is None else str(error.value)
+        return cls(error.what, error.where, value, error.rule, error.remedy)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change under which everything fits: config keys with their new values, and other nodes."""
+
+    settings: tuple[tuple[str, Any], ...] = ()
+    nodes: tuple[Node, ...] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """As the command line takes them."""
+        return [f"{key}={_yaml(value)}" for key, value in self.settings]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one config comes to on some nodes: all that a change of a key can change."""
+
+    places: tuple[Place, ...]
+    batches: Batches
+    micro: Micro
+    memory: tuple[RoleMemory, ...]
+    cache: EngineCache | None
+    loads: tuple[Load, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts.
+
+    Attributes:
+        differs: keys whose value is not the default → (value, default); a key without default has None.
+        nodes_from: in words, where the nodes are from.
+        advice: the nearest change under which it fits; None where it fits, or where none was found.
+    """
+
+    model: str
+    shape: Shape
+    differs: dict[str, tuple[Any, Any]]
+    nodes: tuple[Node, ...]
+    nodes_from: str
+    lengths: Lengths
+    tokens: Tokens
+    disk: Disk
+    fit: Fit
+    advice: Change | None
+
+    @property
+    def fits(self) -> bool:
+        return self.fit.fits
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return self.fit.problems
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

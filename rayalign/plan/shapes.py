@@ -1,0 +1,92 @@
+"""What a model's config.json says about its size. No weights are read, and none need to be there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from rayalign.build import model_path
+from rayalign.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that memory follows from.
+
+    Attributes:
+        parameters: of the whole model, tied ones once.
+        largest: parameters of its largest tensor.
+        hidden, intermediate: width of the residual stream, and of the feed-forward layer (of all experts that one
+            token visits).
+        heads, kv_heads, head_dim: of attention.
+        dtype: that the checkpoint is saved in.
+    """
+
+    path: str
+    architecture: str
+    parameters: int
+    largest: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    dtype: str
+
+
+def read_shape(path: str, *, trust_remote_code: bool = False) -> Shape:
+    """The shape of the model in a folder with a config.json, or of a hub id that is at hand.
+
+    Raises:
+        ConfigError: no config.json there, or one of no causal language model.
+    """
+    return _read(model_path(path), trust_remote_code)
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, trust_remote_code: bool) -> Shape:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):  # shapes without storage: 70B parameters take half a second
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            "the model's config.json cannot be read",
+            where="key model.path",
+            value=path,
+            rule="a folder with the config.json of a causal language model; the weights need not be there",
+            remedy=" ".join(f"{type(error).__name__}: {error}".split())[:200],
+        ) from None
+    sizes = [parameter.numel() for parameter in model.parameters()]  # a tied tensor comes once
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    hidden = int(text.hidden_size)
+    return Shape(
+        path=path,
+        architecture=type(model).__name__,
+        parameters=sum(sizes),
+        largest=max(sizes),
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        intermediate=_intermediate(text, hidden),
+        heads=heads,
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
+        vocabulary=int(text.vocab_size),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        dtype=str(config.dtype or "float32").removeprefix("torch."),
+    )
+
+
+def _intermediate(config: Any, hidden: int) -> int:
+    """Width of the feed-forward layer that one token goes through; GPT-2's is 4 hidden when not said."""
+    dense = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None)
+    return int((getattr(config, "moe_intermediate_size", None) or dense) * experts if experts else dense)

@@ -1,0 +1,200 @@
+"""A plan as tables on stdout: readable at 80 columns, and in a pipe."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rayalign.plan.nodes import write_nodes
+from rayalign.plan.records import GIB, Bytes, Change, Plan, Problem
+
+WIDTH = 100  # of a pipe
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "cache", "other")
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """The config, who runs where, the arithmetic of a step, memory, and what does not fit."""
+    out = console or Console(highlight=False)
+    if console is None and not out.is_terminal:
+        out = Console(highlight=False, width=WIDTH)
+    sections = (_config, _actors, _step, _memory, _places)
+    for section in sections:
+        section(plan, out)
+        out.print()
+    for note in plan.fit.notes:
+        _say(out, f"note: {note}")
+    _verdict(plan, out)
+
+
+def _config(plan: Plan, out: Console) -> None:
+    table = _table("config: what differs from the defaults", "key", "value", "default")
+    for key, (value, default) in plan.differs.items():
+        table.add_row(escape(key), escape(_short(value)), "" if default is None else escape(_short(default)))
+    out.print(table)
+
+
+def _actors(plan: Plan, out: Console) -> None:
+    """Nodes with the same actors are one line."""
+    table = _table(f"actors on nodes ({plan.nodes_from})", "node", "has", "actors")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for node in plan.nodes:
+        here = [place.actor for place in plan.fit.places if place.node == node]
+        has = f"{node.cpus} cores" + (f", {node.memory_gib:.0f} GiB" if node.memory_gib else "")
+        if node.gpus:
+            has = (
+                f"{node.gpus}×{node.gpu or 'GPU'}" + (f" ({node.gpu_gib:.0f} GiB)" if node.gpu_gib else "") + f", {has}"
+            )
+        rows.setdefault((has, _ranges(here)), []).append(node.name)
+    for (has, actors), names in rows.items():
+        table.add_row(
+            escape(", ".join(names) if len(names) < 3 else f"{names[0]} … {names[-1]}"), has, actors or "none"
+        )
+    out.print(table)
+
+
+def _ranges(actors: Sequence[str]) -> str:
+    """engine-0, learner-0 … learner-3 → engine-0, learner-0…3"""
+    kinds: dict[str, list[int]] = {}
+    for actor in actors:
+        kind, _, number = actor.rpartition("-")
+        kinds.setdefault(kind, []).append(int(number))
+    parts = []
+    for kind, numbers in kinds.items():
+        whole = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
+        parts.append(f"{kind}-{numbers[0]}…{numbers[-1]}" if whole else f"{kind}-{','.join(map(str, numbers))}")
+    return ", ".join(parts)
+
+
+def _step(plan: Plan, out: Console) -> None:
+    b, micro, tokens, lengths = plan.fit.batches, plan.fit.micro, plan.tokens, plan.lengths
+    table = _table("one step, and the run", "what", "")
+    known = "" if lengths.measured else "up to "
+    table.add_row("prompts × samples", f"{b.prompts} × {b.samples} = {_n(b.completions)} completions")
+    table.add_row("prompt tokens", f"{known}{lengths.mean:.0f} in the mean, {lengths.longest} at most")
+    table.add_row("examples", f"at most {_n(b.examples)}, of {b.rows} sequences each")
+    table.add_row(
+        "a rank's share",
+        f"{b.share} of {b.minibatch} on {_count(b.ranks, 'rank')}, "
+        f"in {_count(b.micro_batches, 'micro-batch')} of up to {_n(micro.tokens)} tokens",
+    )
+    run = f"{_n(b.optimizer_steps_in_run)} in {_count(b.steps, 'step')}"
+    a_step = f"{_count(b.minibatches, 'minibatch')} × {_count(b.epochs, 'epoch')} = {b.optimizer_steps}"
+    table.add_row("optimiser steps", f"{a_step}; {run}")
+    table.add_row(
+        "tokens a step (estimate)",
+        f"{_n(tokens.prompt)} of prompts, up to {_n(tokens.sampled)} sampled, {_n(tokens.trained)} trained on, "
+        f"{_n(tokens.reference)} by the reference",
+    )
+    passes = "unknown" if b.passes is None else f"{b.passes:.2f} over {_n(lengths.training or 0)} training prompts"
+    table.add_row("rollouts, passes", f"{_n(b.rollouts)}, {passes}")
+    evaluated = f"{b.evaluations}, of {_n(b.evaluation_completions)} completions each" if b.evaluations else "none"
+    table.add_row("pushes; evaluations", f"{_n(b.pushes)}; {evaluated}")
+    size = f"{b.checkpoints} × {plan.disk.checkpoint:.2f} GiB, {plan.disk.most:.2f} GiB at most on the disk"
+    table.add_row("checkpoints", size)
+    out.print(table)
+
+
+def _memory(plan: Plan, out: Console) -> None:
+    shape = plan.shape
+    kind = "tied" if shape.tied else "untied"
+    title = f"memory by role, GiB each ({_n(shape.parameters)} parameters, {kind} head, {shape.architecture})"
+    table = _table(title, "role")
+    for name in ("weights", "grad.", "optim.", "activ.", "KV", "other", "total"):
+        table.add_column(name, justify="right")
+    for role in plan.fit.memory:
+        label = role.actor if role.role == role.actor else f"{role.actor}: {role.role}"
+        label += f" × {role.count}" if role.count > 1 else ""
+        for where, part in (("GPU", role.device), ("host", role.host)):
+            if part.total >= 0.005 * GIB:
+                suffix = f", {where}" if any(r.device.total for r in plan.fit.memory) else ""
+                table.add_row(f"{label}{suffix}", *_cells(part))
+    out.print(table)
+    cache = plan.fit.cache
+    if cache:
+        _say(
+            out,
+            f"KV cache: {cache.token_bytes / 1024:.1f} KiB a token; engine.max_running requests of full length want "
+            f"{cache.wanted_gib:.2f} GiB, an engine has {cache.gib:.2f}: {_n(cache.requests)} fit at once",
+        )
+
+
+def _cells(part: Bytes) -> list[str]:
+    values = [getattr(part, name) for name in COLUMNS]
+    return [_gib(value) if value else "–" for value in (*values, part.total)]
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:.2f}" if value < 100 * GIB else f"{value / GIB:,.0f}"
+
+
+def _places(plan: Plan, out: Console) -> None:
+    table = _table("what each place has to hold, GiB", "place", "holds")
+    for name in ("needed", "has"):
+        table.add_column(name, justify="right")
+    table.add_column("fits")
+    for load in plan.fit.loads:
+        has = f"{load.has:.1f}" if load.has else "?"
+        verdict = ("yes" if load.fits else "NO") if load.has else "not checked"
+        table.add_row(escape(load.where), ", ".join(load.holds), f"{load.needed:.1f}", has, verdict)
+    out.print(table)
+
+
+def _verdict(plan: Plan, out: Console) -> None:
+    for problem in plan.problems:
+        _problem(problem, out)
+    if plan.fits:
+        _say(out, "this fits")
+    elif plan.advice is None:
+        _say(out, "no change of the memory keys, and no number of such nodes, was found under which it would fit")
+    else:
+        _advice(plan.advice, len(plan.nodes), out)
+
+
+def _advice(change: Change, before: int, out: Console) -> None:
+    line = " ".join(change.overrides)
+    if not change.nodes:
+        _say(out, "the nearest change under which it fits:")
+    else:
+        _say(out, f"the smallest number of such nodes under which it fits is {len(change.nodes)} (now {before}):")
+        line = f"nodes={write_nodes(change.nodes)} {line}"
+    out.print(f"  {line.strip()}", markup=False, soft_wrap=True)  # one line, to be pasted
+
+
+def _problem(problem: Problem, out: Console) -> None:
+    _say(out, f"problem: {problem.where + ': ' if problem.where else ''}{problem.what}")
+    for name, text in (("found", problem.value), ("rule", problem.rule), ("remedy", problem.remedy)):
+        if text:
+            _say(out, f"  {name + ':':<8}{text}", indent=10)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _say(out: Console, text: str, *, indent: int = 2) -> None:
+    lines: Iterable[str] = textwrap.wrap(text, out.width, subsequent_indent=" " * indent, break_long_words=False)
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def _n(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _short(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
