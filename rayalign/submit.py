@@ -19,7 +19,7 @@ from typing import Any
 
 from rayalign.build import check_rollouts, check_training, load_tokenizer, model_path, prompts_for
 from rayalign.config import parse_config, save_config
-from rayalign.data.prompts import BUILDERS, read_rows
+from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
 
@@ -115,7 +115,7 @@ def check(config: Config) -> None:
         model_path(model)
     has_model = os.path.isdir(Path(model).expanduser())
     source = Path(prompts).expanduser()
-    has_data = os.path.exists(source) or (source.suffix in BUILDERS and not os.path.isabs(prompts))
+    has_data = os.path.exists(source) or (source.suffix in SUFFIXES and not os.path.isabs(prompts))
     if has_model:
         check_training(config)
     if has_model and has_data:

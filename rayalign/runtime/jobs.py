@@ -224,15 +224,20 @@ def _ended(job: JobDetails, say: Say) -> int:
         return 130
     if job.driver_exit_code is None:
         say(_cause(job))
-        return 1
-    return job.driver_exit_code if job.driver_exit_code > 0 else 128 - job.driver_exit_code
+    return _code(job)
+
+
+def _code(job: JobDetails) -> int:
+    """Of a failed job, as a shell would give it: 128 and its number for a signal, 1 when Ray knows none."""
+    code = job.driver_exit_code or 1
+    return code if code > 0 else 128 - code
 
 
 def _status(job: JobDetails) -> str:
     """For instance "failed with exit code 2 after 3 min 12 s"."""
     words = job.status.value.lower()
     if job.status == JobStatus.FAILED and job.driver_exit_code is not None:
-        words += f" with exit code {job.driver_exit_code}"
+        words += f" with exit code {_code(job)}"
     end = (job.end_time or time.time() * 1000) / 1000
     took = _span(max(0.0, end - (job.start_time or 0) / 1000))
     return f"{words} {'after' if job.status.is_terminal() else 'for'} {took}"

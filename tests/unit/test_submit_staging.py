@@ -151,7 +151,7 @@ def test_any_file_that_the_config_names_travels(config, place):
 
 def test_outputs_weights_and_hidden_files_are_left_out_of_packages(config, place):
     package = place / "greedy_pkg"
-    write(package / "__init__.py")
+    write(package / "__init__.py", "")
     write(package / "rewards.py", REWARDS.format(helper="json"))
     write(package / "outputs" / "__init__.py", "")  # a package that is called so
     for unwanted in (
