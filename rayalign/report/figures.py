@@ -178,8 +178,10 @@ def reward_against_kl(runs: Sequence[Run]) -> Panel | None:
 def _axis(spec: Curves, values: np.ndarray) -> dict[str, Any]:
     if spec.share:
         return {"range": [-0.03, 1.03], "tickformat": ".0%"}
+    if values.min() == values.max():  # else plotly shows one unit around it, which hides a small constant
+        return {"rangemode": "tozero"}
     if not spec.log or values.min() <= 0:
-        return {"type": "linear"}
+        return {}
     few_decades = values.max() / values.min() < 1000
     return {"type": "log", **({"dtick": "D2", "tickformat": "~g"} if few_decades else {"dtick": 1})}
 

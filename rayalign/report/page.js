@@ -8,6 +8,7 @@
   const several = Boolean(document.querySelector(".runs"));
   const hidden = new Set();
   const slider = document.querySelector("#smoothing");
+  const steps = Number(slider.dataset.steps);
 
   const probe = document.body.appendChild(document.createElement("span"));
   function color(name, opacity = 1) {
@@ -50,7 +51,7 @@
       const solid = { ...trace.line, color: color(`c${slot}`), width: 2 };
       const same = from.x.length === trace.x.length;
       if (half) {
-        parts.push({ ...trace, line: { ...trace.line, color: color(`c${slot}`, 0.4), width: 1 }, hoverinfo: "skip" });
+        parts.push({ ...trace, line: { ...trace.line, color: color(`c${slot}`, trace.x.length > 500 ? 0.25 : 0.4), width: 1 }, hoverinfo: "skip" });
         parts.push({ ...trace, x: from.x, y, customdata: same ? trace.y : undefined, line: solid,
           hovertemplate: HOVER + (same ? " (%{customdata:.4~g})" : "") });
       } else {
@@ -81,10 +82,11 @@
     },
     "held-out"(trace) {
       const main = color(`c${trace.meta.color}`);
-      const bars = (error) => error && { ...error, color: main, thickness: 1.5, width: 4 };
+      const many = trace.x.length > 20;
+      const bars = (error) => error && { ...error, color: main, thickness: many ? 0.75 : 1.5, width: many ? 0 : 4 };
       const template = trace.customdata ? `step %{customdata:,d}<br>reward %{y:.4~g}<br>KL %{x:.4~g}<extra>${trace.name}</extra>` : HOVER;
       return [{ ...trace, error_x: bars(trace.error_x), error_y: bars(trace.error_y), hovertemplate: template,
-        marker: { symbol: "diamond", size: 10, color: main, line: { width: 1.5, color: color("panel") } } }];
+        marker: { symbol: "diamond", size: many ? 6 : 10, color: main, line: { width: many ? 0.5 : 1.5, color: color("panel") } } }];
     },
   };
 
@@ -96,7 +98,8 @@
     return {
       ...given,
       xaxis: { ...axis, ...given.xaxis, title: { ...title, ...given.xaxis.title }, nticks: 7, showgrid: false, ticks: "outside", ticklen: 4,
-        tickcolor: color("line"), showline: true, hoverformat: ",d", unifiedhovertitle: { text: "step %{x}" } },
+        ...(given.xaxis.title.text === "step" && steps <= 7 ? { dtick: 1 } : {}), tickcolor: color("line"), showline: true,
+        hoverformat: ",d", unifiedhovertitle: { text: "step %{x}" } },
       yaxis: { ...axis, ...given.yaxis, title: given.yaxis.title && { ...title, ...given.yaxis.title }, nticks: 6,
         exponentformat: "power" },
       font, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -130,7 +133,6 @@
     waiting = requestAnimationFrame(() => panels.forEach(render));
   }
 
-  const steps = Number(slider.dataset.steps);
   const offered = HALF_LIVES.filter((half) => half <= Math.max(5, steps / 4));
   slider.max = offered.length - 1;
   slider.value = offered.findLastIndex((half) => half <= Math.max(1, steps / 15));
