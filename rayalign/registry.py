@@ -54,7 +54,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
-    return f"choose one of: {', '.join(words)}" if words else "take it out"
+    return f"choose one of: {', '.join(words)}" if len(words) != 1 else f"use {words[0]}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Tagged:
             raise Unfit(
                 f"this {self.kind} has no name" if name is None else f"this does not name {_a(self.kind)}",
                 rule=f"a mapping with a name, one of {names}, or package.module:Name",
-                remedy=f"write {self.kind}: {{name: {min(self.table)}}}, and its other keys beside name",
+                remedy=f"write {{name: {next(iter(self.table))}}}, say, and its other keys beside name",
             )
         if ":" not in name and name not in self.table:
             raise Unfit(
@@ -93,7 +93,7 @@ class Tagged:
                 f"{name} is no {self.kind}: it has no {self.verb}()" if _is_record(record) else f"{name} is no record",
                 key="name",
                 rule=f"a class derived from rayalign.record.Record that defines {self.verb}()",
-                remedy=f"name such a class, or one of {names}",
+                remedy=f"name such a class, or what is here already: {names}",
             )
         return record
 

@@ -29,10 +29,10 @@ KINDS = {
     "object": "a mapping of keys",
 }
 BOUNDS = (
-    ("minimum", "at least {:g}"),
-    ("exclusiveMinimum", "above {:g}"),
-    ("maximum", "at most {:g}"),
-    ("exclusiveMaximum", "below {:g}"),
+    ("minimum", "at least"),
+    ("exclusiveMinimum", "above"),
+    ("maximum", "at most"),
+    ("exclusiveMaximum", "below"),
 )
 
 
@@ -69,7 +69,8 @@ def _right_key(path: Path, record: type[BaseModel], source: Source) -> str:
     word = str(path[-1])
     habit = HABITS.get(word.strip().lower().replace("-", "_"))
     if habit:
-        return f"here this is {habit}"
+        purpose = _schema_of(tuple(habit.split(".")), source).get("description", "")
+        return f"here this is {habit}" + (f": {purpose}" if purpose else "")
     everywhere = list(_keys(Config, source.data))
     if word in everywhere:
         return f"write it nested, one level a dot: {word.replace('.', ': {')}: …{'}' * word.count('.')}"
@@ -127,7 +128,10 @@ def _unfit(cause: Unfit, path: Path, value: Any, source: Source, also: str) -> C
 
 def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) -> ConfigError:
     node, value, kind = _schema_of(path, source), problem["input"], problem["type"]
-    key = str(path[-1]) if path else ""
+    top = path
+    while top and not isinstance(top[-1], str):  # an element of a list: what is written is the whole list
+        top = top[:-1]
+    key, whole = str(top[-1]) if top else "", _schema_of(top, source)
     written = source.written(path, value)
     empty_section = value is None and kind in ("model_type", "model_attributes_type")
     what = "this section is empty" if empty_section else "this value cannot be used"
@@ -139,11 +143,11 @@ def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) ->
         remedy = f"put keys under {key}: ({keys}), or take the line out, for the defaults"
     elif kind == "string_type" and not isinstance(value, Mapping | list | None):
         remedy = f'put quotes around it: {key}: "{written}"'
-    elif choices := _choices(node):
+    elif len(choices := _choices(node)) > 1:
         remedy = did_you_mean(str(value), [str(choice) for choice in choices])
     else:
-        example = _example(node)
-        default = ", the default" if "default" in node and example == in_yaml(node["default"]) else ""
+        example = _example(whole)
+        default = ", the default" if "default" in whole and example == in_yaml(whole["default"]) else ""
         remedy = f"write {key}: {example}{default or ', say'}" if example else f"change it, or take {key} out"
     return ConfigError(f"{what}{also}", where=source.place(path), value=written, rule=rule, remedy=remedy)
 
@@ -159,12 +163,17 @@ def _allowed(node: Mapping[str, Any]) -> str:
     if choices:
         return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
     if "anyOf" in node:
-        return " or ".join(filter(None, ("nothing" if _is_null(each) else _allowed(each) for each in node["anyOf"])))
-    bounds = [text.format(node[bound]) for bound, text in BOUNDS if bound in node]
-    kind = KINDS.get(node.get("type", ""), "")
+        forms = ["nothing" if _is_null(each) else _allowed(each) for each in node["anyOf"]]
+        return " or ".join(filter(None, dict.fromkeys(forms)))
+    bounds = [f"{words} {_plain(node[bound])}" for bound, words in BOUNDS if bound in node]
+    kind = KINDS.get("object" if "$ref" in node else node.get("type", ""), "")
     if "prefixItems" in node:
         kind = f"a list of {len(node['prefixItems'])} values, each {_allowed(node['prefixItems'][0])}"
     return kind + (f", {' and '.join(bounds)}" if bounds else "")
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def _choices(node: Mapping[str, Any]) -> list[Any]:

@@ -36,10 +36,9 @@ REMEDIES = (  # what PyYAML says → what to do about it
     ("expected <block end>", "give all keys of a section the same indentation"),
     ("unexpected end of stream", "close the quote"),
     ("another document", "take out the ---: one file is one config"),
-    ("expected <document start>", "write one mapping; if this is a data file, name it as data.prompts in a config"),
+    ("<document start>", "write one mapping; if this is a data file, name it as data.prompts in a config"),
     ("unhashable", "put quotes around a key that begins with [ or {"),
     ("could not determine a constructor", "take out the tag that begins with !"),
-    ("special characters", "save it as plain text, without control characters"),
 )
 
 
@@ -56,7 +55,14 @@ class Dumper(yaml.SafeDumper):
 for _tag, _pattern, _first in WORDS:
     for _each in (_Loader, Dumper):
         _each.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # no octal
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
+    """Never octal. Thousands of digits stay the text that they are, which no key takes for a number."""
+    return int(node.value) if len(node.value) < 1000 else node.value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 @dataclass
@@ -105,7 +111,9 @@ class Source:
                 where="command line",
                 value=item,
                 rule="key=value without spaces, as train.steps=5",
-                remedy=f"write {key}=…" if key and all(parts) and not equals else "name the key before the =",
+                remedy=f"write {item}=…"
+                if all(parts) and not equals
+                else "write the key's parts with single dots between",
             )
         node: Any = self.data
         for parent in parts[:-1]:
@@ -156,18 +164,22 @@ def in_yaml(value: Any) -> str:
 def read(path: Path) -> Source:
     """The mapping that a YAML file holds. Raises ConfigError."""
     text = _text(path)
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         for problem in _problems(root, str(path), ()):
             raise problem
         data = loader.construct_document(root) if root is not None else None
     except yaml.MarkedYAMLError as error:
-        raise _not_yaml(error.problem or "", error.problem_mark or error.context_mark, text, path) from None
-    except (yaml.YAMLError, ValueError) as error:  # a character that is none, a number of 5,000 digits
-        raise _not_yaml(" ".join(str(error).split()), None, text, path) from None
-    finally:
-        loader.dispose()
+        raise _not_yaml(error, text, path) from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(
+            "this is not YAML",
+            where=f"{path}:{text.count(chr(10), 0, error.position) + 1}",
+            value=f"the character U+{error.character:04X}",
+            rule="text without control characters",
+            remedy="take this character out",
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(
             "this config is empty" if data is None else "this config is not a mapping",
@@ -187,7 +199,7 @@ def _text(path: Path) -> str:
             where=str(path),
             value=f"a folder with {', '.join(inside)}" if inside else "a folder without a .yaml file",
             rule="one YAML file",
-            remedy=f"name {path / inside[0]}" if inside else "name a file, such as one of configs/",
+            remedy=f"name a file in it: {path / inside[0]}" if inside else "name a file, such as one of configs/",
         )
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.yaml")], n=1)
@@ -255,16 +267,18 @@ def _problems(
             yield from _problems(each, name, (*above, id(node)), seen)
 
 
-def _not_yaml(problem: str, mark: Any, text: str, path: Path) -> ConfigError:
-    lines = text.splitlines()
-    line = lines[mark.line] if mark and mark.line < len(lines) else ""
-    remedy = next((remedy for words, remedy in REMEDIES if words in problem), "look at this line and the one before")
+def _not_yaml(error: yaml.MarkedYAMLError, text: str, path: Path) -> ConfigError:
+    """At the place where PyYAML noticed; at the end of the file, where that began which has no end."""
+    lines, problem, mark, began = text.splitlines(), error.problem or "", error.problem_mark, error.context_mark
+    if began and (mark is None or mark.line >= len(lines)):
+        mark = began
+    since = f" {error.context} that began on line {began.line + 1}" if began and began.line < mark.line else ""
     return ConfigError(
         "this is not YAML",
-        where=f"{path}:{mark.line + 1}" if mark else str(path),
-        value=line.strip() or ("the end of the file" if mark else "something else than text"),
-        rule=f"YAML; its reader says: {problem}",
-        remedy=remedy,
+        where=f"{path}:{mark.line + 1}",
+        value=lines[mark.line].strip() or "an empty line",
+        rule=f"YAML; its reader says: {problem}{since}",
+        remedy=next((remedy for words, remedy in REMEDIES if words in problem), "look at this line and the one before"),
     )
 
 

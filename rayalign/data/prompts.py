@@ -85,7 +85,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) 
         raise DataError(
             "every prompt is too long",
             where=source,
-            value=f"{skipped} prompts, none of them short enough",
+            value=f"too long: {skipped} of {len(rows)}",
             rule=f"at most {max_prompt_tokens} tokens (engine.max_context − sampling.max_tokens)",
             remedy="raise engine.max_context or lower sampling.max_tokens",
         )
@@ -96,8 +96,11 @@ def _check_column(row: dict[str, Any], column: str, where: str) -> None:
     if column in row:
         return
     names = [str(name) for name in row]
+    near = difflib.get_close_matches(column, names)
     remedy = f"set data.prompt_column; {did_you_mean(column, names)}"
-    if not difflib.get_close_matches(column, names) and ".csv" in where:
+    if ".csv" in where and any(";" in name or "\t" in name for name in names):
+        remedy = "separate the columns by commas"
+    elif ".csv" in where and not near:
         remedy = f"begin the file with a line that names the columns, one of them {column}; or set data.prompt_column"
     raise DataError(
         f"there is no column {column!r}",

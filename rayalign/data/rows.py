@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -54,7 +56,7 @@ def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
 
 
 def _no_file(path: Path) -> DataError:
-    near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.*")], n=1)
+    near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.*")], n=1, cutoff=0.75)
     return DataError(
         "there is no such file",
         where=str(path),
@@ -75,11 +77,11 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
             rule="at least one row",
             remedy="look at what was to write it, or name another file",
         )
-    if path.suffix == ".jsonl":
-        return list(_json_lines(path))
-    if path.suffix == ".json":
-        return _json(path)
-    return _table(path)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.suffix == ".csv":
+        return _csv(path)
+    return list(_json_lines(path)) if path.suffix == ".jsonl" else _json(path)
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -93,11 +95,11 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line, object_pairs_hook=_once)
             except ValueError as error:
                 raise DataError(
-                    "this line is not JSON",
+                    "this line is not JSON" if isinstance(error, json.JSONDecodeError) else "a key stands twice",
                     where=f"{path}:{number}",
                     value=line,
                     rule=f"one JSON object a line; {_in_short(error)}",
-                    remedy=_json_remedy(line, whole=raw.endswith(b"\n")),
+                    remedy=_json_remedy(line, error, whole=raw.endswith(b"\n")),
                 ) from None
             if not isinstance(row, dict):
                 raise _no_object(f"{path}:{number}", row)
@@ -106,48 +108,73 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json(path: Path) -> list[dict[str, Any]]:
     """One list of objects, or an object a line."""
-    raw = path.read_bytes()
-    text = _decoded(raw, str(path))
-    if not text.lstrip().startswith("["):
-        return list(_json_lines(path))
+    text = _decoded(path.read_bytes(), str(path))
+    lines = text.splitlines()
     try:
         rows = json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
-        line = getattr(error, "lineno", 1)
+        if not text.lstrip().startswith("["):
+            return list(_json_lines(path))
+        line = min(getattr(error, "lineno", 1), len(lines))
         raise DataError(
-            "this file is not JSON",
+            "this file is not JSON" if isinstance(error, json.JSONDecodeError) else "a key stands twice",
             where=f"{path}:{line}",
-            value=text.splitlines()[line - 1].strip() if line <= len(text.splitlines()) else "the end of the file",
+            value=lines[line - 1],
             rule=f"a list of JSON objects; {_in_short(error)}",
-            remedy=_json_remedy(text.splitlines()[-1], whole=text.rstrip().endswith("]")),
+            remedy=_json_remedy(lines[line - 1], error, whole=text.rstrip().endswith("]")),
         ) from None
+    if not isinstance(rows, list):
+        raise DataError(
+            "this file is one JSON value, not a list",
+            where=str(path),
+            value=f"an object with {', '.join(rows)}" if isinstance(rows, dict) else json.dumps(rows),
+            rule='a list of objects, [{"prompt": "…"}, …]',
+            remedy="save the list itself, without what is around it",
+        )
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise _no_object(f"{path}, row {index + 1}", row)
     return rows
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    from datasets import load_dataset
+def _csv(path: Path) -> list[dict[str, Any]]:
+    """By Arrow, which finds out what is a number, once every line has as many columns as the first."""
+    from pyarrow import csv as arrow
 
-    kind = path.suffix.removeprefix(".")
+    text = _decoded(path.read_bytes(), str(path))
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    width = began = 0
     try:
-        return load_dataset(kind, data_files=str(path), split="train", keep_in_memory=True).to_list()
-    except Exception as error:  # pandas, Arrow and datasets have their own
-        cause = error.__cause__ or error
-        message = " ".join(str(cause).split())
-        line = re.search(r"(?:line|row) (\d+)", message)
-        not_utf8 = isinstance(cause, UnicodeDecodeError)
-        csv = "save it as UTF-8" if not_utf8 else "close every quote, and give each line as many columns as the first"
+        for cells in reader:
+            width = width or len(cells)
+            if cells and len(cells) != width:
+                raise csv.Error(f"{len(cells)} columns here, {width} there")
+            began = reader.line_num
+    except csv.Error as error:
         raise DataError(
-            f"this is not a readable {path.suffix} file",
-            where=f"{path}:{line[1]}" if line else str(path),
+            "this line is not CSV",
+            where=f"{path}:{began + 1}",
+            value=text.splitlines()[began],
+            rule=f"as many columns in each line as in the first; the reader says: {error}",
+            remedy='put "quotes" around a text that holds a comma, and close each quote',
+        ) from None
+    return arrow.read_csv(path, parse_options=arrow.ParseOptions(newlines_in_values=True)).to_pylist()
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            "this file is not parquet",
+            where=str(path),
             value=_beginning(path),
-            rule=f"{path.suffix} in UTF-8; its reader says: {message}"
-            if kind == "csv"
-            else f"parquet; its reader says: {message}",
-            remedy=csv if kind == "csv" else "write it again; or is it another kind of file, or cut off?",
-        ) from error
+            rule=f"parquet; the reader says: {str(error).rpartition(chr(39) + ': ')[2]}",
+            remedy="write it again; or is it another kind of file, or cut off?",
+        ) from None
 
 
 def _beginning(path: Path) -> str:
@@ -186,11 +213,15 @@ def _in_short(error: ValueError) -> str:
     return str(error)
 
 
-def _json_remedy(line: str, *, whole: bool) -> str:
-    if line.strip() in ("{", "["):
-        return "put each object on one line; a file that is one list ends in .json"
+def _json_remedy(line: str, error: ValueError, *, whole: bool) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return "keep one of them"
     if "{'" in line:
-        return "JSON has double quotes around keys and texts"
+        return "put double quotes around keys and texts"
+    if line in ("{", "[") or line.startswith("[{"):
+        return "put each object on one line; a file that is one list ends in .json"
+    if not line.startswith(("{", "[")):
+        return 'write each line as {"prompt": "…"}'
     return "correct this line, or take it out" if whole else "the file seems to be cut off: write it again"
 
 

@@ -98,7 +98,7 @@ def test_folder_bad_csv_and_unknown_hub_id(tokenizer, tmp_path):
     with pytest.raises(DataError, match="this is a folder"):
         load(tokenizer, tmp_path)
     (tmp_path / "p.parquet").write_text("not parquet")
-    with pytest.raises(DataError, match=r"not a readable .parquet file"):
+    with pytest.raises(DataError, match=r"this file is not parquet"):
         load(tokenizer, tmp_path / "p.parquet")
     with pytest.raises(DataError, match="could not be loaded"):
         load(tokenizer, "no_such_owner_here/no_such_data")

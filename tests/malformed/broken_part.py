@@ -1,0 +1,3 @@
+"""A part of one's own that cannot be imported."""
+
+raise FileNotFoundError("lexicon.txt")
