@@ -97,5 +97,6 @@ def _device_notes(index: int, gpu: Mapping[str, Any]) -> list[Finding]:
 def _compute_mode(gpu: Mapping[str, str]) -> Finding:
     found = f"{gpu['mode']}: only one process may use it at a time, so engine and learner cannot share it"
     remedy = f"sudo nvidia-smi -i {gpu['index']} -c DEFAULT"
-    level = "problem" if gpu["mode"] == "Prohibited" else "note"
-    return Finding(level, f"GPU {gpu['index']} compute mode", found, remedy)
+    return Finding(
+        "problem" if gpu["mode"] == "Prohibited" else "note", f"GPU {gpu['index']} compute mode", found, remedy
+    )

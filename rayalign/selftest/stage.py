@@ -12,9 +12,9 @@ from typing import Literal
 MARK = "STAGE "  # libraries print to stdout too: only lines that begin so are ours
 
 # The stages, here because the process that reports them imports nothing of what it tries.
-TRAINING, OBJECT_STORE = "training on Ray actors", "push through Ray's object store"
-START, CHECKPOINT, PUSH, WAKE = "vLLM start-up", "checkpoint", "push within one process", "sleep and wake"
-START_TP, PUSH_TP = "vLLM on two tensor parallel ranks", "push by mapped files"
+TRAINING, OBJECT_STORE = "training on Ray actors", "push by object store"
+START, CHECKPOINT, PUSH, WAKE = "vLLM start-up", "checkpoint", "push in one process", "sleep and wake"
+START_TP, PUSH_TP = "vLLM, tensor parallel", "push by mapped files"
 RANKS = "two DeepSpeed ranks"
 
 

@@ -64,8 +64,10 @@ def push_problem(steps: Sequence[dict[str, Any]], samples: Sequence[dict[str, An
     sampled = {(sample["step"], sample["version"]) for sample in samples}
     if sampled != {(step, step - 1) for step in range(1, STEPS + 1)}:
         return f"samples have (step, version) {sorted(sampled)}; a step samples from the weights of the step before"
-    gap = max(step.get("sync/logp_gap_mean", math.nan) for step in steps)
-    return "" if gap <= max_gap else f"log-prob gap {gap:.3g} between learner and engine, above {max_gap:g}"
+    gaps = [step.get("sync/logp_gap_mean", math.nan) for step in steps]
+    if not all(gap <= max_gap for gap in gaps):  # a NaN is a mismatch as well
+        return f"log-prob gaps {gaps} between learner and engine, not all at most {max_gap:g}"
+    return ""
 
 
 def write_config(model: Path, folder: Path, *, gpus_gib: Sequence[float]) -> Path:
