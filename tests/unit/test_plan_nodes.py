@@ -1,0 +1,68 @@
+"""Nodes as text, from this machine, and what is wrong with text that cannot be read."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from rayalign.errors import ConfigError
+from rayalign.plan.nodes import find_nodes, parse_nodes, this_machine, write_nodes
+from rayalign.runtime.placement import LocalPlacement, RayPlacement
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "expected"),
+    [
+        ("2x8xH100", 2, (8, 96, "H100", 79.1, 0.0)),
+        ("1x8xh200/128cpu/2000GiB", 1, (8, 128, "H200", 139.7, 2000.0)),
+        ("1×1×24GiB", 1, (1, 12, "24GiB", 24.0, 0.0)),
+        ("4x16cpu/64GiB", 4, (0, 16, "", 0.0, 64.0)),
+        ("3x4xA100-40", 3, (4, 48, "A100-40", 39.4, 0.0)),
+    ],
+)
+def test_text_becomes_nodes(text, count, expected):
+    nodes = parse_nodes(text)
+    assert len(nodes) == len({node.id for node in nodes}) == count
+    for node in nodes:
+        assert (node.gpus, node.cpus, node.gpu, node.gpu_gib, node.memory_gib) == expected
+
+
+def test_parts_are_joined_and_written_back():
+    text = "2x8xH100/96cpu/1800GiB + 1x32cpu"
+    nodes = parse_nodes(text)
+    assert [node.gpus for node in nodes] == [8, 8, 0]
+    assert parse_nodes(write_nodes(nodes)) == nodes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8xH100", ["8xH100", "COUNTxGPUSxTYPE", "for instance 2x8xH100"]),
+        ("2x8xH10", ["no GPU of this name", "2x8xH10", "did you mean H100?"]),
+        ("2x8xPotato", ["as 80GiB", "MI300X"]),
+        ("2x8xH100+", ["these nodes cannot be read"]),
+        ("0x8xH100", ["counts of at least 1"]),
+        ("2x0xH100", ["counts of at least 1"]),
+        ("2x8xH100/lots", ["after a slash", "96cpu"]),
+    ],
+)
+def test_malformed_text_is_explained(text, expected):
+    with pytest.raises(ConfigError) as error:
+        parse_nodes(text)
+    for part in expected:
+        assert part in str(error.value), str(error.value)
+
+
+def test_without_text_or_cluster_it_is_this_machine(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for placement in (RayPlacement(), LocalPlacement()):
+        nodes, source = find_nodes(placement, None)
+        assert nodes == (this_machine(),) and source == "this machine"
+    assert nodes[0].cpus == len(os.sched_getaffinity(0)) and nodes[0].memory_gib > 0.1
+    assert len(find_nodes(LocalPlacement(), "2x4xL4")[0]) == 2
+
+
+def test_a_cluster_that_is_not_there_is_said():
+    with pytest.raises(ConfigError, match="does not answer"):
+        find_nodes(RayPlacement(address="127.0.0.1:1"), None)
