@@ -34,6 +34,7 @@
   }
 
   const HOVER = "%{y:.4~g}";
+  const POINT = "%{fullData.name}<br>step %{customdata:,d}<br>reward %{y:.4~g}<br>KL %{x:.4~g}<extra></extra>";
   const draw = {
     curve(trace, half) {
       const { color: slot, mean, exact } = trace.meta;
@@ -53,7 +54,7 @@
       if (half) {
         parts.push({ ...trace, line: { ...trace.line, color: color(`c${slot}`, trace.x.length > 500 ? 0.25 : 0.4), width: 1 }, hoverinfo: "skip" });
         parts.push({ ...trace, x: from.x, y, customdata: same ? trace.y : undefined, line: solid,
-          hovertemplate: HOVER + (same ? " (%{customdata:.4~g})" : "") });
+          hovertemplate: HOVER + (same ? ", raw %{customdata:.4~g}" : "") });
       } else {
         parts.push({ ...trace, line: { ...solid, width: 1.5 }, hovertemplate: HOVER });
       }
@@ -62,13 +63,11 @@
     path(trace, half) {
       const { color: slot } = trace.meta;
       const steps = trace.customdata;
-      const name = `<extra>${trace.name}</extra>`;
-      const where = "step %{customdata:,d}<br>reward %{y:.4~g}<br>KL %{x:.4~g}";
       const faint = { size: 5, color: color(`c${slot}`, half ? 0.35 : 0.8) };
-      const parts = [{ ...trace, mode: half ? "markers" : "lines+markers", marker: faint, line: { width: 1, color: color(`c${slot}`, 0.35) }, hovertemplate: where + name }];
+      const parts = [{ ...trace, mode: half ? "markers" : "lines+markers", marker: faint, line: { width: 1, color: color(`c${slot}`, 0.35) }, hovertemplate: POINT }];
       if (half) {
         parts.push({ ...trace, x: smooth(steps, trace.x, half), y: smooth(steps, trace.y, half), mode: "lines",
-          line: { color: color(`c${slot}`), width: 2 }, hovertemplate: where + "<br>smoothed" + name });
+          line: { color: color(`c${slot}`), width: 2 }, hovertemplate: POINT.replace("<extra>", "<br>smoothed<extra>") });
       }
       return parts;
     },
@@ -84,7 +83,7 @@
       const main = color(`c${trace.meta.color}`);
       const many = trace.x.length > 20;
       const bars = (error) => error && { ...error, color: main, thickness: many ? 0.75 : 1.5, width: many ? 0 : 4 };
-      const template = trace.customdata ? `step %{customdata:,d}<br>reward %{y:.4~g}<br>KL %{x:.4~g}<extra>${trace.name}</extra>` : HOVER;
+      const template = trace.customdata ? POINT : HOVER;
       return [{ ...trace, error_x: bars(trace.error_x), error_y: bars(trace.error_y), hovertemplate: template,
         marker: { symbol: "diamond", size: many ? 6 : 10, color: main, line: { width: many ? 0.5 : 1.5, color: color("panel") } } }];
     },
@@ -99,7 +98,7 @@
       ...given,
       xaxis: { ...axis, ...given.xaxis, title: { ...title, ...given.xaxis.title }, nticks: 7, showgrid: false, ticks: "outside", ticklen: 4,
         ...(given.xaxis.title.text === "step" && steps <= 7 ? { dtick: 1 } : {}), tickcolor: color("line"), showline: true,
-        hoverformat: ",d", unifiedhovertitle: { text: "step %{x}" } },
+        spikecolor: color("muted"), spikethickness: 1, hoverformat: ",d", unifiedhovertitle: { text: "step %{x}" } },
       yaxis: { ...axis, ...given.yaxis, title: given.yaxis.title && { ...title, ...given.yaxis.title }, nticks: 6,
         exponentformat: "power" },
       font, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
