@@ -15,6 +15,9 @@ usage: launch/ray_cluster.sh head   [ray start options]           on the first n
 
 Then, on any node of the cluster:
   RAY_AUTH_MODE=token .venv/bin/rayalign train CONFIG placement.address=auto
+  .venv/bin/rayalign submit CONFIG                                        as a job: it goes on when you log out
+or from another machine that has the token, with 'head --dashboard-host 0.0.0.0':
+  .venv/bin/rayalign submit CONFIG --address http://HEAD_HOST:8265
 
 The cluster is guarded by a token, in $TOKEN_FILE. 'head' makes one when there is none. A worker needs
 the same one first: copy the file (scp HEAD:.ray/auth_token ~/.ray/), share the home folder, or set RAY_AUTH_TOKEN.
@@ -23,7 +26,8 @@ the GPU versions, RAYALIGN_RAY_PORT another port than 6379.
 TEXT
 }
 
-ray_command() { RAY_AUTH_MODE=token "$VENV/bin/ray" "$@"; }
+# jobs run `python`: the one of .venv
+ray_command() { PATH=$VENV/bin:$PATH RAY_AUTH_MODE=token "$VENV/bin/ray" "$@"; }
 
 start_ray() { # what failed, ray start's options … → one line instead of Ray's traceback
   local failure=$1 output
