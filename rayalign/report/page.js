@@ -101,7 +101,7 @@
         spikecolor: color("muted"), spikethickness: 1, hoverformat: ",d", unifiedhovertitle: { text: "step %{x}" } },
       yaxis: { ...axis, ...given.yaxis, title: given.yaxis.title && { ...title, ...given.yaxis.title }, nticks: 6,
         exponentformat: "power" },
-      font, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font, showlegend: false, paper_bgcolor: color("panel"), plot_bgcolor: color("panel"),
       margin: { l: 44, r: 14, t: 8, b: 40 }, uirevision: "kept",
       modebar: { bgcolor: color("panel"), color: color("muted"), activecolor: color("text") },
       hoverlabel: { bgcolor: color("panel"), bordercolor: color("line"), font: { ...font, color: color("text") }, namelength: 40 },
