@@ -33,9 +33,10 @@ def diagnose(*, selftest: bool = False) -> int:
     """
     out = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     started, problems = perf_counter(), 0
-    for finding in findings(selftest=selftest):
-        problems += finding.level == "problem"
-        show(out, finding)
+    with out.status("looking" + (", then a self-test of about a minute" if selftest else "")):  # a terminal's alone
+        for finding in findings(selftest=selftest):
+            problems += finding.level == "problem"
+            show(out, finding)
     verdict = "ready" if not problems else f"{problems} problem{'s' if problems > 1 else ''}"
     out.print(f"{verdict} ({perf_counter() - started:.0f} s)", markup=False)
     return problems

