@@ -269,8 +269,9 @@ def _problems(
 
 def _not_yaml(error: yaml.MarkedYAMLError, text: str, path: Path) -> ConfigError:
     """At the place where PyYAML noticed; at the end of the file, where that began which has no end."""
-    lines, problem, mark, began = text.splitlines(), error.problem or "", error.problem_mark, error.context_mark
-    if began and (mark is None or mark.line >= len(lines)):
+    lines = re.split("\r\n|[\r\n\x85\u2028\u2029]", text)  # what YAML counts as lines
+    problem, mark, began = error.problem or "", error.problem_mark, error.context_mark
+    if began and (mark is None or not "".join(lines[mark.line :]).strip()):
         mark = began
     since = f" {error.context} that began on line {began.line + 1}" if began and began.line < mark.line else ""
     return ConfigError(

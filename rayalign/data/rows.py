@@ -119,7 +119,7 @@ def _json(path: Path) -> list[dict[str, Any]]:
         raise DataError(
             "this file is not JSON" if isinstance(error, json.JSONDecodeError) else "a key stands twice",
             where=f"{path}:{line}",
-            value=lines[line - 1],
+            value=lines[line - 1].strip() or "an empty line",
             rule=f"a list of JSON objects; {_in_short(error)}",
             remedy=_json_remedy(lines[line - 1], error, whole=text.rstrip().endswith("]")),
         ) from None
@@ -139,6 +139,7 @@ def _json(path: Path) -> list[dict[str, Any]]:
 
 def _csv(path: Path) -> list[dict[str, Any]]:
     """By Arrow, which finds out what is a number, once every line has as many columns as the first."""
+    from pyarrow import ArrowInvalid
     from pyarrow import csv as arrow
 
     text = _decoded(path.read_bytes(), str(path))
@@ -151,15 +152,18 @@ def _csv(path: Path) -> list[dict[str, Any]]:
             if cells and len(cells) != width:
                 raise csv.Error(f"{len(cells)} columns here, {width} there")
             began = reader.line_num
-    except csv.Error as error:
+        began = 0
+        return arrow.read_csv(path, parse_options=arrow.ParseOptions(newlines_in_values=True)).to_pylist()
+    except (csv.Error, ArrowInvalid) as error:
+        if not width:
+            return []
         raise DataError(
             "this line is not CSV",
             where=f"{path}:{began + 1}",
-            value=text.splitlines()[began],
+            value=text.splitlines()[began].strip() or "an empty line",
             rule=f"as many columns in each line as in the first; the reader says: {error}",
             remedy='put "quotes" around a text that holds a comma, and close each quote',
         ) from None
-    return arrow.read_csv(path, parse_options=arrow.ParseOptions(newlines_in_values=True)).to_pylist()
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
