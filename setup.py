@@ -46,7 +46,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["rayalign", "rayalign.*"]),
-    package_data={"rayalign": ["**/*.yaml", "**/*.jsonl", "**/*.txt", "**/*.html", "**/*.jinja"]},
+    package_data={"rayalign": ["**/*.yaml", "**/*.jsonl", "**/*.txt", "**/*.html", "**/*.css", "**/*.js", "**/*.jinja"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rayalign = rayalign.cli:main"]},
