@@ -18,7 +18,7 @@ def selftest(*, gpus_gib: Sequence[float] = ()) -> Iterator[Stage]:
     """Train two steps on Ray actors, push weights each way there is, put an engine to sleep and wake it.
 
     Each part is a process of its own with a deadline, so that a crash is a finding and the next part still runs.
-    Takes 35 s on two idle CPU cores. When a stage fails, its logs stay in the temporary folder that it names.
+    Takes under a minute on two CPU cores. When a stage fails, its logs stay in the temporary folder that it names.
 
     Args:
         gpus_gib: memory of each GPU; none: everything runs on the CPU.
