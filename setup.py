@@ -22,6 +22,7 @@ REQUIRED = [
     "PyYAML>=6.0",
     "jinja2>=3.1",
     "datasets>=3.0",
+    "pyarrow>=15",
     "typer>=0.12",
     "rich>=13.7",
     "xxhash>=3.4",
@@ -34,7 +35,15 @@ EXTRAS = {
     "gpu": ["vllm==0.32.0"],
     "wandb": ["wandb>=0.18"],
     "mlflow": ["mlflow-skinny>=2.16", "sqlalchemy>=2.0", "alembic>=1.13"],
-    "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "gguf>=0.17"],
+    "dev": [
+        "pytest>=8.0",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.8",
+        "mypy>=1.11",
+        "gguf>=0.17",
+        "jsonschema>=4.20",
+    ],
 }
 
 setup(
@@ -46,7 +55,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["rayalign", "rayalign.*"]),
-    package_data={"rayalign": ["**/*.yaml", "**/*.jsonl", "**/*.txt", "**/*.html", "**/*.css", "**/*.js", "**/*.jinja"]},
+    package_data={
+        "rayalign": ["**/*.yaml", "**/*.jsonl", "**/*.txt", "**/*.html", "**/*.css", "**/*.js", "**/*.jinja"]
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rayalign = rayalign.cli:main"]},

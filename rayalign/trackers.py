@@ -87,7 +87,7 @@ class WeightsAndBiasesTracker:
                 dir=str(run_dir),
                 resume="allow",
                 config=_config(run_dir),
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=wandb.Settings(silent=True, console="off", x_service_wait=300),  # a busy machine
             )
         except Exception as error:  # wandb.errors.UsageError, CommError, …
             raise ConfigError(

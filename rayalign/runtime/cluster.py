@@ -39,10 +39,10 @@ def connect(placement: RayPlacement) -> bool:
         raise ConfigError(
             "the Ray cluster does not answer",
             where="key placement.address",
-            value=address or "a cluster of this machine",
+            value=f"{address or 'a cluster of this machine'}: {type(error).__name__}: {error}",
             rule="a running cluster (host:port, auto or ray://…), or none to start one here",
-            remedy=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; a cluster with a token needs "
-            "RAY_AUTH_MODE=token and the same ~/.ray/auth_token",
+            remedy="start one with launch/ray_cluster.sh; one with a token needs RAY_AUTH_MODE=token and the "
+            "same ~/.ray/auth_token",
         ) from error
     return True
 
