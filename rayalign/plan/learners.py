@@ -128,12 +128,12 @@ def push_bytes(config: Config, shape: Shape) -> float:
 
 
 def checkpoint_bytes(config: Config, shape: Shape) -> float:
-    """On disk: the exported policy, the learner's own weights, its master and two moments (stage 0 in float32
-    and the torch learner have no master beside their weights), and a reference that has moved."""
+    """On disk: the exported policy; the learner's float32 weights (or master) and two moments, and under stages 1
+    and 2 its weights beside the master; and a reference that has moved."""
     bfloat16 = (config.learner.dtype or config.model.dtype) == "bfloat16"
     size, width = float(shape.parameters), 2 if bfloat16 else 4
     zero = zero_of(config, shape)
-    state = (12.0 + (width if zero is not None and zero.stage else 0)) * size
+    state = (12.0 + (width if zero is not None and zero.stage in (1, 2) else 0)) * size
     update = getattr(getattr(config.algorithm, "reference", None), "update", "fixed")
     moved = 0.0 if update == "fixed" else size * (4 if zero is None else width)
     master = 4.0 * size if update == "average" and zero is not None and bfloat16 else 0.0
