@@ -12,6 +12,7 @@ from rayalign.plan.nodes import find_nodes
 from rayalign.plan.records import GIB, Disk, Plan
 from rayalign.plan.shapes import read_shape
 from rayalign.plan.show import print_plan
+from rayalign.record import flat
 from rayalign.schema import Config
 
 __all__ = ["Plan", "make_plan", "print_plan"]
@@ -33,11 +34,13 @@ def make_plan(config: Config, *, nodes: str | None = None) -> Plan:
     lengths = prompt_lengths(config)
     fit = evaluate(config, shape, lengths, there)
     size = checkpoint_bytes(config, shape) / GIB
+    differs = differences(config)
     standing = min(fit.batches.checkpoints, config.checkpoint.keep + 1)
     return Plan(
         model=config.model.path,
         shape=shape,
-        differs=differences(config),
+        differs=differs,
+        defaults={key: value for key, value in flat(config.to_dict()).items() if key not in differs},
         nodes=there,
         nodes_from=source,
         lengths=lengths,

@@ -218,6 +218,7 @@ class Plan:
 
     Attributes:
         differs: keys whose value is not the default → (value, default); a key without default has None.
+        defaults: all other keys of the resolved config → value.
         nodes_from: in words, where the nodes are from.
         advice: the nearest change under which it fits; None where it fits, or where none was found.
     """
@@ -225,6 +226,7 @@ class Plan:
     model: str
     shape: Shape
     differs: dict[str, tuple[Any, Any]]
+    defaults: dict[str, Any]
     nodes: tuple[Node, ...]
     nodes_from: str
     lengths: Lengths

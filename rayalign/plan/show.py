@@ -37,6 +37,13 @@ def _config(plan: Plan, out: Console) -> None:
     for key, (value, default) in plan.differs.items():
         table.add_row(escape(key), escape(_short(value)), "" if default is None else escape(_short(default)))
     out.print(table)
+    sections: dict[str, list[str]] = {}
+    for key, value in plan.defaults.items():
+        section, dot, name = key.rpartition(".")
+        sections.setdefault(section if dot else "run", []).append(f"{name}={_short(value)}")
+    _say(out, "as by default:")
+    for section, pairs in sections.items():
+        _say(out, f"  {section}: {' '.join(pairs)}", indent=4)
 
 
 def _actors(plan: Plan, out: Console) -> None:
@@ -196,5 +203,7 @@ def _n(value: float) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else text[:59] + "…"
