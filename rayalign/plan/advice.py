@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from rayalign.build import check_training
@@ -13,6 +13,7 @@ from rayalign.config import parse_config
 from rayalign.errors import ConfigError
 from rayalign.plan.engines import split_choices
 from rayalign.plan.fit import cannot_load, evaluate
+from rayalign.plan.learners import shares_gpus
 from rayalign.plan.records import Change, Lengths
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node
@@ -115,24 +116,26 @@ def _more_nodes(
     if config.placement.name == "local":
         return None
     like = next((node for node in reversed(nodes) if node.gpus), nodes[-1])
-    saving = {key: value for key, value in single if key in _SAVING}
-    most = {key: max(_SAVING[key], default=value) for key, value in saving.items()}
-    choices = [(), tuple(sorted(most.items()))]
     for count in range(len(nodes), MOST_NODES + 1):
         more = (*nodes, *(replace(like, id=f"more-{n}", name=f"more-{n}") for n in range(len(nodes), count)))
         slots = sum(node.gpus for node in more) or sum(node.cpus for node in more)
-        for base in choices:
-            for ranks in _useful_ranks(config, slots):
-                settings = (*base, *((("learner.ranks", ranks),) if ranks != config.learner.ranks else ()))
-                if _works(config, shape, lengths, more, settings):
-                    return Change(settings, more if count > len(nodes) else ())
+        for saving, ranks in product(_savings(config, single), _useful_ranks(config, slots)):
+            settings = (*saving, *((("learner.ranks", ranks),) if ranks != config.learner.ranks else ()))
+            if _works(config, shape, lengths, more, settings):
+                return Change(settings, more if count > len(nodes) else ())
     return None
 
 
-_SAVING: dict[str, list[Any]] = {
-    "learner.gradient_checkpointing": [True],
-    "learner.zero_stage": [3],
-}
+def _savings(config: Config, single: Sequence[Setting]) -> list[tuple[Setting, ...]]:
+    """Settings that save most, from none to all; the share of an engine too, where a learner is on its GPU."""
+    most = {("learner.gradient_checkpointing", True), ("learner.zero_stage", 3)}
+    some = tuple(each for each in single if each in most)
+    offload = tuple(each for each in single if each[0] == "learner.offload")
+    found = [(), some, (*some, *offload)]
+    if not shares_gpus(config):
+        return found
+    shares = [((key, value),) for key, value in single if key == "engine.gpu_memory"]
+    return [(*saving, *share) for share in [(), *shares] for saving in found]
 
 
 def _useful_ranks(config: Config, slots: int) -> list[int]:
@@ -140,5 +143,5 @@ def _useful_ranks(config: Config, slots: int) -> list[int]:
     now = config.learner.ranks
     if not hasattr(config.learner, "zero_stage"):
         return [now]
-    engines = config.engine.count * getattr(config.engine, "tensor_parallel", 1)
+    engines = 0 if shares_gpus(config) else config.engine.count * getattr(config.engine, "tensor_parallel", 1)
     return sorted({now, max(now, min(slots - engines, config.rollout.prompts))})

@@ -24,7 +24,7 @@ def learner_memory(config: Config, shape: Shape, micro: Micro, *, on_gpu: bool) 
     policy, *frozen = _states(config, shape)
     width, autocast = compute_width(config)
     activations = _activations(config, shape, micro, width=width, autocast=autocast)
-    update = policy.device + Bytes(activations=activations, other=max(0.0, policy.work - activations))
+    update = policy.device + Bytes(activations=activations, other=policy.work)
     roles = [("policy", update, policy.host)]
     roles += [("reference", state.device, state.host) for state in frozen]
     process = _process(config, shape, [policy, *frozen], update, on_gpu=on_gpu)

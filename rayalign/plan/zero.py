@@ -35,8 +35,9 @@ class Zero:
 
 @dataclass(frozen=True)
 class State:
-    """Of one rank: what it holds on its device and in host memory, and the work space of a reduction or a step,
-    which comes when activations are gone."""
+    """Of one rank: what it holds on its device and in host memory, and the work space of a reduction or a step.
+    That is added to activations: a large model reduces its first bucket while most of them are still there, and
+    the memory that a small one has freed by then stays with the allocator (measured)."""
 
     device: Bytes
     host: Bytes

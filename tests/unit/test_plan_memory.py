@@ -73,7 +73,12 @@ def test_a_frozen_role_is_shared_out_by_stage_3_only(big):
 
 def test_the_torch_learner_holds_float32(big):
     device = torch_state(big, trained=True, autocast=True).device
-    assert (device.weights, device.gradients, device.optimizer, device.other) == (4 * SIZE, 4 * SIZE, 8 * SIZE, 2 * SIZE)
+    assert (device.weights, device.gradients, device.optimizer, device.other) == (
+        4 * SIZE,
+        4 * SIZE,
+        8 * SIZE,
+        2 * SIZE,
+    )
     assert torch_state(big, trained=False, autocast=True).device.total == 4 * SIZE
 
 
@@ -133,9 +138,7 @@ def test_a_real_layer_saves_what_is_estimated(dtype, autocast, checkpointing, mo
         return (more - fewer) / 2
 
     measured = (layer(8) - layer(4)) / (4 * 32)  # a token: what does not grow with tokens is gone
-    shape = replace(
-        read_shape(str(model)), hidden=64, intermediate=256, heads=4, kv_heads=2, head_dim=16, layers=1
-    )
+    shape = replace(read_shape(str(model)), hidden=64, intermediate=256, heads=4, kv_heads=2, head_dim=16, layers=1)
     width = 2 if autocast or dtype is torch.bfloat16 else 4
     if checkpointing:
         assert measured == (4 if autocast else width) * 64

@@ -1,0 +1,77 @@
+"""From prompts to optimiser steps, with numbers worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayalign.plan.batches import count_batches, examples_of_a_prompt, prompt_lengths, tokens_of_a_step
+from rayalign.plan.records import Lengths, Tokens
+from tests.parts import write_prompts
+
+LENGTHS = Lengths(10.0, 12, 16, 4, 0, True, "")
+
+
+def test_a_step_by_hand(make):
+    config = make(
+        rollout__prompts=8,
+        algorithm={"name": "online_preference", "samples": 4, "pairs": "all"},
+        train={"steps": 10, "epochs": 2, "minibatches": 3},
+        learner={"name": "deepspeed", "ranks": 2, "micro_batch_tokens": 100},
+        placement={"name": "ray"},
+    )
+    batches, micro = count_batches(config, LENGTHS)
+    assert (batches.completions, batches.examples, batches.rows) == (32, 8 * 6, 2)
+    assert (batches.minibatch, batches.share) == (16, 8)  # 48 in 3 parts, on 2 ranks
+    # A pair is 2 rows of 12 + 8 = 20 tokens, so that 2 pairs fit 100 tokens: 4 micro-batches of 80.
+    assert (batches.micro_batches, micro.tokens, micro.longest, micro.positions) == (4, 80, 20, 32)
+    assert (batches.optimizer_steps, batches.optimizer_steps_in_run) == (6, 60)
+    assert batches.passes == 10 / 2  # 16 training prompts fill 2 rollouts
+    assert tokens_of_a_step(config, LENGTHS, batches) == Tokens(80.0, 256.0, 48 * 2 * 18.0 * 2, 48 * 2 * 18.0)
+
+
+def test_a_pair_larger_than_a_micro_batch_stands_alone(make):
+    batches, micro = count_batches(make(learner__micro_batch_tokens=1), LENGTHS)
+    assert (batches.micro_batches, micro.tokens) == (4, 40)
+
+
+def test_best_and_worst_make_one_pair(make):
+    assert len(examples_of_a_prompt(make(), LENGTHS)) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "resample", "evaluation", "checkpoint", "expected"),
+    [  # rollouts, pushes, evaluations, checkpoints
+        (10, 1, {"prompts": 0}, 0, (10, 11, 0, 1)),
+        (10, 1, {"prompts": 4}, 5, (10, 11, 2, 2)),
+        (10, 3, {"prompts": 4}, 4, (4, 1 + 4, 2, 3)),  # before rollouts 3, 6, 9, and before the evaluation at 10
+        (10, 3, {"prompts": 4, "every": 4}, 4, (4, 1 + 6, 4, 3)),  # evaluations at 0, 4, 8, 10
+    ],
+)
+def test_what_a_run_does_by_hand(make, steps, resample, evaluation, checkpoint, expected):
+    config = make(
+        train={"steps": steps},
+        rollout__resample_every=resample,
+        evaluation=evaluation,
+        checkpoint={"every": checkpoint},
+    )
+    found, _ = count_batches(config, LENGTHS)
+    assert (found.rollouts, found.pushes, found.evaluations, found.checkpoints) == expected
+
+
+def test_lengths_are_measured_where_tokenizer_and_file_are_there(make, tmp_path, model):
+    found = prompt_lengths(make())
+    assert found.measured and (found.training, found.held_out) == (16, 4)
+    assert 1 < found.mean <= found.longest < 64 - 8
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_text((model / "config.json").read_text())
+    without = prompt_lengths(make(model__path=str(shape)))
+    assert not without.measured and (without.training, without.held_out, without.longest) == (16, 4, 64 - 8)
+    assert "no tokenizer" in without.source
+    assert prompt_lengths(make(data={"prompts": "nobody/data"})).training is None
+
+
+def test_a_missing_prompt_file_gives_bounds(make, tmp_path):
+    write_prompts(tmp_path / "there.jsonl")
+    found = prompt_lengths(make(data={"prompts": str(tmp_path / "not-there.jsonl")}))
+    assert (found.measured, found.training, found.longest) == (False, None, 56) and "not-there" in found.source

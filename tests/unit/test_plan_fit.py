@@ -1,0 +1,164 @@
+"""Whole plans: every shipped config, what does not fit, and that advice that is followed does fit."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rayalign.config import load_config
+from rayalign.errors import ConfigError
+from rayalign.plan import make_plan, print_plan
+from rayalign.plan.advice import apply
+from rayalign.plan.nodes import parse_nodes, write_nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = Path(__file__).parent / "shapes"
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+LARGE = (
+    "rollout.prompts=64",
+    "sampling.max_tokens=1024",
+    "engine.max_context=2048",
+    "learner.zero_stage=2",
+    "learner.micro_batch_tokens=8192",
+)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def demo(model: str, *overrides: str):
+    return load_config(ROOT / "configs/demo.yaml", [f"model.path={SHAPES / model}", *overrides])
+
+
+def printed(plan, width: int = 80) -> str:
+    out = io.StringIO()
+    print_plan(plan, Console(file=out, width=width))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_plans(path):
+    shape = SHAPES / Path(load_config(path).model.path).name
+    plan = make_plan(load_config(path, [f"model.path={shape}"]), nodes=NODES.get(path.stem, "1x8cpu/64GiB"))
+    assert plan.fits, plan.problems
+    assert {place.actor.split("-")[0] for place in plan.fit.places} == {"engine", "learner", "scorer"}
+    assert plan.fit.batches.passes and "this fits" in printed(plan)
+
+
+NODES: dict[str, str] = {"demo": "1x2cpu/16GiB"}  # what a config is written for, when that is not a laptop
+
+
+def test_the_demo_takes_what_the_readme_says():
+    plan = make_plan(demo("SmolLM2-135M-Instruct"), nodes="1x2cpu/16GiB")
+    (load,) = plan.fit.loads
+    assert 7.0 < load.needed < 10.0
+    assert plan.differs["learner.zero_stage"] == (0, 2) and "seed" not in plan.differs
+    assert plan.fit.batches.optimizer_steps_in_run == 30
+
+
+def test_8b_on_a_node_of_h100():
+    plan = make_plan(demo("Llama-3.1-8B", *LARGE, "learner.ranks=4"), nodes="1x8xH100/1800GiB")
+    assert not plan.fits and plan.problems[0].where == "each GPU of learner-0 … learner-3"
+    assert plan.advice.overrides == ["learner.gradient_checkpointing=true"]
+
+
+def test_70b_needs_gpus_that_can_load_it():
+    plan = make_plan(demo("Llama-3.1-70B", *LARGE, "learner.ranks=4"), nodes="2x8xH100")
+    assert plan.advice is None and any("cannot load" in problem.what for problem in plan.problems)
+    assert "no change" in printed(plan)
+
+
+CASES = [
+    ("Llama-3.1-8B", "1x8xH100", ("learner.ranks=4",)),
+    ("Llama-3.1-8B", "1x4xA100-40", ("learner.ranks=2",)),
+    ("Llama-3.1-8B", "1x8xA100", ("learner.ranks=8",)),
+    ("Llama-3.1-8B", "1x4xL40S/256GiB", ("learner.ranks=3",)),
+    ("Llama-3.1-8B", "1x1xH200", ("placement.colocate=true", "engine.gpu_memory=0.9")),
+    ("Llama-3.1-70B", "1x8xB200/2000GiB", ("learner.ranks=6",)),
+    ("Llama-3.1-70B", "1x8xMI300X/1500GiB", ("learner.ranks=4", "engine.tensor_parallel=4")),
+    ("SmolLM2-135M-Instruct", "1x2cpu/8GiB", ()),
+    ("SmolLM2-135M-Instruct", "1x1cpu/8GiB", ("learner.micro_batch_tokens=2048",)),
+    ("SmolLM2-135M-Instruct", "1x2cpu/16GiB", ("engine.count=4",)),
+    ("SmolLM2-135M-Instruct", "1x8cpu/64GiB", ("engine.tensor_parallel=2",)),
+    ("SmolLM2-135M-Instruct", "1x2cpu/16GiB", ("engine.kv_cache_gib=0.02", "engine.max_context=2048")),
+]
+
+
+@pytest.mark.parametrize(("model", "nodes", "overrides"), CASES)
+def test_advice_that_is_followed_fits(model, nodes, overrides):
+    large = LARGE if model != "SmolLM2-135M-Instruct" else ()
+    config = demo(model, *large, *overrides)
+    plan = make_plan(config, nodes=nodes)
+    assert not plan.fits and plan.advice is not None, plan.problems
+    # As a user would: the printed line, pasted.
+    words = printed(plan).splitlines()[-1].split()
+    there = next((word.removeprefix("nodes=") for word in words if word.startswith("nodes=")), nodes)
+    again = make_plan(
+        demo(model, *large, *overrides, *[word for word in words if not word.startswith("nodes=")]), nodes=there
+    )
+    assert again.fits, (words, again.problems)
+    assert len(parse_nodes(there)) >= len(plan.nodes)
+
+
+def test_the_number_of_nodes_is_the_smallest():
+    config = demo("Llama-3.1-70B", *LARGE, "learner.ranks=6", "engine.tensor_parallel=2")
+    plan = make_plan(config, nodes="1x8xB200/2000GiB")
+    nodes = plan.advice.nodes
+    assert len(nodes) > 1
+    settings = dict(plan.advice.settings)
+    fewer = nodes[:-1]
+    for ranks in range(1, 8 * len(fewer) + 1):
+        changed = apply(config, tuple((settings | {"learner.ranks": ranks}).items()))
+        assert not make_plan(changed, nodes=write_nodes(fewer)).fits, ranks
+
+
+def test_actors_that_have_no_place_are_a_problem_with_a_remedy():
+    plan = make_plan(demo("SmolLM2-135M-Instruct", "engine.count=3"), nodes="1x2cpu/32GiB")
+    assert plan.fit.places == () and plan.problems[0].where == "key engine.count"
+    assert "lower engine.count to 2" in printed(plan)
+
+
+@pytest.mark.parametrize("nodes", ["1x4cpu/16GiB", "1x1xL4/64GiB"])
+def test_a_local_plan_is_one_process(nodes, make):
+    plan = make_plan(make(), nodes=nodes)
+    assert plan.fits and len({place.node for place in plan.fit.places}) == 1
+    assert "engine-0, learner-0, scorer-0" in printed(plan, 100)
+
+
+def test_what_is_not_known_is_said():
+    plan = make_plan(demo("SmolLM2-135M-Instruct"), nodes="1x2xH100")
+    text = " ".join(printed(plan).split())
+    assert "host memory is not known" in text and "bounds" in text and "not checked" in text
+
+
+def test_a_config_that_no_machine_can_run_is_refused():
+    with pytest.raises(ConfigError, match="no room for such a context"):
+        make_plan(demo("SmolLM2-135M-Instruct", "engine.max_context=100000"), nodes="1x8xH100")
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_it_is_readable_at_this_width(width):
+    config = demo("Llama-3.1-70B", *LARGE, "learner.ranks=8", "engine.tensor_parallel=4", "engine.count=2")
+    text = printed(make_plan(config, nodes="2x8xB200/2000GiB"), width)
+    pasted = [line for line in text.splitlines() if line.startswith("  nodes=")]
+    assert all(len(line) <= width for line in text.splitlines() if line not in pasted)
+    for part in ("what differs", "actors on nodes", "one step", "memory by role", "70,553,706,496", "KV cache"):
+        assert part in text
+    # No number is cut off, and memory rows stand on one line where there is room.
+    assert "…" not in text.split("memory by role")[1].split("what each place")[0]
+
+
+def test_more_of_something_never_needs_less():
+    sizes = []
+    for tokens, prompts in itertools.product((2048, 8192), (8, 64)):
+        overrides = [*LARGE, f"learner.micro_batch_tokens={tokens}", f"rollout.prompts={prompts}"]
+        plan = make_plan(demo("Llama-3.1-8B", *overrides), nodes="1x8xH200")
+        sizes.append(max(load.needed for load in plan.fit.loads if "learner" in load.where))
+    assert sizes == sorted(sizes)
