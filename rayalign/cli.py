@@ -129,7 +129,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) 
 @app.command(rich_help_panel=BEFORE)
 def doctor(
     selftest: Annotated[
-        bool, typer.Option("--selftest", help="train a tiny model through Ray, vLLM and DeepSpeed (half a minute)")
+        bool, typer.Option("--selftest", help="train a tiny model through Ray, vLLM and DeepSpeed (under a minute)")
     ] = False,
     debug: Debug = False,
 ) -> None:
