@@ -3,7 +3,7 @@
 The stages are those of ZeRO (Rajbhandari et al. 2020): with Ψ parameters and N ranks, mixed precision and Adam,
 2Ψ + 2Ψ + 12Ψ bytes without sharding, 12Ψ/N with stage 1, gradients shared out from stage 2 and parameters with
 stage 3. What is said here was counted on the live tensors of DeepSpeed 0.19 under each stage, in both dtypes, with
-one rank and two, and a test counts them again. It differs from the paper in these points:
+one rank and two and several micro-batches, and a test counts them again. It differs from the paper in these points:
 
 - gradients are accumulated in float32 (4Ψ, not 2Ψ);
 - stage 0 in bfloat16 runs as stage 1, which keeps whole gradients twice: bfloat16, and the float32 sum;
@@ -62,7 +62,7 @@ def trained_state(shape: Shape, zero: Zero) -> State:
     device = _placed(Bytes(weights=float(zero.width * size), gradients=gradients), optimizer, zero)
     if not zero.offload:
         return State(device, Bytes(), work)
-    staging = (4.0 if zero.width == 4 else 2.0) * share
+    staging = (2.0 if zero.width == 2 else 8.0 if zero.stage == 2 else 4.0) * share
     host = Bytes(gradients=4.0 * share + staging, optimizer=optimizer, other=2.0 * zero.width * shape.largest)
     return State(device, host, max(work, 4.0 * size) if zero.width == 4 and zero.ranks > 1 else work)
 
@@ -77,7 +77,7 @@ def _gradients(size: float, share: float, bucket: float, zero: Zero) -> tuple[fl
         return 4.0 * size, max(4.0 * share, 4.0 * bucket)
     if zero.width == 2:
         return 4.0 * share, 8.0 * bucket
-    return (0.0, 4.0 * bucket) if zero.offload else (4.0 * share, max(4.0 * share, 4.0 * bucket))
+    return (0.0, 4.0 * bucket) if zero.offload else (4.0 * share, 4.0 * share + 4.0 * bucket)
 
 
 def _placed(device: Bytes, optimizer: float, zero: Zero) -> Bytes:

@@ -63,7 +63,9 @@ def of_one_rank(rank: int, ranks: int, port: int, model: str, cases: list, out: 
     found = []
     for index, (stage, dtype, offload) in enumerate(cases):
         alive = list(storages())  # kept, so that no address is used again
-        settings = DeepSpeedLearnerConfig(zero_stage=stage, dtype=dtype, offload=offload, deadline_s=120)
+        settings = DeepSpeedLearnerConfig(
+            zero_stage=stage, dtype=dtype, offload=offload, micro_batch_tokens=1, deadline_s=120
+        )
         spec = LearnerSpec("policy", model, dtype=dtype, optimizer=OptimizerConfig(lr=1e-4), settings=settings)
         learner = settings.build([spec], rank=rank, world_size=ranks, address=("127.0.0.1", port))["policy"]
         measured = held(learner, {address for address, _, _ in alive})
