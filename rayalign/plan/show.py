@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ COLUMNS = ("weights", "gradients", "optimizer", "activations", "cache", "other")
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """The config, who runs where, the arithmetic of a step, memory, and what does not fit."""
     out = console or Console(highlight=False)
-    if console is None and not out.is_terminal:
+    if console is None and not out.is_terminal and "COLUMNS" not in os.environ:
         out = Console(highlight=False, width=WIDTH)
     sections = (_config, _actors, _step, _memory, _places)
     for section in sections:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from rayalign.plan.records import Bytes
 from rayalign.plan.shapes import Shape
 
+SUB_GROUP = 1_000_000_000  # parameters that ZeRO-3 steps at a time (sub_group_size)
 LIVE = 1_000_000_000  # parameters that ZeRO-3 may keep gathered (stage3_max_live_parameters)
 ALLREDUCE = 500_000_000  # parameters that stage 0 in float32 reduces at a time
 
@@ -56,7 +57,7 @@ def trained_state(shape: Shape, zero: Zero) -> State:
         held = 4.0 * share if not zero.offload else 0.0
         device = Bytes(weights=zero.width * share, gradients=held, other=4.0 * bucket + gathered)
         host = Bytes(gradients=8.0 * share, optimizer=optimizer) if zero.offload else Bytes()
-        step = 0.0 if zero.offload else 4.0 * share
+        step = 0.0 if zero.offload else 4.0 * min(SUB_GROUP, share)
         return State(_placed(device, optimizer, zero), host, max(8.0 * bucket, step))
     gradients, work = _gradients(size, share, bucket, zero)
     device = _placed(Bytes(weights=float(zero.width * size), gradients=gradients), optimizer, zero)
