@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -55,3 +56,21 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
+
+
+_SECRET_KEY = re.compile(r"(^|[_.-])(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def redacted(value: Any, key: str = "") -> Any:
+    """Plain data without what opens doors: values of keys such as api_key or token, and user:password@ in URLs.
+
+    For what leaves the run directory: reports, trackers, error messages.
+    """
+    if isinstance(value, Mapping):
+        return {name: redacted(each, str(name)) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(each, key) for each in value]
+    if isinstance(value, str) and value:
+        return "***" if _SECRET_KEY.search(key) else _USERINFO.sub("***", value)
+    return value
