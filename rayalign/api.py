@@ -31,6 +31,7 @@ from rayalign.rollouts import Rollouts
 from rayalign.run import Run
 from rayalign.run_dir import prepare_run_dir
 from rayalign.schema import Config
+from rayalign.trackers import start_trackers
 from rayalign.train import train
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -73,7 +74,8 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     first = int(newest.name.removeprefix("step-")) if newest else 0
     console = Console()
     with logged(console, run_dir / "log" / "driver.log"):
-        recorder = Recorder(run_dir, [tracker.start(run_dir, first) for tracker in config.trackers], first)
+        trackers = start_trackers(config.trackers, run_dir, first, resume=config.resume)
+        recorder = Recorder(run_dir, trackers, first)
         try:
             console.say(f"run {run_dir}: {_describe(prompts)}")
             with start_parts(config, tokenizer, run_dir, console) as parts:
@@ -190,10 +192,10 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
 
 def _report(run_dir: Path, console: Console) -> None:
     """A report of what was reached, however the run ended. One that cannot be written is said, and is no failure."""
-    if not read_records(run_dir / "metrics.jsonl"):
-        return
     from rayalign.report import write_report
 
+    if not (run_dir / "metrics.jsonl").stat().st_size:
+        return
     try:
         console.say(f"report {write_report([run_dir])}")
     except Exception as error:  # a full disk, say: what the run did is in its files all the same

@@ -295,9 +295,6 @@ def main() -> None:
             raise
         print(f"error: {type(error).__name__}: {error}\n  remedy: --debug shows the traceback", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; resume=true goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

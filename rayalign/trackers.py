@@ -1,8 +1,8 @@
 """Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, or a record of one's own.
 
 A tracker's record has `start(run_dir, first_step)`, which gives an object with `log(step, metrics)` and `close()`.
-Whatever a tracker shows can be made again from the run directory: files come first, and a tracking server that
-cannot be reached never ends a run.
+The run's own files hold everything that a tracker shows: one that fails in the middle of a run is left out from then
+on, and never ends it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +20,60 @@ import yaml
 from pydantic import Field
 
 from rayalign.errors import ConfigError
-from rayalign.record import Record, flat
+from rayalign.protocols import Tracker
+from rayalign.record import Record, flat, redacted
 
 log = logging.getLogger("rayalign")
+
+# By itself MLflow would hold a step for minutes when its server is away.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 TRACKERS = {
     "tensorboard": "rayalign.trackers:TensorBoard",
     "wandb": "rayalign.trackers:WeightsAndBiases",
     "mlflow": "rayalign.trackers:MLflow",
 }
+
+
+def start_trackers(records: Sequence[Any], run_dir: Path, first_step: int, *, resume: bool) -> list[Tracker]:
+    """All of them, each guarded. A resumed run goes on without one that cannot be reached.
+
+    Raises:
+        ConfigError: a tracker of a new run cannot be started; those before it are closed.
+    """
+    started: list[Tracker] = []
+    for record in records:
+        try:
+            started.append(Guarded(record.start(run_dir, first_step), record.name))
+        except Exception as error:
+            if not resume:
+                for tracker in started:
+                    tracker.close()
+                raise
+            log.warning("the run goes on without the tracker %s: %s", record.name, str(error).partition("\n")[0])
+    return started
+
+
+class Guarded:
+    """A tracker that is not called again once it has failed. A run is worth more than a view of it."""
+
+    def __init__(self, tracker: Tracker, name: str):
+        self._tracker, self._name, self._works = tracker, name, True
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._try(lambda: self._tracker.log(step, metrics), f"step {step}")
+
+    def close(self) -> None:
+        self._try(self._tracker.close, "the end of the run")
+
+    def _try(self, call: Callable[[], None], what: str) -> None:
+        if not self._works:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever its library raises
+            self._works = False
+            log.warning("%s did not take %s; the run goes on without it: %s", self._name, what, error)
 
 
 class TensorBoard(Record):
@@ -93,7 +138,7 @@ class WeightsAndBiasesTracker:
             raise ConfigError(
                 "Weights & Biases did not take the run",
                 where="key trackers",
-                value=" ".join(str(error).split()),
+                value=str(error),
                 rule="an account that is logged in, or mode: offline",
                 remedy="run `wandb login`, set WANDB_API_KEY, or use trackers=[{name: wandb, mode: offline}]",
             ) from error
@@ -128,8 +173,9 @@ class MLflowTracker:
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # its own handler reports each table that is made
         local = f"sqlite:///{(run_dir.resolve().parent / 'mlflow.db')}"
         uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local
+        for key, value in PATIENCE.items():
+            os.environ.setdefault(key, value)
         self._entities = mlflow.entities
-        self._failed = False
         try:
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self._run = self._open(config.experiment, run_dir)
@@ -137,7 +183,7 @@ class MLflowTracker:
             raise ConfigError(
                 "MLflow did not take the run",
                 where="key trackers",
-                value=f"{uri}: {' '.join(str(error).split())}",
+                value=redacted(f"{uri}: {error}"),
                 rule="a tracking server that answers, or a database such as sqlite:///runs/mlflow.db",
                 remedy="correct tracking_uri or MLFLOW_TRACKING_URI, or leave both out",
             ) from error
@@ -159,18 +205,10 @@ class MLflowTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         found = [self._entities.Metric(key, value, now, step) for key, value in _numbers(metrics).items()]
-        try:
-            self._client.log_batch(self._run, metrics=found)
-        except Exception as error:  # the run's own files have the numbers
-            if not self._failed:
-                log.warning("MLflow did not take step %d, and the run goes on without: %s", step, error)
-            self._failed = True
+        self._client.log_batch(self._run, metrics=found)
 
     def close(self) -> None:
-        try:
-            self._client.set_terminated(self._run)
-        except Exception as error:
-            log.warning("MLflow did not take the end of the run: %s", error)
+        self._client.set_terminated(self._run)
 
 
 def _extra(module: str) -> Any:
@@ -193,8 +231,9 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _config(run_dir: Path) -> dict[str, Any]:
+    """The resolved config as others may see it."""
     path = run_dir / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return redacted(yaml.safe_load(path.read_text())) if path.is_file() else {}
 
 
 def _kept(path: Path, value: str) -> str:

@@ -98,6 +98,10 @@ class Tokens(ScorerConfig):
         return score
 
 
+class PowerCut(BaseException):
+    """Nothing that the run could catch."""
+
+
 class Stop(Record):
     """A tracker that ends the run in the middle of a step's bookkeeping: by an error, or by a signal."""
 
@@ -117,7 +121,7 @@ class StopTracker:
         if step != self.config.step or "loss" not in metrics:
             return
         if self.config.signal is None:
-            raise RuntimeError("the power went out")
+            raise PowerCut("the power went out")
         import os
 
         os.kill(os.getpid(), self.config.signal)

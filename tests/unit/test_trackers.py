@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from rayalign.errors import ConfigError
-from rayalign.trackers import MLflow, TensorBoard, WeightsAndBiases
+from rayalign.trackers import Guarded, MLflow, TensorBoard, WeightsAndBiases, start_trackers
 
-CONFIG = {"train": {"steps": 3}, "model": {"path": "m"}}
+CONFIG = {"train": {"steps": 3}, "model": {"path": "m"}, "scorer": {"api_key": "sk-1"}}
 STEPS = [(1, {"loss": 0.7, "time/step_s": 1.0, "kl/k1": float("nan")}), (2, {"loss": 0.6, "time/step_s": 2.0})]
 
 
@@ -67,6 +67,7 @@ def test_wandb_offline(run_dir):
     assert {u.key: u.value_json for u in run.config.update if u.key in CONFIG} == {
         "train": '{"steps":3}',
         "model": '{"path":"m"}',
+        "scorer": '{"api_key":"***"}',
     }
     history = [
         {item.key or "/".join(item.nested_key): float(item.value_json) for item in r.history.item}
@@ -89,7 +90,7 @@ def test_mlflow_in_a_file(run_dir, monkeypatch):
     client = MlflowClient(tracking_uri=f"sqlite:///{run_dir.parent / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("rayalign").experiment_id])
     assert (run.info.run_name, run.info.status) == ("first run", "FINISHED")
-    assert run.data.params == {"train.steps": "3", "model.path": "m"}
+    assert run.data.params == {"train.steps": "3", "model.path": "m", "scorer.api_key": "***"}
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [
         (1, 0.7),
         (2, 0.6),
@@ -97,14 +98,66 @@ def test_mlflow_in_a_file(run_dir, monkeypatch):
     ]
 
 
-def test_a_server_that_goes_away_does_not_end_the_run(run_dir, caplog):
-    tracker = MLflow(tracking_uri=f"sqlite:///{run_dir}/m.db").start(run_dir, 0)
-    (run_dir / "m.db").write_text("damaged")
-    tracker._client._tracking_client.store.engine.dispose()
-    tracker.log(1, {"loss": 1.0})
-    tracker.log(2, {"loss": 1.0})
-    tracker.close()
-    assert sum("goes on without" in r.getMessage() for r in caplog.records) == 1
+class Failing:
+    """A tracker whose server went away after its first step."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, step, metrics):
+        self.calls.append(step)
+        if step > 1:
+            raise ConnectionResetError("connection lost")
+
+    def close(self):
+        raise ConnectionResetError("connection lost")
+
+
+def test_a_tracker_that_fails_is_not_called_again(caplog):
+    tracker = Failing()
+    guarded = Guarded(tracker, "mine")
+    for step in (1, 2, 3):
+        guarded.log(step, {"loss": 1.0})
+    guarded.close()
+    assert tracker.calls == [1, 2]
+    assert [r.getMessage() for r in caplog.records] == [
+        "mine did not take step 2; the run goes on without it: connection lost"
+    ]
+
+
+def test_a_server_that_goes_away_is_given_up_soon(run_dir, monkeypatch):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    asked = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_response(503)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Busy)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    with pytest.raises(ConfigError, match="MLflow did not take the run"):
+        MLflow(tracking_uri=f"http://bob:hunter2@127.0.0.1:{server.server_port}").start(run_dir, 0)
+    server.shutdown()
+    assert 1 <= len(asked) <= 3
+
+
+def test_a_resumed_run_goes_on_without_a_tracker_that_is_away(run_dir, caplog):
+    records = [MLflow(tracking_uri="nosuch://bob:hunter2@server"), TensorBoard()]
+    assert len(start_trackers(records, run_dir, 3, resume=True)) == 1
+    assert "without the tracker mlflow" in caplog.text
+    with pytest.raises(ConfigError) as error:
+        start_trackers(records, run_dir, 0, resume=False)
+    assert "hunter2" not in str(error.value) + caplog.text
 
 
 def test_refusals_say_what_to_do(run_dir, monkeypatch):
