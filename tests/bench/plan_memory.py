@@ -34,16 +34,17 @@ from rayalign.types import Sequence as Row  # noqa: E402
 
 PROMPT = 88
 SHORT = ["sampling.max_tokens=40"]
+HALF = [*SHORT, "learner.micro_batch_tokens=1024"]
 SETTINGS = {
     "bf16, stage 0": ["learner.zero_stage=0", *SHORT],
     "bf16, stage 2": ["learner.zero_stage=2", *SHORT],
-    "bf16, stage 3": ["learner.zero_stage=3", *SHORT],
-    "bf16, stage 2, offload": ["learner.zero_stage=2", "learner.offload=cpu", *SHORT],
+    "bf16, stage 3": ["learner.zero_stage=3", *HALF],
+    "bf16, stage 2, offload": ["learner.zero_stage=2", "learner.offload=cpu", *HALF],
     "bf16, stage 0, small micro-batch": ["learner.zero_stage=0", "learner.micro_batch_tokens=256", *SHORT],
     "bf16, stage 0, recomputed": ["learner.zero_stage=0", "learner.gradient_checkpointing=true", *SHORT],
-    "float32, stage 0": ["learner.zero_stage=0", "model.dtype=float32", *SHORT],
+    "float32, stage 0": ["learner.zero_stage=0", "model.dtype=float32", *HALF],
     "float32, stage 2": ["learner.zero_stage=2", "model.dtype=float32", "learner.micro_batch_tokens=512", *SHORT],
-    "torch, float32": ["learner={name: torch}", "model.dtype=float32", *SHORT],
+    "torch, float32": ["learner={name: torch}", "model.dtype=float32", *HALF],
     "torch, bf16": ["learner={name: torch}", *SHORT],
 }
 
