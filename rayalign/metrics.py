@@ -88,26 +88,48 @@ class Recorder:
         self._files[name].flush()
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file of a run; a last line that a kill cut short is left out.
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl file of a run, one by one, however long it is; none where there is no file. A last
+    line that a kill cut short is left out.
 
     Raises:
-        DataError: a line before the last that is not JSON.
+        DataError: another line that is no JSON object.
     """
     if not path.is_file():
-        return []
-    # Not splitlines(): what a model writes may hold characters that it takes for line ends.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return
+    with path.open("rb") as lines:  # as text they would also end at other characters, which models write
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            yield _record(line, f"{path}:{number}")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a .jsonl file of a run; see `records`."""
+    return list(records(path))
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise DataError("a record of this run is damaged", where=str(path), value=str(error)) from None
+        record = json.loads(line)
+        fault = "" if isinstance(record, dict) else "another value"
+    except ValueError as error:
+        fault = getattr(error, "msg", "not UTF-8")
+    if fault:
+        raise DataError(
+            "a record of this run is damaged",
+            where=where,
+            value=f"{fault}: {line.decode(errors='replace').strip()!r}",
+            rule="one JSON object a line, as the run wrote it",
+            remedy="take this line out of the file; the others stand on their own",
+        )
+    return record
 
 
 def _keep_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
-    kept = [record for record in read_records(path) if record["step"] <= step]
+    kept = [record for record in records(path) if record["step"] <= step]
     whole = path.with_suffix(".tmp")
     whole.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
     whole.replace(path)

@@ -45,7 +45,13 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     except OSError as error:
         with suppress(OSError):
             whole.unlink()
-        raise ConfigError("the report cannot be written", where=str(out), value=str(error)) from None
+        raise ConfigError(
+            "the report cannot be written",
+            where=str(out),
+            value=error.strerror or type(error).__name__,
+            rule="a place where a file can be made",
+            remedy="name another one with --out FILE",
+        ) from None
     return out
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -15,7 +14,8 @@ import numpy as np
 import yaml
 
 from rayalign.errors import ConfigError, DataError
-from rayalign.metrics import read_records
+from rayalign.metrics import records
+from rayalign.record import redacted
 
 FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "versions.json")
 
@@ -37,11 +37,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. Samples stay in their file: there may be many (see `records`).
+    """One run. Samples stay in their file: there may be many.
 
     Attributes:
         name: of the folder; with its parent's name where two would be called the same.
         path: as it was given.
+        config: without keys, tokens and passwords; a report is passed on.
         metrics, evaluations: their records, one a step, in the order of the steps.
         updated: when the last record was written.
     """
@@ -93,7 +94,13 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         DataError: a file of a run that cannot be read.
     """
     if not paths:
-        raise ConfigError("a report needs a run", where="command line", remedy="rayalign report runs/NAME")
+        raise ConfigError(
+            "a report needs a run",
+            where="command line",
+            value="no folder",
+            rule="one or more folders of runs",
+            remedy="rayalign report runs/NAME",
+        )
     folders = list({path.resolve(): path for path in map(locate, paths)}.values())
     return [_load(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
@@ -109,30 +116,10 @@ def locate(path: Path) -> Path:
     raise ConfigError(
         what,
         where=str(path),
+        value=_found(path),
         rule="the folder of a run, with metrics.jsonl or config.yaml in it",
         remedy=_nearest(path),
     )
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a long .jsonl file one by one, by the rule of `read_records`: a last line that a kill cut
-    short is left out.
-
-    Raises:
-        DataError: a line before the last that is not JSON.
-    """
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError("a record of this run is damaged", where=f"{path}:{number}", value=str(error)) from None
-            if isinstance(record, dict):
-                yield record
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -142,22 +129,13 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
 
 
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        nested = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
-
-
 def _load(folder: Path, name: str) -> Run:
     metrics = folder / "metrics.jsonl"
     newest = next((file for file in (metrics, folder / "config.yaml") if file.is_file()), None)
     return Run(
         name=name,
         path=folder,
-        config=_mapping(folder / "config.yaml"),
+        config=redacted(_mapping(folder / "config.yaml")),
         versions={str(k): str(v) for k, v in _mapping(folder / "versions.json").items()},
         metrics=_by_step(metrics),
         evaluations=tuple(
@@ -170,7 +148,7 @@ def _load(folder: Path, name: str) -> Run:
 
 def _by_step(path: Path) -> tuple[dict[str, Any], ...]:
     """One record a step, the last that was written, in the order of the steps."""
-    found = {r["step"]: r for r in read_records(path) if isinstance(r, dict) and _is_number(r.get("step"))}
+    found = {r["step"]: r for r in records(path) if _is_number(r.get("step"))}
     return tuple(found[step] for step in sorted(found))
 
 
@@ -180,8 +158,15 @@ def _mapping(path: Path) -> dict[str, Any]:
         return {}
     try:
         return _dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError("this file of a run is damaged", where=str(path), value=str(error)) from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise DataError(
+            "this file of a run is damaged",
+            where=f"{path}:{mark.line + 1}" if mark else str(path),
+            value=getattr(error, "problem", None) or getattr(error, "reason", error),
+            rule="as the run wrote it at its start",
+            remedy="put it back from a copy, or move it away: a report is also made without it",
+        ) from None
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -206,6 +191,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
         "/".join(folder.resolve().parts[-2:]) if names.count(name) > 1 else name
         for folder, name in zip(folders, names, strict=True)
     ]
+
+
+def _found(path: Path) -> str:
+    if not path.is_dir():
+        return "a file" if path.exists() else "nothing of this name"
+    inside = sorted(each.name for each in path.iterdir())
+    return f"a folder with {', '.join(inside[:5])}{', …' if len(inside) > 5 else ''}" if inside else "an empty folder"
 
 
 def _nearest(path: Path) -> str:

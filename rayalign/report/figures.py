@@ -12,7 +12,7 @@ import numpy as np
 from rayalign.report.data import Run, Series
 from rayalign.report.panels import COLORS, Key, Panel, filled, trace
 from rayalign.report.samples import visible
-from rayalign.report.summary import number
+from rayalign.report.summary import PEAKS, number
 from rayalign.report.thinning import bucket_means, jsonable, thinned
 from rayalign.report.timings import is_time, timings
 
@@ -73,7 +73,7 @@ LEARNING = (
 )
 MACHINE = (
     Curves("Sampling speed", "tokens/s", {"rollout/tokens_per_s": "rollout"}),
-    Curves("Peak memory", "GiB, all processes", {"memory/peak_gib": "peak"}, exact=True),
+    Curves("Peak memory", f"GiB, {PEAKS}", {"memory/peak_gib": "peak"}, exact=True),
     Curves(
         "Log-prob gap, learner to engine",
         "nats a token",

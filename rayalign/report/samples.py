@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayalign.report.data import Run, records, spread
+from rayalign.metrics import records
+from rayalign.report.data import Run, spread
 
 PROMPTS = 12  # of each kind
 MOMENTS = 5  # of one prompt in one run
@@ -43,17 +44,30 @@ class Moment:
     Attributes:
         label: before, during or after training; empty for samples that were trained on.
         version: of the weights that sampled them; None where the step says it.
+        completions: the first few.
+        count, mean: of all that were sampled, and their mean score; None where none has a score.
     """
 
     step: int
     label: str
     version: int | None
     completions: tuple[Completion, ...]
+    count: int
+    mean: float | None
 
-    @property
-    def mean(self) -> float | None:
-        scores = [c.score for c in self.completions if c.score is not None]
-        return sum(scores) / len(scores) if scores else None
+    @classmethod
+    def of(cls, step: int, samples: Sequence[dict[str, Any]], label: str = "") -> Moment:
+        """Of all samples of a prompt at a step."""
+        version = samples[0].get("version")
+        scores = [score for score in map(_score, samples) if score is not None]
+        return cls(
+            step,
+            label,
+            version if isinstance(version, int) else None,
+            tuple(map(_completion, samples[:COMPLETIONS])),
+            len(samples),
+            sum(scores) / len(scores) if scores else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,8 +139,7 @@ def _evaluated(run: Run) -> dict[str, tuple[Moment, ...]]:
         for sample in record["samples"]:
             by_prompt[str(sample.get("prompt", ""))].append(sample)
         for prompt, samples in by_prompt.items():
-            some = tuple(_completion(s, s.get("truncated") is True) for s in samples[:COMPLETIONS])
-            moments[prompt].append(Moment(step, label, None, some))
+            moments[prompt].append(Moment.of(step, samples, label))
     return {prompt: tuple(each) for prompt, each in moments.items()}
 
 
@@ -144,13 +157,13 @@ def _collect(run: Run, wanted: dict[int, set[int]]) -> dict[int, tuple[str, tupl
 
     def keep(prompt: str, step: int, sample: dict[str, Any]) -> None:
         key = hash(prompt)
-        if step in wanted.get(key, ()) and len(kept[key, step]) < COMPLETIONS:
+        if step in wanted.get(key, ()):
             prompts[key] = prompt
             kept[key, step].append(sample)
 
     _each_sample(run, keep)
     return {
-        key: (prompts[key], tuple(_moment(step, kept[key, step]) for step in sorted(wanted[key]))) for key in prompts
+        key: (prompts[key], tuple(Moment.of(step, kept[key, step]) for step in sorted(wanted[key]))) for key in prompts
     }
 
 
@@ -160,17 +173,17 @@ def _each_sample(run: Run, visit: Callable[[str, int, dict[str, Any]], None]) ->
             visit(str(sample.get("prompt", "")), sample["step"], sample)
 
 
-def _moment(step: int, samples: Sequence[dict[str, Any]]) -> Moment:
-    version = samples[0].get("version") if samples else None
-    completions = tuple(_completion(s, s.get("finish_reason") == "length") for s in samples)
-    return Moment(step, "", version if isinstance(version, int) else None, completions)
+def _score(sample: dict[str, Any]) -> float | None:
+    score = sample.get("score")
+    return float(score) if isinstance(score, int | float) else None
 
 
-def _completion(sample: dict[str, Any], truncated: bool) -> Completion:
-    score, tokens = sample.get("score"), sample.get("tokens")
+def _completion(sample: dict[str, Any]) -> Completion:
+    """Of a rollout's sample or an evaluation's, which say in two ways that they were cut."""
+    tokens = sample.get("tokens")
     return Completion(
         Text.of(sample.get("completion", "")),
-        float(score) if isinstance(score, int | float) else None,
+        _score(sample),
         tokens if isinstance(tokens, int) else None,
-        truncated,
+        sample.get("truncated") is True or sample.get("finish_reason") == "length",
     )

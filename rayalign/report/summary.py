@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from rayalign.report.data import Run, flat, spread
+from rayalign.record import flat
+from rayalign.report.data import Run, spread
 from rayalign.report.samples import visible
 
 EVALUATIONS = 5  # columns of the table
@@ -25,6 +26,7 @@ MEASURES = {
     "distinct_2": "distinct-2",
 }
 MISSING = "–"
+PEAKS = "host and GPU, peaks of all processes added"
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,14 @@ def _machine_tiles(run: Run) -> list[Tile]:
     found = []
     times = run.series("time/step_s").finite
     if len(times):
-        found.append(Tile("Time of a step", f"{np.median(times):.1f}", "s", f"median; {duration(times.sum())} in all"))
+        detail = f"median; {duration(times.sum())} in steps"
+        found.append(Tile("Time of a step", f"{np.median(times):.1f}", "s", detail))
     speeds = run.series("rollout/tokens_per_s").finite
     if len(speeds):
         found.append(Tile("Sampling", f"{np.median(speeds):,.0f}", "tokens/s", "median"))
     memory = run.series("memory/peak_gib").finite
     if len(memory):
-        found.append(Tile("Peak memory", f"{memory.max():.1f}", "GiB", "all processes"))
+        found.append(Tile("Peak memory", f"{memory.max():.1f}", "GiB", PEAKS))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rayalign.errors import DataError
-from rayalign.metrics import Clock, Recorder, read_records
+from rayalign.metrics import Clock, Recorder, read_records, records
 
 
 def test_what_a_model_writes_does_not_cut_a_record(tmp_path):
@@ -22,9 +22,17 @@ def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_records(path) == [{"step": 1}]
-    path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(DataError, match="a record of this run is damaged"):
+
+
+@pytest.mark.parametrize("damaged", [b'{"step"', b"\xff", b"\0\0\0\0", b"", b"7"])
+def test_a_damaged_record_has_a_place(tmp_path, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    with pytest.raises(DataError, match="metrics.jsonl:2: a record of this run is damaged") as caught:
         read_records(path)
+    assert caught.value.value and caught.value.rule and caught.value.remedy
+    found = records(path)
+    assert next(found) == {"step": 1}
 
 
 def test_a_clock_adds_up():

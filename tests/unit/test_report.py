@@ -208,11 +208,35 @@ def test_gaps_skips_and_a_cut_line(tmp_path):
     assert "4 of 9 steps" in page.text and "1 skipped" in page.text and "resume=true" in page.text
 
 
-def test_a_damaged_record_has_a_place(tmp_path):
-    run = make_run(tmp_path / "demo")
-    (run / "samples.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"samples.jsonl:2: a record of this run is damaged"):
-        write_report([run])
+def test_no_key_and_no_password_is_in_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(Path("runs/a")), make_run(Path("runs/b"))]
+    for run in runs:
+        secrets = {
+            "model": {"path": f"https://bob:hunter2-{run.name}@host/tiny"},
+            "scorer": {"name": "judge", "api_key": f"sk-{run.name}"},
+            "trackers": [{"name": "mlflow", "tracking_uri": f"http://bob:hunter2-{run.name}@host:5000"}],
+        }
+        (run / "config.yaml").write_text(json.dumps(secrets))
+    for some in (runs, runs[:1]):
+        page = write_report(some, Path("out.html")).read_text()
+        assert "hunter2" not in page and "sk-a" not in page and "sk-b" not in page
+        assert "api_key: '***'" in Page(Path("out.html")).text
+
+
+def test_labels_say_what_is_counted(tmp_path):
+    page = Page(write_report([make_run(tmp_path / "demo")]))
+    assert "median; 24.0 s in steps" in page.text and "in all" not in page.text
+    assert page.text.count("host and GPU, peaks of all processes added") == 2
+
+
+def test_a_mean_is_that_of_all_completions(tmp_path):
+    run = make_run(tmp_path / "demo", steps=1)
+    written = [{"step": 1, "prompt": "A film?", "completion": f"c{i}", "score": float(i)} for i in range(8)]
+    lines(run / "samples.jsonl", written)
+    lines(run / "evaluations.jsonl", [{"step": 1, "metrics": {}, "samples": written}])
+    page = Page(write_report([run]))
+    assert page.text.count("4 of 8, mean of all +3.500") == 2 and "c3" in page.text and "c4" not in page.text
 
 
 @pytest.mark.parametrize(
@@ -235,8 +259,37 @@ def test_a_path_that_is_no_run(tmp_path, monkeypatch, given, remedy):
     assert caught.value.remedy == remedy and caught.value.exit_code == 2
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_folder_is_a_place_to_write_to(tmp_path):
+    assert write_report([make_run(tmp_path / "demo")], tmp_path) == tmp_path / "report.html"
+
+
+def _damage(name: str, text: bytes):
+    def cut(run: Path) -> list[Path]:
+        (run / name).write_bytes(text)
+        return [run]
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("runs", "what"),
+    [
+        (lambda run: [], "a report needs a run"),
+        (lambda run: [run.parent / "nothing"], "there is no such run"),
+        (lambda run: [run.parent], "there is no run in this folder"),
+        (_damage("metrics.jsonl", b'{"step"\n'), "a record of this run is damaged"),
+        (_damage("samples.jsonl", b'{"step": 1}\n\xff\n'), "a record of this run is damaged"),
+        (_damage("evaluations.jsonl", b"7\n"), "a record of this run is damaged"),
+        (_damage("config.yaml", b"train: {\n"), "this file of a run is damaged"),
+        (_damage("versions.json", b"\xff"), "this file of a run is damaged"),
+        (lambda run: [run], "the report cannot be written"),
+    ],
+)
+def test_errors_say_where_what_was_found_the_rule_and_the_remedy(tmp_path, runs, what):
     run = make_run(tmp_path / "demo")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write_report([run], run / "config.yaml" / "report.html")
-    assert write_report([run], tmp_path).name == "report.html"
+    (run / "log.txt").touch()
+    with pytest.raises((ConfigError, DataError)) as caught:
+        write_report(runs(run), run / "log.txt" / "report.html" if what.endswith("written") else None)
+    error = caught.value
+    assert error.what == what and error.where and error.value and error.rule and error.remedy
+    assert len(str(error).splitlines()) == 4 and error.where not in str(error.value)

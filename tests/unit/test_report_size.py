@@ -83,3 +83,18 @@ def test_held_out_prompts_from_the_greatest_rise_to_the_least(long_run):
     moments = stories[0].moments[0]
     assert [m.step for m in moments] == [0, 800, 1500, 2200, 3000]
     assert [m.label for m in moments] == ["before", "during", "during", "during", "after"]
+
+
+def test_held_out_prompts_are_chosen_by_all_their_completions(tmp_path):
+    def scores(step: int, index: int) -> list[float]:
+        """The first four rise with the prompt's index, all eight together fall with it."""
+        return [step * index] * 4 + [-2.0 * step * index] * 4
+
+    with (tmp_path / "evaluations.jsonl").open("w") as written:
+        for step in (0, 1):
+            some = [{"prompt": f"p{i}", "completion": "c", "score": s} for i in range(3) for s in scores(step, i)]
+            written.write(json.dumps({"step": step, "metrics": {}, "samples": some}) + "\n")
+    (tmp_path / "config.yaml").touch()
+    stories = samples.held_out(load_runs([tmp_path]))
+    assert [story.prompt.shown for story in stories] == ["p0", "p1", "p2"]
+    assert [story.moments[0][-1].mean for story in stories] == [0, -0.5, -1]
