@@ -143,6 +143,8 @@ def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) ->
         remedy = f"put keys under {key}: ({keys}), or take the line out, for the defaults"
     elif kind == "string_type" and not isinstance(value, Mapping | list | None):
         remedy = f'put quotes around it: {key}: "{written}"'
+    elif listed := _as_list(node, value, written):
+        remedy = f"write {key}: {listed}"
     elif len(choices := _choices(node)) > 1:
         remedy = did_you_mean(str(value), [str(choice) for choice in choices])
     else:
@@ -150,6 +152,16 @@ def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) ->
         default = ", the default" if "default" in whole and example == in_yaml(whole["default"]) else ""
         remedy = f"write {key}: {example}{default or ', say'}" if example else f"change it, or take {key} out"
     return ConfigError(f"{what}{also}", where=source.place(path), value=written, rule=rule, remedy=remedy)
+
+
+def _as_list(node: Mapping[str, Any], value: Any, written: str) -> str:
+    """Where a list belongs, the one value that was given, in brackets; "" where that would not do either."""
+    lists = [each for each in node.get("anyOf", [node]) if each.get("type") == "array" and "items" in each]
+    if not lists or value in (None, "") or isinstance(value, Sequence) and not isinstance(value, str):
+        return ""
+    if lists[0]["items"].get("type") != "string" or isinstance(value, str):
+        return f"[{written}]"
+    return "" if isinstance(value, Mapping) else f'["{written}"]'
 
 
 def _rule(node: Mapping[str, Any]) -> str:
