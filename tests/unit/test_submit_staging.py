@@ -174,6 +174,97 @@ def test_outputs_weights_and_hidden_files_are_left_out_of_packages(config, place
         "greedy_pkg/rewards.py",
         "greedy_pkg/outputs/__init__.py",
     }
+    (line,) = upload.left_out
+    assert line.startswith("greedy_pkg: ")
+    for part in (
+        "1 as possible secrets (.env)",
+        "3 as outputs (checkpoints/, runs/, wandb/)",
+        "3 neither sources nor small data (head.bin, model.pt, weights.safetensors)",
+    ):
+        assert part in line
+
+
+def test_keys_never_travel_and_large_or_other_files_neither_which_is_said(config, place):
+    package = place / "judge_pkg"
+    sources = ("__init__.py", "rewards.py", "id_maps.py", "outputs/__init__.py", "py.typed")
+    data = ("prompt.jinja", "words.JSON", "templates/page.html", "tokenizer.json", "special_tokens_map.json")
+    for kept in (*sources, *data):
+        write(package / kept, REWARDS.format(helper="json") if kept == "rewards.py" else "")
+    secrets = (
+        "credentials.json",
+        "id_rsa",
+        "id_work.txt",
+        "keys/server.pem",
+        "deploy.key",
+        "secrets.py",
+        "my-secret.txt",
+    )
+    secrets += ("prod.env", ".env.local", "secrets/openai.txt", "api_key.txt", "service-account.json", "auth.token")
+    for unwanted in (*secrets, "outputs/samples.jsonl", "checkpoints_old/m.npz"):
+        write(package / unwanted)
+    for large, size in (("notebooks/big.npy", 20), ("big.jsonl", 3)):
+        write(package / large)
+        with (package / large).open("wb") as file:
+            file.truncate(size * 2**20)  # sparse: takes no room
+    upload = collect(config(scorer={"name": "judge_pkg.rewards:Politeness"}), name="my")
+    assert outside_the_package(upload) == {"prompts.jsonl", *(f"judge_pkg/{kept}" for kept in (*sources, *data))}
+    (line,) = upload.left_out
+    assert f"{len(secrets)} as possible secrets (" in line
+    assert "2 neither sources nor small data (notebooks/big.npy 20.0 MiB, checkpoints_old/m.npz)" in line
+    assert "1 above 1 MiB (big.jsonl 3.0 MiB)" in line
+    assert "1 as outputs (outputs/samples.jsonl)" in line
+    assert "\n" not in line
+
+
+def test_what_git_ignores_does_not_travel(config, place):
+    subprocess.run(["git", "init", "-q", str(place)], check=True)
+    package = place / "versioned_pkg"
+    write(place / ".gitignore", "*.local.yaml\nversioned_pkg/scratch/\nversioned_private.py\n")
+    write(package / "__init__.py", "import versioned_private, versioned_beside")
+    write(package / "rewards.py", REWARDS.format(helper="json"))
+    write(place / "versioned_private.py", "")
+    write(place / "versioned_beside.py", "")
+    for name in ("new.yaml", "me.local.yaml", "scratch/a.py", "scratch/é b.txt"):
+        write(package / name)
+    upload = collect(config(scorer={"name": "versioned_pkg.rewards:Politeness"}), name="my")
+    assert outside_the_package(upload) == {
+        "prompts.jsonl",
+        "versioned_beside.py",
+        *(f"versioned_pkg/{name}" for name in ("__init__.py", "rewards.py", "new.yaml")),
+    }
+    assert sorted(upload.left_out) == [
+        "versioned_pkg: 3 that git ignores (me.local.yaml, scratch/a.py, scratch/é b.txt)",
+        "versioned_private: 1 that git ignores (versioned_private.py)",
+    ]
+
+
+def test_a_key_that_the_config_names_has_to_be_on_the_cluster(config, place):
+    write(place / "key_rewards.py", REWARDS.format(helper="json"))
+    write(place / "keys" / "deploy.pem")
+    upload = collect(config(scorer={"name": "key_rewards:Politeness", "words": "keys/deploy.pem"}), name="my")
+    assert outside_the_package(upload) == {"prompts.jsonl", "key_rewards.py"}
+    assert upload.config.scorer.words == str(place / "keys" / "deploy.pem")
+    assert f"scorer.words {place}/keys/deploy.pem" in upload.stays
+    write_prompts(place / "secret_santa.jsonl")  # prompts are prompts
+    assert "secret_santa.jsonl" in collect(config(data__prompts="secret_santa.jsonl"), name="my").files
+
+
+def test_variables_that_trackers_and_hubs_read_are_named_and_stay_here(config, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "HF_TOKEN", "TENSORBOARD_DEBUG"):
+        monkeypatch.setenv(name, f"hunter2-{name}")
+    plain = collect(config(), name="my")
+    assert not [each for each in plain.stays if "environment" in each]
+    changes = {"trackers": ["wandb", {"name": "mlflow", "experiment": "a"}], "model__path": "org/on-a-hub"}
+    upload = collect(config(**changes), name="my")
+    assert (
+        "environment variables HF_TOKEN, MLFLOW_TRACKING_URI, WANDB_API_KEY, WANDB_MODE, which are set here"
+        in upload.stays
+    )
+    assert "hunter2" not in str(upload)
+    assert (
+        "environment variables HF_TOKEN, which are set here"
+        in collect(config(data__prompts="org/prompts-on-a-hub"), name="my").stays
+    )
 
 
 def test_installed_packages_stay_where_they_are(config, place, monkeypatch):

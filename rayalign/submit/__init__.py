@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import os
 import re
 import shutil
-import sys
-import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,13 @@ from rayalign.config import parse_config, save_config
 from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
+from rayalign.submit.sources import may_be_secret, size_in_words, sources
 
 CONFIG_NAME = "config.yaml"
 LIMIT_MIB = 100.0  # Ray's own is 500: what is larger belongs on a file system of the cluster
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # never uploaded, wherever they lie
-LEFT_OUT = ("runs", "outputs", "checkpoints", "wandb", "mlruns", "node_modules", "venv", "__pycache__")
 DOTTED = re.compile(r"([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,13 @@ class Upload:
         config: resolved, with paths as they are in the job.
         files: places in the job's folder → files here.
         stays: things that the config names and that have to be on the cluster, as "key value".
+        left_out: files of the packages that travel which do not, a line for each package.
     """
 
     config: Config
     files: Mapping[str, Path]
     stays: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     def size(self) -> int:
         """Bytes, before Ray compresses them."""
@@ -55,7 +54,7 @@ class Upload:
         for place, path in self.files.items():
             top = place.split("/")[0]
             sizes[top if top in packages else place] += path.stat().st_size
-        return ", ".join(f"{piece} {_mib(size)}" for piece, size in sizes.most_common(count))
+        return ", ".join(f"{piece} {size_in_words(size)}" for piece, size in sizes.most_common(count))
 
     def write(self, folder: Path) -> None:
         """Copy everything into an empty folder. Raises ConfigError when it is too much."""
@@ -63,7 +62,7 @@ class Upload:
             raise ConfigError(
                 "this is too much to upload for a job",
                 where="submit",
-                value=f"{_mib(self.size())} in {len(self.files)} files; largest: {self.largest()}",
+                value=f"{size_in_words(self.size())} in {len(self.files)} files; largest: {self.largest()}",
                 rule=f"at most {LIMIT_MIB:g} MiB",
                 remedy="put the largest on a file system of the cluster and name it by its absolute path",
             )
@@ -98,7 +97,9 @@ def submit(
     upload = collect(config, name=name)
     with tempfile.TemporaryDirectory(prefix="rayalign-") as folder:
         upload.write(Path(folder))
-        say(f"uploading {_mib(upload.size())} in {len(upload.files)} files, largest: {upload.largest()}")
+        say(f"uploading {size_in_words(upload.size())} in {len(upload.files)} files, largest: {upload.largest()}")
+        for line in upload.left_out:
+            say(f"left out of {line}")
         if upload.stays:
             say(f"not uploaded, has to be on the cluster: {', '.join(upload.stays)}")
         say(f"run directory on the cluster: {upload.config.run_dir}")
@@ -136,8 +137,18 @@ def collect(config: Config, *, name: str) -> Upload:
     if "address" in data["placement"]:
         data["placement"]["address"] = "auto"  # the cluster that the job runs on
     modules = ["rayalign", *(match[1] for text in _texts(data) if (match := DOTTED.fullmatch(text)))]
-    files.update(_sources(modules))
-    return Upload(parse_config(data, source="the config of the job"), files, tuple(stays))
+    if variables := _variables(config, set(_texts(data)) - files.keys()):
+        stays.append(f"environment variables {', '.join(variables)}, which are set here")
+    code, left_out = sources(modules)
+    return Upload(parse_config(data, source="the config of the job"), files | code, tuple(stays), tuple(left_out))
+
+
+def _variables(config: Config, texts: set[str]) -> list[str]:
+    """Those set here that are called after a tracker of the config, and the hub's token when a hub is named."""
+    trackers = [str(getattr(tracker, "name", "")).rpartition(":")[2] for tracker in config.trackers]
+    called = tuple(f"{name.upper()}_" for name in trackers if name)
+    on_hub = any(HUB_ID.fullmatch(text) for text in texts)
+    return sorted(name for name in os.environ if name.startswith(called) or (on_hub and name == "HF_TOKEN"))
 
 
 def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> Any:
@@ -149,7 +160,7 @@ def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> A
     if not isinstance(value, str) or not value:
         return value
     path = Path(value).expanduser()
-    if key != "model.path" and path.suffix and path.suffix not in WEIGHTS and os.path.isfile(path):
+    if key != "model.path" and path.suffix and os.path.isfile(path) and not _is_kept_back(key, path):
         if not os.path.isabs(value):
             place = os.path.relpath(path)
             if place.startswith(".."):
@@ -157,14 +168,16 @@ def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> A
             files[place] = path
             return place
         stays.append(f"{key} {value}")
-    elif _is_weights(path) or (key == "model.path" and not _is_hub_id(value)) or _is_far_data(key, value):
+    elif _is_kept_back(key, path) or (key == "model.path" and not _is_hub_id(value)) or _is_far_data(key, value):
         value = _on_cluster(value)
         stays.append(f"{key} {value}")
     return value
 
 
-def _is_weights(path: Path) -> bool:
-    return os.path.isfile(path / "config.json") or (path.suffix in WEIGHTS and os.path.isfile(path))
+def _is_kept_back(key: str, path: Path) -> bool:
+    """Weights and keys. Prompts are prompts, whatever their file is called."""
+    secret = key != "data.prompts" and path.suffix and may_be_secret(path)
+    return os.path.isfile(path / "config.json") or (os.path.isfile(path) and bool(path.suffix in WEIGHTS or secret))
 
 
 def _is_hub_id(value: str) -> bool:
@@ -187,73 +200,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _texts(each)
-
-
-def _sources(names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """(place, file) of these top-level modules as far as they are not installed, and of what they import from
-    the folder in which they lie."""
-    queue: list[tuple[str, Path | None]] = [(name, None) for name in names]
-    seen = set()
-    while queue:
-        name, beside = queue.pop()
-        found = None if name in seen or name in sys.stdlib_module_names else _located(name)
-        if found is None or beside not in (None, found.parent):
-            continue
-        seen.add(name)
-        for path in _package_files(found) if found.is_dir() else [found]:
-            yield path.relative_to(found.parent).as_posix(), path
-            if path.suffix == ".py":
-                queue += [(imported, found.parent) for imported in _imported(path)]
-
-
-def _located(name: str) -> Path | None:
-    """The folder of a top-level package or the file of a module; none when it is installed or not there."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # a module without a spec, as __main__
-        return None
-    if spec is None:
-        return None
-    folders = list(spec.submodule_search_locations or ())
-    path = Path(folders[0] if folders else spec.origin or "").absolute()
-    return path if (folders or path.suffix == ".py") and not _is_installed(path) else None
-
-
-def _package_files(folder: Path) -> Iterator[Path]:
-    """Sources and small data beside them; no hidden files, caches, outputs or weights."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(each for each in folders if not _left_out(Path(here, each)))
-        for name in sorted(names):
-            path = Path(here, name)
-            if not name.startswith(".") and path.suffix not in (".pyc", *WEIGHTS) and path.is_file():
-                yield path
-
-
-def _left_out(folder: Path) -> bool:
-    outputs = folder.name in LEFT_OUT and not (folder / "__init__.py").exists()
-    return folder.name.startswith(".") or outputs or folder.suffix == ".egg-info"
-
-
-def _is_installed(path: Path) -> bool:
-    """Whether this is a release that a cluster has of its own, or Python itself."""
-    standard = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
-    return bool({"site-packages", "dist-packages"} & set(path.parts)) or any(path.is_relative_to(s) for s in standard)
-
-
-def _imported(path: Path) -> set[str]:
-    """Top-level names of what a file imports, wherever in it."""
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except SyntaxError:  # a template, or a file for another Python: not one that the job imports
-        return set()
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found.add(node.module.split(".")[0])
-    return found
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"
