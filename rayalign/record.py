@@ -58,8 +58,10 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-_SECRET_KEY = re.compile(r"(^|[_.-])(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_SECRET = r"(?:api_?key|key|token|secret|password|passwd|pwd|credentials?|auth|authorization|cookie|signature|sig)"
+_SECRET_KEY = re.compile(rf"(^|[_.-]){_SECRET}$", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^\s?#]*@")
+_SECRET_IN_QUERY = re.compile(rf"([?&](?:\w+[_-])?{_SECRET}=)[^&\s]+", re.IGNORECASE)
 
 
 def redacted(value: Any, key: str = "") -> Any:
@@ -67,10 +69,12 @@ def redacted(value: Any, key: str = "") -> Any:
 
     For what leaves the run directory: reports, trackers, error messages.
     """
+    if value is not None and value != "" and not isinstance(value, bool) and _SECRET_KEY.search(key):
+        return "***"
     if isinstance(value, Mapping):
         return {name: redacted(each, str(name)) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(each, key) for each in value]
-    if isinstance(value, str) and value:
-        return "***" if _SECRET_KEY.search(key) else _USERINFO.sub("***", value)
+        return [redacted(each) for each in value]
+    if isinstance(value, str):
+        return _SECRET_IN_QUERY.sub(r"\1***", _USERINFO.sub("***@", value))
     return value

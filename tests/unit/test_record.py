@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rayalign.record import flat, redacted
 
 
@@ -34,3 +36,20 @@ def test_what_opens_doors_is_taken_out():
         "data": {"prompt_column": "prompt", "tokenizer": "x", "max_tokens": 5, "keys": ["a"]},
         "token": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ("http://bob:p@ss@host/x", "http://***@host/x"),
+        ("http://bob:a/b@host", "http://***@host"),
+        ("https://host/v1?model=a&api_key=sk-1&n=2", "https://host/v1?model=a&api_key=***&n=2"),
+        ("https://host/a?x=b@c", "https://host/a?x=b@c"),
+        ({"credentials": {"user": "bob", "pin": 1}}, {"credentials": "***"}),
+        ({"headers": {"Authorization": "Bearer 1"}}, {"headers": {"Authorization": "***"}}),
+        ({"password": 1234}, {"password": "***"}),
+        ({"monkey": "x", "prompt_tokens": 3, "author": "y"}, {"monkey": "x", "prompt_tokens": 3, "author": "y"}),
+    ],
+)
+def test_secrets_in_odd_places(given, seen):
+    assert redacted(given) == seen
