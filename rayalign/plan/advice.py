@@ -1,26 +1,22 @@
-"""The nearest change under which a plan fits: one key, else two, else more nodes. Each candidate is evaluated by
-the functions that make the plan."""
+"""The nearest change under which a plan fits: one key, else two, else several or more nodes. Each candidate is
+evaluated by the functions that make the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import combinations, product
-from typing import Any
+from functools import partial
+from itertools import combinations
 
 from rayalign.build import check_training
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError
 from rayalign.plan.engines import split_choices
 from rayalign.plan.fit import cannot_load, evaluate
-from rayalign.plan.learners import shares_gpus
-from rayalign.plan.records import Change, Lengths
+from rayalign.plan.records import Change, Fit, Lengths
+from rayalign.plan.several import Setting, several, thin_ranks
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node
 from rayalign.schema import Config
-
-MOST_NODES = 64
-Setting = tuple[str, Any]
 
 
 def nearest_change(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node]) -> Change | None:
@@ -28,10 +24,13 @@ def nearest_change(config: Config, shape: Shape, lengths: Lengths, nodes: Sequen
     if cannot_load(config, shape, nodes):
         return None
     single = list(candidates(config, shape, nodes))
-    for settings in [*((each,) for each in single), *_pairs(single)]:
-        if _works(config, shape, lengths, nodes, settings):
+    try_out = partial(_try_out, config, shape, lengths)
+    few = thin_ranks(config, nodes)
+    paired = [each for each in single if each[0] != "learner.ranks" or each[1] in few]
+    for settings in [*((each,) for each in single), *_pairs(paired)]:
+        if (fit := try_out(settings, nodes)) and fit.fits:
             return Change(settings)
-    return _more_nodes(config, shape, lengths, nodes, single)
+    return several(config, nodes, single, try_out)
 
 
 def candidates(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[Setting]:
@@ -46,7 +45,9 @@ def candidates(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[
     yield from (("learner.logprob_chunk", n) for n in _halves(learner.logprob_chunk, 128))
     if hasattr(engine, "tensor_parallel"):
         most = max((node.gpus or node.cpus for node in nodes), default=1)
-        yield from (("engine.tensor_parallel", n) for n in split_choices(shape, most) if n != engine.tensor_parallel)
+        now = engine.tensor_parallel
+        near = sorted(split_choices(shape, most), key=lambda n: abs(n - now))
+        yield from (("engine.tensor_parallel", n) for n in near if n != now)
     if hasattr(engine, "gpu_memory") and any(node.gpus for node in nodes):
         shares = (0.9, 0.95, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
         yield from (("engine.gpu_memory", share) for share in shares if share != engine.gpu_memory)
@@ -83,17 +84,18 @@ def _pairs(single: Sequence[Setting]) -> Iterator[tuple[Setting, Setting]]:
     yield from ((single[a], single[b]) for a, b in sorted(found, key=sum))
 
 
-def _works(
-    config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node], settings: tuple[Setting, ...]
-) -> bool:
+def _try_out(
+    config: Config, shape: Shape, lengths: Lengths, settings: Sequence[Setting], nodes: Sequence[Node]
+) -> Fit | None:
+    """None where these settings are no config that could run."""
     try:
         changed = apply(config, settings)
-        if not evaluate(changed, shape, lengths, nodes).fits:
-            return False
-        check_training(changed)
+        fit = evaluate(changed, shape, lengths, nodes)
+        if fit.fits:
+            check_training(changed)
     except ConfigError:
-        return False
-    return True
+        return None
+    return fit
 
 
 def apply(config: Config, settings: Sequence[Setting]) -> Config:
@@ -106,42 +108,3 @@ def apply(config: Config, settings: Sequence[Setting]) -> Config:
             section = section[name]
         section[last] = value
     return parse_config(data)
-
-
-def _more_nodes(
-    config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node], single: Sequence[Setting]
-) -> Change | None:
-    """The smallest number of nodes like the last one with a GPU (or the last one), the present ones first: with
-    as many ranks as there is room for, and with the settings that save most when that is not enough."""
-    if config.placement.name == "local":
-        return None
-    like = next((node for node in reversed(nodes) if node.gpus), nodes[-1])
-    for count in range(len(nodes), MOST_NODES + 1):
-        more = (*nodes, *(replace(like, id=f"more-{n}", name=f"more-{n}") for n in range(len(nodes), count)))
-        slots = sum(node.gpus for node in more) or sum(node.cpus for node in more)
-        for saving, ranks in product(_savings(config, single), _useful_ranks(config, slots)):
-            settings = (*saving, *((("learner.ranks", ranks),) if ranks != config.learner.ranks else ()))
-            if _works(config, shape, lengths, more, settings):
-                return Change(settings, more if count > len(nodes) else ())
-    return None
-
-
-def _savings(config: Config, single: Sequence[Setting]) -> list[tuple[Setting, ...]]:
-    """Settings that save most, from none to all; the share of an engine too, where a learner is on its GPU."""
-    most = {("learner.gradient_checkpointing", True), ("learner.zero_stage", 3)}
-    some = tuple(each for each in single if each in most)
-    offload = tuple(each for each in single if each[0] == "learner.offload")
-    found = [(), some, (*some, *offload)]
-    if not shares_gpus(config):
-        return found
-    shares = [((key, value),) for key, value in single if key == "engine.gpu_memory"]
-    return [(*saving, *share) for share in [(), *shares] for saving in found]
-
-
-def _useful_ranks(config: Config, slots: int) -> list[int]:
-    """As configured, and as many as the engines leave room for."""
-    now = config.learner.ranks
-    if not hasattr(config.learner, "zero_stage"):
-        return [now]
-    engines = 0 if shares_gpus(config) else config.engine.count * getattr(config.engine, "tensor_parallel", 1)
-    return sorted({now, max(now, min(slots - engines, config.rollout.prompts))})

@@ -9,6 +9,7 @@ from typing import Any
 from rayalign.build import load_tokenizer, prompts_for
 from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import RayalignError
+from rayalign.plan.learners import has_reference
 from rayalign.plan.records import Batches, Lengths, Micro, Tokens
 from rayalign.schema import Config
 from rayalign.sharding import lengths_of, split
@@ -140,10 +141,9 @@ def tokens_of_a_step(config: Config, lengths: Lengths, batches: Batches) -> Toke
     """At most, of one step that samples: completions of full length, prompts of mean length."""
     longest = config.sampling.max_tokens
     sequences = batches.examples * batches.rows * (lengths.mean + longest)
-    needs = bool(config.algorithm.needs)
     return Tokens(
         prompt=batches.prompts * lengths.mean,
         sampled=float(batches.completions * longest),
         trained=sequences * batches.epochs,
-        reference=sequences if needs else 0.0,
+        reference=sequences if has_reference(config) else 0.0,
     )

@@ -81,7 +81,7 @@ def _gpu_loads(config: Config, places: Sequence[Place], memory: Sequence[RoleMem
         for each in on_gpu:
             found.setdefault(((_kind(each.actor),), each.node.gpu_gib), []).append(each.actor)
     return tuple(
-        Load(f"each GPU of {_range(names)}", kinds, sum(needs[kind] for kind in kinds), gib)
+        Load(f"each GPU of {_range(names)}", kinds, sum(needs[kind] for kind in kinds), gib, of_gpu=True)
         for (kinds, gib), names in found.items()
     )
 
@@ -96,9 +96,12 @@ def _host_loads(
     local = config.placement.name == "local"
     push = push_bytes(config, shape) / GIB
     found: dict[tuple[tuple[str, ...], float, float], list[str]] = {}
+    actors: dict[str, list[str]] = {}
+    for each in places:
+        actors.setdefault(each.node.id, []).append(each.actor)
     for number, node in enumerate(nodes):
-        kinds = [_kind(each.actor) for each in places if each.node == node]
-        first = any(each.actor == "learner-0" for each in places if each.node == node)
+        kinds = [_kind(actor) for actor in actors.get(node.id, ())]
+        first = "learner-0" in actors.get(node.id, ())
         needed = sum(needs[kind] for kind in kinds)
         holds = [f"{kinds.count(kind)} {kind}{'s' if kinds.count(kind) > 1 else ''}" for kind in needs if kind in kinds]
         if local:  # one process: libraries once, one push at a time
@@ -173,8 +176,10 @@ def _notes(config: Config, cache: EngineCache, nodes: Sequence[Node], lengths: L
             f"an engine has keys and values for {cache.requests} requests of full length; "
             f"of engine.max_running={wanted}, longer ones take turns"
         )
-    if any(node.gpus and not node.gpu_gib for node in nodes):
-        notes.append("the memory of these GPUs is not known: say it with nodes like 1x8x80GiB")
+    if unknown := [node for node in nodes if node.gpus and not node.gpu_gib]:
+        names = ", ".join(sorted({node.gpu or "GPU" for node in unknown}))
+        example = f"nodes={len(unknown)}x{unknown[0].gpus}x80GiB"
+        notes.append(f"the memory of these GPUs ({names}) is not known and not checked: say it, as in {example}")
     if not all(node.memory_gib for node in nodes):
         notes.append("host memory is not known and not checked: add it to the nodes, as 2x8xH100/1800GiB")
     if not lengths.measured:

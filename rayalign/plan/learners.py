@@ -63,7 +63,7 @@ def loading_bytes(config: Config, shape: Shape) -> float:
 
 def _states(config: Config, shape: Shape) -> list[State]:
     """Of the policy, and of the reference where the algorithm needs one."""
-    reference = any(role == "reference" for role, _ in config.algorithm.needs)
+    reference = has_reference(config)
     zero = zero_of(config, shape)
     if zero is None:
         autocast = compute_width(config)[1]
@@ -71,6 +71,11 @@ def _states(config: Config, shape: Shape) -> list[State]:
         return states + ([torch_state(shape, trained=False, autocast=autocast)] if reference else [])
     averaged = getattr(getattr(config.algorithm, "reference", None), "update", "fixed") == "average"
     return [trained_state(shape, zero)] + ([frozen_state(shape, zero, averaged=averaged)] if reference else [])
+
+
+def has_reference(config: Config) -> bool:
+    """Whether the algorithm needs log-probs of a reference, which then is a role of each rank."""
+    return any(role == "reference" for role, _ in config.algorithm.needs)
 
 
 def zero_of(config: Config, shape: Shape) -> Zero | None:

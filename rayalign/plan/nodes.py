@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rayalign.errors import ConfigError
+from rayalign.memory import host_bytes
 from rayalign.registry import did_you_mean
 from rayalign.runtime.placement import Node
 
@@ -36,7 +36,19 @@ GPU_GIB = {
     "V100": 15.8,
     "V100-32": 31.7,
 }
-RAY_NAMES = {"A100-40G": "A100-40", "A100-80G": "A100-80"}  # where Ray's accelerator types have another name
+RAY_NAMES = {  # where the accelerator type that Ray gives a node has another name
+    "A100-40G": "A100-40",
+    "A100-80G": "A100-80",
+    "AMD-Instinct-MI250X": "MI250X",
+    "AMD-Instinct-MI250X-MI250": "MI250X",
+    "AMD-Instinct-MI300X-HF": "MI300X",
+    "AMD-Instinct-MI300X-OAM": "MI300X",
+    "GeForce-RTX-3090": "RTX3090",
+    "GeForce-RTX-4090": "RTX4090",
+    "GeForce-RTX-5090": "RTX5090",
+    "RTX-A6000": "A6000",
+}
+RAY_SHORT = {"A100", "V100"}  # Ray cuts the size off these, and there are two, one twice the other
 CORES_A_GPU = 12  # of a node whose text does not say
 EXAMPLE = "2x8xH100, 2x8xH100/96cpu/1800GiB, 1x1x24GiB, 4x16cpu/64GiB, or parts joined by +"
 
@@ -65,7 +77,7 @@ def find_nodes(placement: Any, text: str | None) -> tuple[tuple[Node, ...], str]
 
     joined = cluster.connect(placement)
     try:
-        return tuple(_with_gpu_memory(node) for node in cluster.nodes()), f"cluster {address}"
+        return tuple(with_gpu_memory(node) for node in cluster.nodes()), f"cluster {address}"
     finally:
         if joined:
             cluster.disconnect()
@@ -100,7 +112,7 @@ def write_nodes(nodes: Sequence[Node]) -> str:
     """Nodes → the text that `parse_nodes` reads."""
     parts: list[tuple[int, str]] = []
     for node in nodes:
-        gpu = node.gpu if node.gpu in GPU_GIB else f"{node.gpu_gib:g}GiB"
+        gpu = node.gpu if GPU_GIB.get(node.gpu) == node.gpu_gib else f"{node.gpu_gib:g}GiB"
         core = f"x{node.gpus}x{gpu}/{node.cpus}cpu" if node.gpus else f"x{node.cpus}cpu"
         text = core + (f"/{node.memory_gib:.0f}GiB" if node.memory_gib else "")
         if parts and parts[-1][1] == text:
@@ -111,7 +123,7 @@ def write_nodes(nodes: Sequence[Node]) -> str:
 
 
 def this_machine() -> Node:
-    """Cores that this process may use, memory (of its control group, when that is less), and GPUs."""
+    """Cores that this process may use, memory, and GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -121,26 +133,17 @@ def this_machine() -> Node:
         len(os.sched_getaffinity(0)),
         gpus,
         "this machine",
-        _host_bytes() / 2**30,
+        host_bytes()[0] / 2**30,
         properties[0].name if properties else "",
         min((each.total_memory for each in properties), default=0) / 2**30,
     )
 
 
-def _host_bytes() -> int:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return total
-
-
-def _with_gpu_memory(node: Node) -> Node:
-    """Ray names the type of a node's GPUs, not their memory."""
+def with_gpu_memory(node: Node) -> Node:
+    """Ray names the type of a node's GPUs, not their memory; where a name has several sizes it stays unknown."""
     kind = RAY_NAMES.get(node.gpu, node.gpu)
-    return replace(node, gpu=kind, gpu_gib=GPU_GIB.get(kind, 0.0)) if node.gpus else node
+    known = 0.0 if kind in RAY_SHORT else GPU_GIB.get(kind, 0.0)
+    return replace(node, gpu=kind, gpu_gib=known) if node.gpus else node
 
 
 def _host(text: str, part: str) -> tuple[int, float]:

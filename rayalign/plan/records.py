@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from rayalign.config.source import in_yaml
 from rayalign.errors import RayalignError
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node, Place
@@ -56,12 +57,13 @@ class RoleMemory:
 
 @dataclass(frozen=True)
 class Load:
-    """How full one place gets. `needed` and `has` are GiB; `has` is 0 where it is not known."""
+    """How full one place gets: a GPU, or a node's memory. `needed` and `has` are GiB; `has` 0 is not known."""
 
     where: str
     holds: tuple[str, ...]
     needed: float
     has: float
+    of_gpu: bool = False
 
     @property
     def fits(self) -> bool:
@@ -191,7 +193,7 @@ class Change:
     @property
     def overrides(self) -> list[str]:
         """As the command line takes them."""
-        return [f"{key}={_yaml(value)}" for key, value in self.settings]
+        return [f"{key}={in_yaml(value)}" for key, value in self.settings]
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,3 @@ class Plan:
     @property
     def problems(self) -> tuple[Problem, ...]:
         return self.fit.problems
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -53,16 +53,16 @@ def _read(path: str, trust_remote_code: bool) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
         with torch.device("meta"):  # shapes without storage: 70B parameters take half a second
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             "the model's config.json cannot be read",
             where="key model.path",
-            value=path,
-            rule="a folder with the config.json of a causal language model; the weights need not be there",
-            remedy=" ".join(f"{type(error).__name__}: {error}".split())[:200],
+            value=path if isinstance(error, OSError) else f"{path}: {type(error).__name__}: {error}",
+            rule="config.json of a causal language model, in a folder, or of a hub id whose files are on this machine",
+            remedy="give a folder with config.json (weights need not be there)",
         ) from None
     sizes = [parameter.numel() for parameter in model.parameters()]  # a tied tensor comes once
     text = config.get_text_config()

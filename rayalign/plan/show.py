@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rayalign.config.source import in_yaml
 from rayalign.plan.nodes import write_nodes
 from rayalign.plan.records import GIB, Bytes, Change, Plan, Problem
 
@@ -125,11 +126,10 @@ def _memory(plan: Plan, out: Console) -> None:
     out.print(table)
     cache = plan.fit.cache
     if cache:
-        _say(
-            out,
-            f"KV cache: {cache.token_bytes / 1024:.1f} KiB a token; engine.max_running requests of full length want "
-            f"{cache.wanted_gib:.2f} GiB, an engine has {cache.gib:.2f}: {_n(cache.requests)} fit at once",
-        )
+        known = all(node.gpu_gib for node in plan.nodes if node.gpus)
+        has = f"{cache.gib:.2f}: {_n(cache.requests)} fit at once" if known else "an amount that is not known"
+        wanted = f"engine.max_running requests of full length want {cache.wanted_gib:.2f} GiB"
+        _say(out, f"KV cache: {cache.token_bytes / 1024:.1f} KiB a token; {wanted}, an engine has {has}")
 
 
 def _cells(part: Bytes) -> list[str]:
@@ -169,8 +169,9 @@ def _advice(change: Change, before: int, out: Console) -> None:
     if not change.nodes:
         _say(out, "the nearest change under which it fits:")
     else:
-        _say(out, f"the smallest number of such nodes under which it fits is {len(change.nodes)} (now {before}):")
-        line = f"nodes={write_nodes(change.nodes)} {line}"
+        _say(out, f"it fits on {len(change.nodes)} such nodes (now {before}){' with' if line else ''}:")
+        if all(node.gpu_gib for node in change.nodes if node.gpus):  # else text would say more than is known
+            line = f"nodes={write_nodes(change.nodes)} {line}"
     out.print(f"  {line.strip()}", markup=False, soft_wrap=True)  # one line, to be pasted
 
 
@@ -204,7 +205,6 @@ def _n(value: float) -> str:
 
 
 def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    """As a config would hold it, cut."""
+    text = in_yaml(value)
     return text if len(text) <= 60 else text[:59] + "…"

@@ -73,7 +73,7 @@ def _node(entry: dict[str, Any]) -> Node:
         gpus,
         entry["NodeManagerHostname"],
         memory / 2**30,
-        types[0] if gpus and types else "",
+        max(types, key=len) if gpus and types else "",  # A100-40G says more than the A100 beside it
     )
 
 

@@ -103,10 +103,12 @@ def place(
     share = 0.45 if shared else 1.0  # two kinds take turns, and the scorers fit beside them
     places = []
     for kind, chosen, width in (("engine", engine_slots, tensor_parallel), ("learner", learner_slots, 1)):
+        ids = [node.id for node in chosen]
         for index, node in enumerate(chosen):
-            cores = _cores(node, chosen[:index].count(node), chosen.count(node))
+            on_node = ids.count(node.id)
+            cores = _cores(node, ids[:index].count(node.id), on_node)
             gpus = width * share if on_gpu else 0.0
-            cpus = 0.45 * node.cpus / chosen.count(node)
+            cpus = 0.45 * node.cpus / on_node
             places.append(Place(f"{kind}-{index}", node, round(cpus, 3), gpus, cores))
     for index in range(scorers):
         node = nodes[index % len(nodes)]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
+from rayalign.algorithms.online_preference import OnlinePreference
 from rayalign.plan.batches import count_batches, examples_of_a_prompt, prompt_lengths, tokens_of_a_step
+from rayalign.plan.learners import learner_memory
 from rayalign.plan.records import Lengths, Tokens
+from rayalign.plan.shapes import read_shape
+from rayalign.types import Column
 from tests.parts import write_prompts
 
 LENGTHS = Lengths(10.0, 12, 16, 4, 0, True, "")
@@ -27,6 +33,18 @@ def test_a_step_by_hand(make):
     assert (batches.optimizer_steps, batches.optimizer_steps_in_run) == (6, 60)
     assert batches.passes == 10 / 2  # 16 training prompts fill 2 rollouts
     assert tokens_of_a_step(config, LENGTHS, batches) == Tokens(80.0, 256.0, 48 * 2 * 18.0 * 2, 48 * 2 * 18.0)
+
+
+def test_tokens_by_the_reference_are_none_where_only_the_policy_is_asked(make):
+    class OwnLogps(OnlinePreference):
+        needs: ClassVar = (("policy", Column.LOGPS),)
+
+    config = make().model_copy(update={"algorithm": OwnLogps(loss={"name": "dpo"})})
+    tokens = tokens_of_a_step(config, LENGTHS, count_batches(config, LENGTHS)[0])
+    assert tokens.reference == 0.0 < tokens.trained
+    shape = read_shape(config.model.path)
+    roles = learner_memory(config, shape, count_batches(config, LENGTHS)[1], on_gpu=False)
+    assert "reference" not in [role.role for role in roles]
 
 
 def test_a_pair_larger_than_a_micro_batch_stands_alone(make):

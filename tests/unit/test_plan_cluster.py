@@ -21,7 +21,7 @@ def address():
             num_gpus=2,
             memory=3 * 2**30,
             object_store_memory=10**8,
-            resources={"accelerator_type:A100-40G": 1},
+            resources={"accelerator_type:A100": 1, "accelerator_type:A100-40G": 1},
         )
         yield cluster.address
     finally:

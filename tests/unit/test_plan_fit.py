@@ -13,7 +13,10 @@ from rayalign.config import load_config
 from rayalign.errors import ConfigError
 from rayalign.plan import make_plan, print_plan
 from rayalign.plan.advice import apply
-from rayalign.plan.nodes import parse_nodes, write_nodes
+from rayalign.plan.batches import prompt_lengths
+from rayalign.plan.fit import evaluate
+from rayalign.plan.nodes import parse_nodes
+from rayalign.plan.shapes import read_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = Path(__file__).parent / "shapes"
@@ -112,11 +115,38 @@ def test_the_number_of_nodes_is_the_smallest():
     plan = make_plan(config, nodes="1x8xB200/2000GiB")
     nodes = plan.advice.nodes
     assert len(nodes) > 1
-    settings = dict(plan.advice.settings)
-    fewer = nodes[:-1]
-    for ranks in range(1, 8 * len(fewer) + 1):
-        changed = apply(config, tuple((settings | {"learner.ranks": ranks}).items()))
-        assert not make_plan(changed, nodes=write_nodes(fewer)).fits, ranks
+    assert not _anything_that_fits(config, nodes[:-1])
+
+
+def test_several_keys_are_tried_before_more_nodes():
+    overrides = [*LARGE, "learner.micro_batch_tokens=2048", "learner.ranks=16", "engine.count=2"]
+    config = demo("Llama-3.1-70B", *overrides, "engine.tensor_parallel=8", "learner.zero_stage=3")
+    plan = make_plan(config, nodes="4x8xH200/96cpu/2000GiB")
+    assert not plan.fits and plan.advice.nodes == () and len(plan.advice.settings) > 2
+    changed = apply(config, plan.advice.settings)
+    assert make_plan(changed, nodes="4x8xH200/96cpu/2000GiB").fits
+    for key in dict(plan.advice.settings):  # no key of it is idle
+        rest = [each for each in plan.advice.settings if each[0] != key]
+        assert not make_plan(apply(config, rest), nodes="4x8xH200/96cpu/2000GiB").fits, key
+    assert _anything_that_fits(config, parse_nodes("4x8xH200/96cpu/2000GiB"))
+    fewer = make_plan(config, nodes="2x8xH200/96cpu/2000GiB")
+    assert "it fits on" in printed(fewer) and "smallest" not in printed(fewer)
+    assert not _anything_that_fits(config, fewer.advice.nodes[:-1]), len(fewer.advice.nodes)
+
+
+def _anything_that_fits(config, nodes):
+    """The first of all choices of the keys that save memory, with every number of ranks."""
+    shape = read_shape(config.model.path)
+    lengths = prompt_lengths(config)
+    savings = (("learner.gradient_checkpointing", True), ("learner.zero_stage", 3), ("engine.max_running", 1))
+    least = (*savings, ("learner.micro_batch_tokens", 256), ("learner.logprob_chunk", 128))
+    for parallel, offload in itertools.product((1, 2, 4, 8), ("none", "cpu")):
+        trades = (*least, ("engine.tensor_parallel", parallel), ("learner.offload", offload))
+        for ranks in range(1, 8 * len(nodes) + 1):
+            settings = (*trades, ("learner.ranks", ranks))
+            if evaluate(apply(config, settings), shape, lengths, nodes).fits:
+                return settings
+    return None
 
 
 def test_actors_that_have_no_place_are_a_problem_with_a_remedy():

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 
 import pytest
+from ray._private.accelerators.amd_gpu import AMDGPUAcceleratorManager
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
 from rayalign.errors import ConfigError
-from rayalign.plan.nodes import find_nodes, parse_nodes, this_machine, write_nodes
-from rayalign.runtime.placement import LocalPlacement, RayPlacement
+from rayalign.plan.batches import prompt_lengths
+from rayalign.plan.fit import evaluate
+from rayalign.plan.nodes import GPU_GIB, find_nodes, parse_nodes, this_machine, with_gpu_memory, write_nodes
+from rayalign.plan.shapes import read_shape
+from rayalign.runtime.placement import LocalPlacement, Node, RayPlacement
 
 
 @pytest.mark.parametrize(
@@ -61,6 +66,34 @@ def test_without_text_or_cluster_it_is_this_machine(monkeypatch):
         assert nodes == (this_machine(),) and source == "this machine"
     assert nodes[0].cpus == len(os.sched_getaffinity(0)) and nodes[0].memory_gib > 0.1
     assert len(find_nodes(LocalPlacement(), "2x4xL4")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "gib"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100", GPU_GIB["H100"]),
+        ("NVIDIA A100-SXM4-40GB", "A100", 0.0),  # Ray says A100 of both
+        ("NVIDIA A100-SXM4-80GB", "A100", 0.0),
+        ("Tesla V100-SXM2-32GB", "V100", 0.0),
+        ("NVIDIA GeForce RTX 4090", "RTX4090", GPU_GIB["RTX4090"]),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "GeForce-RTX-4090-Laptop-GPU", 0.0),  # another GPU, of 16 GB
+        ("NVIDIA RTX A6000", "A6000", GPU_GIB["A6000"]),
+        ("0x74a1", "MI300X", GPU_GIB["MI300X"]),
+    ],
+)
+def test_gpus_are_known_by_the_names_that_ray_gives_them(device, gpu, gib):
+    manager = AMDGPUAcceleratorManager if device.startswith("0x") else NvidiaGPUAcceleratorManager
+    node = with_gpu_memory(Node("n", 8, 4, gpu=manager._gpu_name_to_accelerator_type(device)))
+    assert (node.gpu, node.gpu_gib) == (gpu, gib)
+    assert parse_nodes(write_nodes([node]))[0].gpu_gib == gib  # no size comes in by the name
+
+
+def test_memory_that_ray_cannot_say_is_not_checked(make, monkeypatch):
+    config = make(placement={"name": "ray"}, learner={"name": "deepspeed"}, engine={"name": "vllm"})
+    node = with_gpu_memory(Node("n", 8, 4, "n", 64.0, "A100"))
+    fit = evaluate(config, read_shape(config.model.path), prompt_lengths(config), [node])
+    assert fit.fits and not any(load.has for load in fit.loads if load.of_gpu)
+    assert any("(A100) is not known and not checked" in note and "nodes=1x4x80GiB" in note for note in fit.notes)
 
 
 def test_a_cluster_that_is_not_there_is_said():

@@ -32,6 +32,15 @@ def test_the_shape_is_that_of_the_config(model):
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.largest) == (4, 2, 32, 160 * 64)
 
 
+def test_a_hub_id_that_is_not_at_hand_is_said_without_asking_the_hub(capfd):
+    with pytest.raises(ConfigError) as caught:
+        read_shape("nobody/no-such-model")
+    error = caught.value
+    assert error.value == "nobody/no-such-model" and "config.json" in error.rule
+    assert error.remedy == "give a folder with config.json (weights need not be there)"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_is_no_language_model_is_said(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ConfigError, match="config.json cannot be read"):
