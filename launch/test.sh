@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests that need no GPU. Arguments go to pytest: `launch/test.sh -k spin`,
-# `launch/test.sh tests/unit/test_config.py -x`.
+# Sets up .venv and runs the tests that need no GPU, each for ten minutes at most. Arguments go to pytest:
+# `launch/test.sh -k spin`, `launch/test.sh tests/unit/test_config.py -x`.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -12,4 +12,4 @@ suites=(tests/unit tests/contract tests/loop tests/ray tests/architecture)
 for argument in "$@"; do # paths that are named replace the suites
   if [[ $argument == tests/* && -e ${argument%%::*} ]]; then suites=(); fi
 done
-exec "$VENV/bin/python" -m pytest "${suites[@]}" "$@"
+exec "$VENV/bin/python" -m pytest --timeout 600 "${suites[@]}" "$@"

@@ -64,6 +64,9 @@ def init_process(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # It would compile an all-reduce for inference here, which training never calls: half a minute, a C++ compiler,
+    # and a lock file that waits for ever for a build that was killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that torch is about to retire; nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if gpu:
