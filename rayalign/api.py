@@ -29,7 +29,7 @@ from rayalign.evaluate import Evaluation, evaluate
 from rayalign.metrics import Recorder, read_records
 from rayalign.rollouts import Rollouts
 from rayalign.run import Run
-from rayalign.run_dir import prepare_run_dir
+from rayalign.run_dir import run_directory
 from rayalign.schema import Config
 from rayalign.trackers import start_trackers
 from rayalign.train import train
@@ -68,7 +68,11 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     check_training(config)
     prompts = prompts_for(config, tokenizer)
     check_rollouts(config, prompts)
-    run_dir = prepare_run_dir(config, name)
+    with run_directory(config, name) as run_dir:
+        return _run(config, tokenizer, prompts, run_dir)
+
+
+def _run(config: Config, tokenizer: Any, prompts: PromptSet, run_dir: Path) -> Result:
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     newest = checkpoints.newest() if config.resume else None
     first = int(newest.name.removeprefix("step-")) if newest else 0

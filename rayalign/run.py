@@ -143,7 +143,8 @@ class Run:
         self.recorder.evaluation(step, found.record())
 
     def save_when_due(self, state: TrainerState) -> None:
-        if self.checkpoint.every and state.step % self.checkpoint.every == 0:
+        often = self.checkpoint.every > 0 and state.step % self.checkpoint.every == 0
+        if often or state.step == self.training.steps:  # before the last evaluation, which may take long
             self.save(state)
 
     def save(self, state: TrainerState) -> None:

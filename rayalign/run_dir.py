@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from rayalign.config import load_config, save_config
 from rayalign.errors import ConfigError
@@ -28,9 +32,46 @@ FIXED = (
 FREE = ("deadline_s", "max_replacements", "count")  # wherever they stand
 
 
-def prepare_run_dir(config: Config, name: str) -> Path:
-    """A new folder, or with resume=true an old one. Raises ConfigError when that is not what is there."""
+@contextmanager
+def run_directory(config: Config, name: str) -> Iterator[Path]:
+    """A new folder, or with resume=true an old one, that no other run uses while inside.
+
+    Raises:
+        ConfigError: it is not what the config asks for, cannot be made, or is in use.
+    """
     run_dir = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    _check(run_dir, config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "this folder cannot be made",
+            where="key run_dir",
+            value=str(run_dir),
+            rule=f"a folder that can be made; the system says: {error.strerror}",
+            remedy="choose another run_dir",
+        ) from None
+    lock = FileLock(run_dir / ".lock", blocking=False)  # the system lets go of it with the process, however that ends
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            "another run is using this folder",
+            where="key run_dir",
+            value=str(run_dir),
+            rule="one run at a time",
+            remedy="wait for it, stop it, or choose another run_dir",
+        ) from None
+    try:
+        _check(run_dir, config)  # again: another run may have come and gone
+        _write(run_dir, config)
+        yield run_dir
+    finally:
+        lock.release()
+
+
+def _check(run_dir: Path, config: Config) -> None:
+    """Whether the folder is what the config asks for. Raises ConfigError."""
     exists = (run_dir / "config.yaml").exists()
     if config.resume and config.run_dir is None:
         raise ConfigError(
@@ -56,21 +97,13 @@ def prepare_run_dir(config: Config, name: str) -> Path:
             rule="a new or empty folder, or one of a run that never took a step",
             remedy="resume=true goes on with it; or choose another run_dir",
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            "this folder cannot be made",
-            where="key run_dir",
-            value=str(run_dir),
-            rule=f"a folder that can be made; the system says: {error.strerror}",
-            remedy="choose another run_dir",
-        ) from None
+
+
+def _write(run_dir: Path, config: Config) -> None:
     if config.resume:
         _check_same_run(config, load_config(run_dir / "config.yaml"))
     save_config(config.model_copy(update={"resume": False}), run_dir / "config.yaml")
     (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1))
-    return run_dir
 
 
 def _holds_something(run_dir: Path) -> bool:

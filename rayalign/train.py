@@ -31,7 +31,7 @@ def train(run: Run) -> TrainerState:
                 metrics |= run.push(state.step, rollout)
         run.record(state.step, metrics | clock.stop(), rollout)
         run.check_learning(state)
-        run.evaluate_when_due(state.step)
         run.save_when_due(state)
+        run.evaluate_when_due(state.step)
     run.save(state)
     return state

@@ -103,10 +103,11 @@ class PowerCut(BaseException):
 
 
 class Stop(Record):
-    """A tracker that ends the run in the middle of a step's bookkeeping: by an error, or by a signal."""
+    """A tracker that ends the run while a step or an evaluation is written down: by an error, or by a signal."""
 
     name: str
     step: int
+    at: str = "loss"  # a metric of the record that it ends
     signal: int | None = None
 
     def start(self, run_dir: Path, first_step: int) -> StopTracker:
@@ -118,7 +119,7 @@ class StopTracker:
         self.config = config
 
     def log(self, step: int, metrics: Any) -> None:
-        if step != self.config.step or "loss" not in metrics:
+        if step != self.config.step or self.config.at not in metrics:
             return
         if self.config.signal is None:
             raise PowerCut("the power went out")

@@ -6,6 +6,7 @@ import resource
 import signal
 
 import pytest
+from filelock import FileLock
 
 from rayalign.errors import CheckpointError, ConfigError
 from tests.loop.conftest import records, timeless
@@ -54,6 +55,26 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(train, tmp_path):
     assert train(**changes, resume=True).step == STEPS
     whole = train(**{**changes, "run_dir": str(tmp_path / "whole")}).run_dir
     assert [timeless(r) for r in records(tmp_path / "run")] == [timeless(r) for r in records(whole)]
+
+
+def test_a_run_that_dies_in_its_last_evaluation_keeps_its_last_step(train, tmp_path):
+    changes = {**settings(tmp_path, "run", "plain"), "checkpoint__every": 0}
+    stop = {"name": "tests.parts:Stop", "step": STEPS, "at": "eval/reward"}
+    with pytest.raises(PowerCut):
+        train(**changes, trackers=[stop])
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{STEPS}"]
+    resumed = train(**changes, resume=True)
+    assert (resumed.step, sorted(resumed.evaluations)) == (STEPS, [0, STEPS])
+
+
+def test_a_folder_that_another_run_uses_is_left_alone(train, tmp_path):
+    changes = settings(tmp_path, "run", "plain")
+    train(**{**changes, "train__steps": 1})
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")}
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ConfigError, match="another run is using this folder"):
+        train(**changes, resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")} == before
+    assert train(**changes, resume=True).step == STEPS
 
 
 def test_only_the_newest_checkpoints_are_kept(train, tmp_path):
