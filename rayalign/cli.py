@@ -23,22 +23,21 @@ app = typer.Typer(
 BEFORE, JOBS, LISTS = "Before a run", "Jobs on a cluster", "What a config can say"
 
 
-def _complete_key(incomplete: str) -> list[str]:
-    from rayalign.listing import config_keys
+def _overrides(*more: str) -> typer.models.ArgumentInfo:
+    """KEY=VALUE, of which the shell completes the key: one of the config's, or one of `more`."""
 
-    return [f"{key}=" for key in config_keys() if key.startswith(incomplete)]
+    def complete(incomplete: str) -> list[str]:
+        from rayalign.listing import config_keys
+
+        return [f"{key}=" for key in (*more, *config_keys()) if key.startswith(incomplete)]
+
+    return typer.Argument(
+        metavar="KEY=VALUE", help="overrides, as train.steps=5", show_default=False, autocompletion=complete
+    )
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="overrides, as train.steps=5",
-        show_default=False,
-        autocompletion=_complete_key,
-    ),
-]
+Overrides = Annotated[list[str] | None, _overrides()]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 Address = Annotated[
     str | None,
@@ -49,6 +48,22 @@ Address = Annotated[
 Job = Annotated[str, typer.Argument(metavar="JOB", help="as submit printed it", show_default=False)]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from rayalign import __version__
+
+        print(f"rayalign {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
     """Train a policy as CONFIG says.
@@ -56,7 +71,7 @@ def train(config: ConfigPath, overrides: Overrides = None, debug: Debug = False)
     \b
     Examples:
       rayalign train configs/demo.yaml
-      rayalign train configs/demo.yaml train.steps=10 optimizer.lr=2e-5 run_dir=runs/short
+      rayalign train configs/demo.yaml train.steps=10 run_dir=runs/short
       rayalign train configs/demo.yaml run_dir=runs/short resume=true
     """
     from rayalign.api import run_training
@@ -68,14 +83,16 @@ def train(config: ConfigPath, overrides: Overrides = None, debug: Debug = False)
 
 
 @app.command()
-def evaluate(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def evaluate(
+    config: ConfigPath, overrides: Annotated[list[str] | None, _overrides("model")] = None, debug: Debug = False
+) -> None:
     """Evaluate a checkpoint on CONFIG's held-out prompts: reward, KL, length, distinct-n, with intervals.
 
     \b
     model=PATH is the policy to evaluate; CONFIG's own model stays the reference.
     Examples:
       rayalign evaluate configs/demo.yaml model=runs/demo/checkpoints/step-30
-      rayalign evaluate configs/demo.yaml evaluation.samples=8        (the model itself)
+      rayalign evaluate configs/demo.yaml       (the model before training)
     """
     from rayalign.api import run_evaluation
     from rayalign.config import load_config
@@ -106,7 +123,9 @@ def report(
 
 
 @app.command(rich_help_panel=BEFORE)
-def plan(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def plan(
+    config: ConfigPath, overrides: Annotated[list[str] | None, _overrides("nodes")] = None, debug: Debug = False
+) -> None:
     """Show what a run would be, and start nothing: keys, actors on nodes, batches, memory, and what does not fit.
 
     \b
@@ -114,7 +133,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) 
     Exit code 1: it does not fit; the nearest change that would is printed.
     Examples:
       rayalign plan configs/demo.yaml
-      rayalign plan my.yaml model.path=/models/llama-8b nodes=2x8xH100 learner.ranks=8
+      rayalign plan my.yaml nodes=2x8xH100 learner.ranks=8
       rayalign plan my.yaml nodes=1x4xA100-40+2x64cpu/256GiB
     """
     from rayalign.config import load_config
@@ -199,7 +218,7 @@ def logs(
     \b
     Examples:
       rayalign logs demo-20261121-093000-1a2b
-      rayalign logs demo-20261121-093000-1a2b --no-follow --address http://head:8265
+      rayalign logs demo-20261121-093000-1a2b --no-follow
     """
     from rayalign.runtime.jobs import job_logs
 
@@ -233,7 +252,7 @@ def schema(debug: Debug = False) -> None:
 
     from rayalign.schema import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(json_schema(), indent=2))
 
 
 @app.command(rich_help_panel=LISTS)
@@ -282,6 +301,8 @@ def main() -> None:
     from rayalign.errors import RayalignError
 
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" for what it cannot show
     sys.path.insert(0, os.getcwd())  # where parts that a config names by dotted path are looked for first
     try:
         app()

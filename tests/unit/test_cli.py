@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from rayalign import __version__
 from rayalign.algorithms import ALGORITHMS
 from rayalign.cli import app
 from rayalign.scorers import SCORERS
@@ -38,6 +39,27 @@ def test_every_verb_shows_examples_of_itself(verb):
     assert f"rayalign {verb}" in examples
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_can_be_copied_from_a_terminal_of_80_columns(verb):
+    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"}).output
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    written = [line.strip() for line in (get_command(app).commands[verb].help or "").splitlines()]
+    for example in [line for line in written if line.startswith("rayalign ")]:
+        assert " ".join(example.split()) in lines, shown
+
+
+def test_the_version_is_told():
+    assert invoke("--version") == (0, f"rayalign {__version__}\n")
+
+
+def test_a_terminal_without_unicode_is_no_error():
+    command = Path(sys.executable).with_name("rayalign")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([command, "algorithms"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "online_preference" in done.stdout
+
+
 @pytest.mark.parametrize(("verb", "table"), [("algorithms", ALGORITHMS), ("scorers", SCORERS)])
 def test_lists_name_every_part_with_a_line_and_its_paper(verb, table):
     code, shown = invoke(verb)
@@ -59,6 +81,8 @@ def test_help_is_quick_because_it_loads_no_library():
         ("rayalign train my.yaml train.st", "train.steps=", "train.epochs="),
         ("rayalign train my.yaml engine.tensor", "engine.tensor_parallel=", "engine.count="),
         ("rayalign plan my.yaml algorithm.loss.b", "algorithm.loss.beta=", "algorithm.loss.label_smoothing="),
+        ("rayalign plan my.yaml no", "nodes=", "model="),
+        ("rayalign evaluate my.yaml mod", "model=", "nodes="),
     ],
 )
 def test_the_shell_completes_verbs_and_keys(words, expected, unexpected):
