@@ -32,7 +32,8 @@ ray_command() { PATH=$VENV/bin:$PATH RAY_AUTH_MODE=token "$VENV/bin/ray" "$@"; }
 start_ray() { # what failed, ray start's options … → one line instead of Ray's traceback
   local failure=$1 output
   shift
-  output=$(ray_command start --disable-usage-stats "$@" 2>&1) || die "$failure: $(tail -n 400 <<<"$output" |
+  # agents take any free port: with the fixed one, a second cluster on a node would have no jobs
+  output=$(ray_command start --disable-usage-stats --dashboard-agent-listen-port 0 "$@" 2>&1) || die "$failure: $(tail -n 400 <<<"$output" |
     grep -E '^[A-Za-z.]*(Error|Exception)|already running|rror:' | tail -n 1)"
 }
 

@@ -44,18 +44,16 @@ def load_tokenizer(config: Config, path: str | None = None) -> Any:
 
 
 def _not_loaded(what: str, where: str, error: Exception) -> ConfigError:
-    folder = Path(where).is_dir()
-    reason = " ".join(str(error).split())
+    found, remedy = where, "check the id and the network, or download the model and give its folder"
+    if Path(where).is_dir():
+        found += f"; transformers says: {' '.join(str(error).split())}"
+        remedy = "save it again: model and tokenizer .save_pretrained(folder)"
     return ConfigError(
         f"no {what} could be loaded from there",
         where="key model.path",
-        value=where,
-        rule=f"a folder with config.json, tokenizer and weights; transformers says: {reason}"
-        if folder
-        else "a folder with a Hugging Face checkpoint, or a hub id that can be reached",
-        remedy="save it again: model and tokenizer .save_pretrained(folder)"
-        if folder
-        else "check the id and the network, or download the model and give its folder",
+        value=found,
+        rule=f"a folder with a Hugging Face {what} that transformers can read, or a hub id that can be reached",
+        remedy=remedy,
     )
 
 

@@ -79,7 +79,12 @@ def status(run: Run) -> str:
         return "no step yet"
     if planned is None:
         return f"{done:,} steps"
-    return f"{done:,} of {planned:,} steps" + (", finished" if done >= planned else "")
+    reached = f"{done:,} of {planned:,} steps"
+    if done < planned:
+        return reached
+    # A run that evaluates at all does so at its end.
+    missing = run.evaluations and run.evaluations[-1]["step"] < planned
+    return reached + ("; the last evaluation is missing" if missing else ", finished")
 
 
 def what(run: Run) -> str:

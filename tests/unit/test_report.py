@@ -90,6 +90,13 @@ def test_the_report_of_a_run(tmp_path):
     assert len(page.blocks) >= 8
 
 
+def test_a_run_without_its_last_evaluation_is_not_finished(tmp_path):
+    folder = make_run(tmp_path / "demo")
+    lines = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (folder / "evaluations.jsonl").write_text(lines[0])
+    assert "4 of 4 steps; the last evaluation is missing" in Page(write_report([folder])).text
+
+
 def test_no_network_and_no_script_but_ours(tmp_path):
     page = Page(write_report([make_run(tmp_path / "demo")]))
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
