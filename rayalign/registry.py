@@ -64,16 +64,18 @@ class Tagged:
     Attributes:
         kind: what is chosen, for messages: "algorithm".
         verb: a method that every record of this kind has.
+        usual: the name that a mapping without one means; none: it has to have one.
     """
 
     kind: str
     table: Mapping[str, str]
     verb: str
+    usual: str | None = None
 
     def select(self, value: Any) -> type[Record]:
         """The record that a mapping with a name, or a name alone, asks for. Raises Unfit."""
         names = ", ".join(sorted(self.table))
-        name = value.get("name") if isinstance(value, dict) else value
+        name = value.get("name", self.usual) if isinstance(value, dict) else value
         if not isinstance(name, str):
             raise Unfit(
                 f"this {self.kind} has no name" if name is None else f"this does not name {_a(self.kind)}",
@@ -102,7 +104,9 @@ class Tagged:
             return value
         record = self.select(value)
         # A ValidationError from here becomes part of the one around it, with the whole path in front.
-        return record.model_validate({"name": value} if isinstance(value, str) else value)
+        if not isinstance(value, dict):
+            value = {"name": value}
+        return record.model_validate(value if "name" in value else {"name": self.usual, **value})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
@@ -117,8 +121,9 @@ class Tagged:
             form = handler(record.__pydantic_core_schema__)
             definition = handler.resolve_ref_schema(form)
             definition["properties"]["name"] |= {"const": name, "description": summary(record)}
-            needed = definition["required"] = sorted({"name", *definition.get("required", ())})
-            short += [name] if needed == ["name"] else []
+            tag = set() if name == self.usual else {"name"}
+            needed = definition["required"] = sorted({*tag, *definition.get("required", ())})
+            short += [name] if set(needed) <= {"name"} else []
             forms.append(form)
         dotted_name = {"type": "string", "pattern": DOTTED, "description": "package.module:Name, from outside"}
         outside = {"type": "object", "required": ["name"], "properties": {"name": dotted_name}}

@@ -26,10 +26,10 @@ from rayalign.trackers import TRACKERS
 from rayalign.types import Sampling
 
 AnyAlgorithm = Annotated[SerializeAsAny[Record], Tagged("algorithm", ALGORITHMS, "examples")]
-AnyEngine = Annotated[SerializeAsAny[Record], Tagged("engine", ENGINES, "build")]
-AnyLearner = Annotated[SerializeAsAny[Record], Tagged("learner", LEARNERS, "build")]
+AnyEngine = Annotated[SerializeAsAny[Record], Tagged("engine", ENGINES, "build", "vllm")]
+AnyLearner = Annotated[SerializeAsAny[Record], Tagged("learner", LEARNERS, "build", "deepspeed")]
 AnyScorer = Annotated[SerializeAsAny[Record], Tagged("scorer", SCORERS, "start")]
-AnyPlacement = Annotated[SerializeAsAny[Record], Tagged("placement", PLACEMENTS, "model_dump")]
+AnyPlacement = Annotated[SerializeAsAny[Record], Tagged("placement", PLACEMENTS, "model_dump", "ray")]
 AnyTracker = Annotated[SerializeAsAny[Record], Tagged("tracker", TRACKERS, "start")]
 
 

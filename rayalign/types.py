@@ -85,7 +85,10 @@ class Completion:
 class Group:
     """One prompt with its K completions, and their scores once a scorer has seen them (higher is better).
 
-    `id` is unique among the groups that are being scored.
+    Attributes:
+        id: unique among the groups that are being scored.
+        preferences: P(i ≻ j) for all K×K pairs, where annotators' votes or a judge gave it; the diagonal is ½.
+            None: only the scores are known.
     """
 
     id: str
@@ -93,6 +96,7 @@ class Group:
     completions: tuple[Completion, ...]
     texts: tuple[str, ...]
     scores: tuple[float, ...] | None = None
+    preferences: tuple[tuple[float, ...], ...] | None = None
 
 
 class Column(enum.Enum):
