@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rayalign.types import Batch, Column, Completion, Example, Group, Metrics, Request, Sampling, Terms
+from rayalign.types import AnyColumn, Batch, Column, Completion, Example, Group, Metrics, Request, Sampling, Terms
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,15 @@ class UpdatePlan:
 class Learner(Protocol):
     """One role (policy, reference, …) on one process or on many ranks. A reference has no optimiser."""
 
-    def annotate(self, examples: Sequence[Example], columns: Sequence[Column]) -> list[Example]:
+    def annotate(self, examples: Sequence[Example], columns: Sequence[AnyColumn]) -> list[Example]:
         """The same examples, in the same order, with "role/column" filled in on each sequence."""
 
     def update(self, examples: Sequence[Example], algorithm: Algorithm, plan: UpdatePlan) -> Metrics:
         """Train on these examples. Gives loss, lr, grad_norm and the algorithm's own metrics, each
         averaged over the whole step. Raises TrainingStopped when loss or gradient is not finite."""
+
+    def measure(self, examples: Sequence[Example], algorithm: Algorithm) -> Metrics:
+        """Loss and metrics of these examples, as `update` would give them, without learning."""
 
     def logps(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """As `Engine.logps`, from the learner's weights."""
@@ -147,8 +150,10 @@ class Learner(Protocol):
 class Algorithm(Protocol):
     """A few verbs. Frozen and picklable: it is sent to the learners as it is."""
 
-    needs: Sequence[tuple[str, Column]]  # (role, column) to annotate before the update
-    columns: Sequence[Column]  # of the policy, with their gradient, in the loss
+    rows: Sequence[str]  # kinds of data rows that it learns from (see data.examples); empty: from scored samples only
+    network: str  # what the policy is: "causal", a language model; "score", one with a scalar head
+    needs: Sequence[tuple[str, AnyColumn]]  # (role, column) to annotate before the update
+    columns: Sequence[AnyColumn]  # of the policy, with their gradient, in the loss
     # Numbers of the whole step that the loss needs (KTO's reference point, a batch's label mass): None, or a
     # function like `loss` that gives named sums of one micro-batch. The learner adds them up over micro-batches
     # and ranks in a pass of its own, without gradient, before the loss pass.
@@ -173,6 +178,11 @@ class Algorithm(Protocol):
     def refresh(self, step: int) -> float | None:
         """After this step (counted from 1): the decay with which the reference follows the policy,
         0.0 to replace it, None to leave it."""
+
+
+def needs_reference(algorithm: Algorithm) -> bool:
+    """Whether a reference model stands beside the policy."""
+    return any(role == "reference" for role, _ in algorithm.needs) or Column.REFERENCE_KL in algorithm.columns
 
 
 class Tracker(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -85,10 +85,14 @@ class Completion:
 class Group:
     """One prompt with its K completions, and their scores once a scorer has seen them (higher is better).
 
+    A row of a data set is a group as well, with what its annotators said as scores: 1 and 0 for chosen and
+    rejected, −rank for ranked answers, 1 for the choice and 0 for the others, 1 or 0 for a good or a bad label.
+
     Attributes:
         id: unique among the groups that are being scored.
         preferences: P(i ≻ j) for all K×K pairs, where annotators' votes or a judge gave it; the diagonal is ½.
             None: only the scores are known.
+        votes: of a data set, for each completion the annotators' votes: counts by class.
     """
 
     id: str
@@ -97,13 +101,27 @@ class Group:
     texts: tuple[str, ...]
     scores: tuple[float, ...] | None = None
     preferences: tuple[tuple[float, ...], ...] | None = None
+    votes: tuple[tuple[float, ...], ...] | None = None
 
 
 class Column(enum.Enum):
-    """Numbers that a learner can compute for each token of a sequence."""
+    """Numbers that a learner can compute for each completion token of a sequence."""
 
-    LOGPS = "logps"  # log-prob of each completion token, at the rollout temperature
-    ENTROPY = "entropy"  # of the next-token distribution at each completion token
+    LOGPS = "logps"  # log-prob of the token, at the rollout temperature
+    ENTROPY = "entropy"  # of the next-token distribution there
+    VALUES = "values"  # of a scalar head, once the token is read; a reward model's score is the last token's
+    REFERENCE_KL = "reference_kl"  # exact KL(π_ref‖π) of the next-token distributions; the reference is a peer
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """A column of 1 + k numbers a token: the token's own logit, then the k largest ones of other tokens."""
+
+    k: int
+    value: ClassVar[str] = "top_logits"
+
+
+AnyColumn = Column | TopLogits
 
 
 @dataclass(frozen=True)
@@ -112,8 +130,8 @@ class Sequence:
 
     Attributes:
         rollout_logps: as the engine gave them; empty when the completion comes from a data set.
-        columns: "role/column" → float32 array with one number a completion token, as filled in by
-            `Learner.annotate`, for instance "reference/logps".
+        columns: "role/column" → float32 array with one number (or one row of them) a completion token, as
+            filled in by `Learner.annotate`, for instance "reference/logps".
     """
 
     prompt_ids: tuple[int, ...]
@@ -133,11 +151,11 @@ class Example:
 
     Attributes:
         sequences: the rows, in the order that the algorithm's loss expects.
-        values: numbers that belong to the example, by name (a soft label, say).
+        values: numbers that belong to the example, by name: one (a soft label, say), or one a row (ranks).
     """
 
     sequences: tuple[Sequence, ...]
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ class Batch:
         mask: [R, T] 1 where there is a completion token.
         rollout_logps: [R, T] the engine's, NaN where unknown.
         columns: "role/column" → [R, T] float32, as annotated.
-        values: name → [B] float32.
+        values: name → [B] float32, or [B, n].
         weight: [B] 1.0 for a real example, 0.0 for one that only keeps ranks in step.
         rows: n.
     """
