@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rayalign.build import (
     check_training,
     collector_for,
     default_max_gap,
+    examples_for,
     load_tokenizer,
     model_path,
     prompts_for,
@@ -23,11 +24,13 @@ from rayalign.build import (
 )
 from rayalign.checkpoint import Checkpoints
 from rayalign.console import Console, logged, print_before_after, print_evaluation
+from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
-from rayalign.evaluate import Evaluation, evaluate
+from rayalign.evaluate import Evaluation, evaluate, measure
 from rayalign.metrics import Recorder, read_records
-from rayalign.rollouts import Rollouts
+from rayalign.reading import Reading
+from rayalign.rollouts import Collector, Rollouts
 from rayalign.run import Run
 from rayalign.run_dir import run_directory
 from rayalign.schema import Config
@@ -35,6 +38,21 @@ from rayalign.trackers import start_trackers
 from rayalign.train import train
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run samples from and learns from; `examples` is None where it learns from its samples."""
+
+    prompts: PromptSet
+    examples: ExampleSet | None
+
+    def describe(self) -> str:
+        prompts, parts = self.prompts, [self.examples.describe()] if self.examples else []
+        if prompts.training or prompts.held_out:
+            skipped = f", {prompts.skipped} skipped as too long" if prompts.skipped else ""
+            parts.append(f"{len(prompts.training)} training prompts, {len(prompts.held_out)} held out{skipped}")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -67,12 +85,13 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     tokenizer = load_tokenizer(config)
     check_training(config)
     prompts = prompts_for(config, tokenizer)
-    check_rollouts(config, prompts)
+    examples = examples_for(config, tokenizer)
+    check_rollouts(config, prompts, examples)
     with run_directory(config, name) as run_dir:
-        return _run(config, tokenizer, prompts, run_dir)
+        return _run(config, tokenizer, Data(prompts, examples), run_dir)
 
 
-def _run(config: Config, tokenizer: Any, prompts: PromptSet, run_dir: Path) -> Result:
+def _run(config: Config, tokenizer: Any, data: Data, run_dir: Path) -> Result:
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     newest = checkpoints.newest() if config.resume else None
     first = int(newest.name.removeprefix("step-")) if newest else 0
@@ -81,9 +100,9 @@ def _run(config: Config, tokenizer: Any, prompts: PromptSet, run_dir: Path) -> R
         trackers = start_trackers(config.trackers, run_dir, first, resume=config.resume)
         recorder = Recorder(run_dir, trackers, first)
         try:
-            console.say(f"run {run_dir}: {_describe(prompts)}")
+            console.say(f"run {run_dir}: {data.describe()}")
             with start_parts(config, tokenizer, run_dir, console) as parts:
-                return _train(config, parts, tokenizer, prompts, run_dir, checkpoints, recorder, console)
+                return _train(config, parts, tokenizer, data, run_dir, checkpoints, recorder, console)
         finally:
             recorder.close()
             _report(run_dir, console)
@@ -93,24 +112,14 @@ def _train(
     config: Config,
     parts: Parts,
     tokenizer: Any,
-    prompts: PromptSet,
+    data: Data,
     run_dir: Path,
     checkpoints: Checkpoints,
     recorder: Recorder,
     console: Console,
 ) -> Result:
     collector = collector_for(config, parts, tokenizer)
-    sampling = config.sampling.sampling()
-    rollouts = Rollouts(
-        collector,
-        prompts.training,
-        config.algorithm.request(sampling),
-        seed=config.seed,
-        count=config.rollout.prompts,
-        depth=config.rollout.depth,
-        resample_every=config.rollout.resample_every,
-        progress=console.sampled,
-    )
+    rollouts = _rollouts(config, collector, data, console)
     before = {r["step"]: Evaluation.from_record(r) for r in read_records(run_dir / "evaluations.jsonl")}
     run = Run(
         algorithm=config.algorithm,
@@ -120,19 +129,21 @@ def _train(
         recorder=recorder,
         checkpoints=checkpoints,
         tokenizer=tokenizer,
-        sampling=sampling,
+        sampling=config.sampling.sampling(),
         training=config.train,
         rollout=config.rollout,
         evaluation=config.evaluation,
         checkpoint=config.checkpoint,
         seed=config.seed,
-        held_out=prompts.held_out[: config.evaluation.prompts],
-        probe=[prompt.token_ids for prompt in prompts.training[: config.sync.probe_prompts]],
+        held_out=data.prompts.held_out[: config.evaluation.prompts],
+        held_out_rows=data.examples.held_out[: config.evaluation.rows] if data.examples else (),
+        probe=[prompt.token_ids for prompt in data.prompts.training[: config.sync.probe_prompts]],
         max_gap=default_max_gap(config),
         turns=parts.turns,
         memory=parts.memory,
         say=console.say,
         advance=console.step,
+        progress=console.sampled,
         resume=config.resume,
         evaluations=before,
     )
@@ -152,6 +163,22 @@ def _train(
     return Result(run_dir, state.step, stopped, run.evaluations)
 
 
+def _rollouts(config: Config, collector: Collector | None, data: Data, console: Console) -> Rollouts | Reading:
+    """Where the groups of each step come from: sampled and scored, or read."""
+    if collector is None or data.examples is not None:
+        return Reading(data.examples, count=config.rollout.prompts)
+    return Rollouts(
+        collector,
+        data.prompts.training,
+        config.algorithm.request(config.sampling.sampling()),
+        seed=config.seed,
+        count=config.rollout.prompts,
+        depth=config.rollout.depth,
+        resample_every=config.rollout.resample_every,
+        progress=console.sampled,
+    )
+
+
 def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     """Evaluate a checkpoint on the config's held-out prompts, against the config's model as reference.
 
@@ -163,34 +190,40 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     tokenizer = load_tokenizer(config, policy)
     check_parts(config)
     held_out = prompts_for(config, tokenizer).held_out[: config.evaluation.prompts]
-    if not held_out:
+    examples = examples_for(config, tokenizer)
+    rows = examples.held_out[: config.evaluation.rows] if examples else ()
+    if not held_out and not rows:
         raise ConfigError(
-            "no prompt is held out",
+            "nothing is held out",
             where="key data.held_out",
             value=config.data.held_out,
-            rule="above 0, and evaluation.prompts above 0",
+            rule="above 0, and evaluation.prompts or evaluation.rows above 0",
             remedy="set data.held_out=0.2",
         )
     console = Console()
     folder = Path("runs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    found = Evaluation(0, ())
     with (
         logged(console, folder / "log" / "driver.log"),
         start_parts(config, tokenizer, folder, console, policy=policy, train=False) as parts,
         console.bars(),
     ):
-        found = evaluate(
-            collector_for(config, parts, tokenizer),
-            parts.roles,
-            held_out,
-            config.sampling.sampling(),
-            samples=config.evaluation.samples,
-            seed=config.seed,
-            progress=console.sampled,
-        )
+        if held_out:
+            found = evaluate(
+                collector_for(config, parts, tokenizer),
+                parts.roles,
+                held_out,
+                config.sampling.sampling(),
+                samples=config.evaluation.samples,
+                seed=config.seed,
+                progress=console.sampled,
+            )
+        if rows:
+            found = replace(found, metrics=found.metrics | measure(rows, config.algorithm, parts.roles))
     record = {"model": policy, **found.record()}
     (folder / "evaluation.json").write_text(json.dumps(record, ensure_ascii=False, indent=1))
     print_evaluation(found, Path(policy).name)
-    console.say(f"samples in {folder / 'evaluation.json'}")
+    console.say(f"written to {folder / 'evaluation.json'}")
     return found
 
 
@@ -216,8 +249,3 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def _describe(prompts: PromptSet) -> str:
-    skipped = f", {prompts.skipped} skipped as too long" if prompts.skipped else ""
-    return f"{len(prompts.training)} training prompts, {len(prompts.held_out)} held out{skipped}"

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from rayalign.console import Console
+from rayalign.data.examples import ExampleSet, load_examples
 from rayalign.data.prompts import PromptSet, load_prompts
 from rayalign.errors import ConfigError
 from rayalign.learners.base import LearnerSpec
 from rayalign.memory import peak_gib
-from rayalign.protocols import Engine, Roles, Scorer
+from rayalign.protocols import Engine, Roles, Scorer, needs_reference
 from rayalign.rollouts import Collector
 from rayalign.schema import Config
 from rayalign.scorers.base import LocalScorer
@@ -23,10 +24,10 @@ from rayalign.scorers.base import LocalScorer
 
 @dataclass(frozen=True)
 class Parts:
-    """What is started for a run: engine, scorer and learners, wherever they live."""
+    """What is started for a run: learners, and engine and scorer where something is sampled; wherever they live."""
 
-    engine: Engine
-    scorer: Scorer
+    engine: Engine | None
+    scorer: Scorer | None
     roles: Roles
     turns: bool
     memory: Callable[[], float]
@@ -112,8 +113,18 @@ def check_training(config: Config) -> None:
         )
 
 
-def check_rollouts(config: Config, prompts: PromptSet) -> None:
-    """Whether the prompts are enough for one rollout. Raises ConfigError."""
+def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
+    """Whether the prompts, or the rows, are enough for one step. Raises ConfigError."""
+    if examples is not None:
+        if examples.rows is not None and examples.rows < config.rollout.prompts:
+            raise ConfigError(
+                "there are fewer rows than one step takes",
+                where="key rollout.prompts",
+                value=config.rollout.prompts,
+                rule=f"at most {examples.rows}, the training rows of data.examples",
+                remedy="lower rollout.prompts, lower data.held_out, or use more rows",
+            )
+        return
     if len(prompts.training) < config.rollout.prompts:
         raise ConfigError(
             "there are not enough training prompts for one rollout",
@@ -136,7 +147,8 @@ def check_parts(config: Config) -> None:
                 rule="1 with placement: local",
                 remedy=f"set placement=ray, or {key}=1",
             )
-    _check_context(config)
+    if config.samples:
+        _check_context(config)
 
 
 def _check_context(config: Config) -> None:
@@ -168,9 +180,20 @@ def _check_context(config: Config) -> None:
 
 
 def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
-    """Prompts that leave room for a completion. Raises DataError."""
+    """Prompts that leave room for a completion; none where nothing is sampled. Raises DataError."""
+    if not config.samples:
+        return PromptSet((), (), 0)
     return load_prompts(
         config.data, tokenizer, max_prompt_tokens=config.engine.max_context - config.sampling.max_tokens
+    )
+
+
+def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
+    """The rows that an offline algorithm learns from; None for one that learns from its samples. Raises DataError."""
+    if config.algorithm.request(config.sampling.sampling()):
+        return None
+    return load_examples(
+        config.data, tokenizer, kinds=config.algorithm.rows, max_tokens=config.data.max_tokens, seed=config.seed
     )
 
 
@@ -179,7 +202,9 @@ def decoder(tokenizer: Any) -> Callable[[Any], str]:
     return lambda token_ids: tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
 
-def collector_for(config: Config, parts: Parts, tokenizer: Any) -> Collector:
+def collector_for(config: Config, parts: Parts, tokenizer: Any) -> Collector | None:
+    if parts.engine is None or parts.scorer is None:
+        return None
     return Collector(parts.engine, parts.scorer, decoder(tokenizer))
 
 
@@ -215,11 +240,13 @@ def _start_here(
     learners = config.learner.build(specs, rank=0, world_size=1, address=("127.0.0.1", 0))
     for learner in learners.values():
         stack.callback(learner.close)
+    roles = Roles(learners["policy"], learners.get("reference"))
+    if not config.samples:
+        return Parts(None, None, roles, False, peak_gib)
     started = engine.build(name="engine-0", cores=None, **arguments)
     stack.callback(started.close)
     scorer = LocalScorer(config.scorer)
     stack.callback(scorer.close)
-    roles = Roles(learners["policy"], learners.get("reference"))
     return Parts(started, scorer, roles, False, peak_gib)
 
 
@@ -242,10 +269,11 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
             dtype=dtype,
             trainable=train,
             optimizer=config.optimizer if train else None,
+            network=config.algorithm.network,
             **shared,
         )
     ]
-    if any(role == "reference" for role, _ in config.algorithm.needs):
+    if needs_reference(config.algorithm):
         specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, **shared))
     return specs
 

@@ -80,8 +80,9 @@ class Console:
         if "loss" in metrics:
             parts.append(f"loss {metrics['loss']:.4f}")
         else:
-            parts.append("skipped: every pair was a tie")
-        parts.append(f"reward {metrics['reward/mean']:+.3f} ± {metrics['reward/std']:.3f}")
+            parts.append("skipped: nothing to learn from")
+        if "reward/mean" in metrics:
+            parts.append(f"reward {metrics['reward/mean']:+.3f} ± {metrics['reward/std']:.3f}")
         for key, label, form in (("kl/k1", "kl/k1", "{:.2f}"), ("rewards/accuracies", "accuracy", "{:.2f}")):
             if key in metrics:
                 parts.append(f"{label} {form.format(metrics[key])}")
@@ -138,6 +139,8 @@ def print_evaluation(evaluation: Evaluation, title: str) -> None:
 def print_before_after(before: Evaluation, after: Evaluation, *, show: int, seed: int) -> None:
     """Both tables side by side, the rise of the reward with its interval, and a few prompts."""
     _table([("before", before), ("after", after)])
+    if not before.samples:
+        return
     mean, low, high = rise(before, after, seed=seed)
     out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
     out.print(
@@ -156,7 +159,8 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
     out = RichConsole(file=sys.stdout, highlight=False)
     samples = columns[0][1].samples
     prompts = len({sample.prompt_index for sample in samples})
-    table = Table(title=f"{prompts} held-out prompts × {len(samples) // prompts}, mean [95 % bootstrap interval]")
+    title = f"{prompts} held-out prompts × {len(samples) // max(prompts, 1)}, mean [95 % bootstrap interval]"
+    table = Table(title=title if samples else "held-out rows")
     table.add_column("")
     for name, _ in columns:
         table.add_column(name, justify="right")
@@ -169,7 +173,8 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
         "distinct_1": "distinct-1",
         "distinct_2": "distinct-2",
     }
-    for key, label in labels.items():
+    rows = [key for key in columns[0][1].metrics if key.startswith("held_out/")]
+    for key, label in {**labels, **{key: key.replace("held_out/", "held-out ") for key in rows}}.items():
         if key in columns[0][1].metrics:
             table.add_row(label, *(_cell(evaluation.metrics, key) for _, evaluation in columns))
     out.print(table)

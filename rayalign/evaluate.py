@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from rayalign.maths.divergence import kl_k1, kl_k3
-from rayalign.protocols import Roles
+from rayalign.protocols import Algorithm, Roles
 from rayalign.record import Record
 from rayalign.rollouts import Collector, Progress, sample_seed
 from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling
@@ -21,11 +21,12 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 class EvaluationConfig(Record):
-    """Held-out prompts, sampled with the same seeds each time."""
+    """Held-out prompts, sampled with the same seeds each time, and held-out rows of data."""
 
     every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after training only")
     prompts: int = Field(40, ge=0, description="held-out prompts; 0: never evaluate")
     samples: int = Field(4, ge=1, description="completions for each of them")
+    rows: int = Field(200, ge=0, description="held-out rows of data.examples that are measured; 0: none")
     show: int = Field(3, ge=0, description="prompts shown before and after")
 
 
@@ -97,6 +98,16 @@ def evaluate(
             )
     evaluation = Evaluation(step, tuple(found))
     return Evaluation(step, tuple(found), summarise(evaluation, seed=seed))
+
+
+def measure(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> Metrics:
+    """Loss and metrics of held-out rows of data, as training would see them, under held_out/."""
+    examples, metrics = algorithm.examples(rows)
+    if examples:
+        for role, column in algorithm.needs:
+            examples = roles[role].annotate(examples, (column,))
+        metrics |= roles.policy.measure(algorithm.credit(examples), algorithm)
+    return {f"held_out/{name}": value for name, value in metrics.items()}
 
 
 def sequence_kl(groups: Sequence[Group], roles: Roles, *, truncated: bool = False) -> list[tuple[Any, Any]]:

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]  # completions done, completions asked for
 class RolloutConfig(Record):
     """How many prompts are sampled, and how fresh the samples are."""
 
-    prompts: int = Field(8, ge=1, description="prompts of one rollout; one rollout feeds one training step")
+    prompts: int = Field(8, ge=1, description="prompts of one training step; offline, rows of data")
     depth: int = Field(0, ge=0, le=8, description="0: on-policy; d: rollout t is sampled by the weights of step t−d")
     resample_every: int = Field(1, ge=1, description="training steps that use one rollout before the next is sampled")
     monitor: int = Field(4, ge=0, description="prompts of a rollout on whose first completions KL is measured")
@@ -46,13 +46,13 @@ class Rollout:
 
     Attributes:
         index: s, counted from 0.
-        version: of the weights that sampled it.
-        rollout_s: seconds until the last completion, scoring in between not counted.
+        version: of the weights that sampled it; None for rows of a data set.
+        rollout_s: seconds until the last completion, scoring in between not counted; or those of reading.
         score_s: seconds spent in, or waiting for, the scorer.
     """
 
     index: int
-    version: int
+    version: int | None
     groups: tuple[Group, ...]
     rollout_s: float
     score_s: float
@@ -60,13 +60,18 @@ class Rollout:
     def metrics(self, *, first_use: bool = True) -> Metrics:
         """Of the samples; and, in the step that uses them first, of the time they took."""
         completions = [c for group in self.groups for c in group.completions]
-        scores = np.array([s for group in self.groups for s in group.scores or ()])
         lengths = np.array([len(c.token_ids) for c in completions])
-        return {
-            "reward/mean": float(scores.mean()),
-            "reward/std": float(scores.std()),
+        shared = {
             "completion/length_mean": float(lengths.mean()),
             "completion/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
+        }
+        if self.version is None:
+            return {**shared, "time/read_s": self.rollout_s}
+        scores = np.array([s for group in self.groups for s in group.scores or ()])
+        return {
+            **shared,
+            "reward/mean": float(scores.mean()),
+            "reward/std": float(scores.std()),
             "rollout/version": float(self.version),
             **(self._speed(float(lengths.sum())) if first_use else {}),
         }
@@ -177,6 +182,10 @@ class Rollouts:
 
     def samples_before(self, step: int) -> bool:
         """Whether sampling starts at the beginning of this step, so that fresh weights are needed."""
+        return self.fresh(step)
+
+    def fresh(self, step: int) -> bool:
+        """Whether this step (counted from 0) is the first that uses its rollout."""
         return step % self._every == 0
 
     def start(self, step: int) -> None:

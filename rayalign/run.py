@@ -11,14 +11,15 @@ from pydantic import Field
 
 from rayalign.checkpoint import CheckpointConfig, Checkpoints, TrainerState, load_state
 from rayalign.errors import TrainingStopped
-from rayalign.evaluate import Evaluation, EvaluationConfig, evaluate, sequence_kl
+from rayalign.evaluate import Evaluation, EvaluationConfig, evaluate, measure, sequence_kl
 from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder
 from rayalign.protocols import Algorithm, Roles, UpdatePlan
+from rayalign.reading import Reading
 from rayalign.record import Record
-from rayalign.rollouts import Collector, Rollout, RolloutConfig, Rollouts
+from rayalign.rollouts import Collector, Progress, Rollout, RolloutConfig, Rollouts
 from rayalign.sync.handshake import push_weights
-from rayalign.types import Example, Metrics, Prompt, Sampling
+from rayalign.types import Example, Group, Metrics, Prompt, Sampling
 
 
 class TrainConfig(Record):
@@ -34,7 +35,9 @@ class Run:
     """Everything that the loop works with, as `build.py` puts it together.
 
     Attributes:
-        held_out: prompts of the evaluations; none: no evaluation.
+        collector: none where nothing is sampled: an offline method that is evaluated on held-out rows only.
+        held_out: prompts of the evaluations; none: no sampling there.
+        held_out_rows: rows of data that are measured in evaluations.
         probe: token ids on which the first push is verified, later ones on fresh samples.
         max_gap: of a push, see `sync.handshake`.
         turns: engines sleep while learners work, because they share GPUs.
@@ -44,8 +47,8 @@ class Run:
     """
 
     algorithm: Algorithm
-    collector: Collector
-    rollouts: Rollouts
+    collector: Collector | None
+    rollouts: Rollouts | Reading
     roles: Roles
     recorder: Recorder
     checkpoints: Checkpoints
@@ -57,12 +60,14 @@ class Run:
     checkpoint: CheckpointConfig
     seed: int
     held_out: Sequence[Prompt]
+    held_out_rows: Sequence[Group]
     probe: Sequence[tuple[int, ...]]
     max_gap: float
     turns: bool
     memory: Callable[[], float]
     say: Callable[[str], None]
     advance: Callable[[int, Metrics], None]
+    progress: Progress | None = None
     resume: bool = False
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     interrupt: Interrupt = field(default_factory=Interrupt)
@@ -79,9 +84,13 @@ class Run:
 
     def push(self, version: int, rollout: Rollout | None = None) -> Metrics:
         """Weights to the engine, verified on the newest samples; and the memory that all of it takes."""
+        if self.collector is None:
+            self.peak_gib = self.memory()
+            return {}
         if self.turns:
             self.collector.engine.wake()
-        fresh = rollout.groups[: len(self.probe)] if rollout else ()
+        sampled = rollout is not None and rollout.version is not None
+        fresh = rollout.groups[: len(self.probe)] if sampled else ()
         probe = [g.prompt.token_ids + g.completions[0].token_ids for g in fresh] or self.probe
         synced = push_weights(
             self.roles.policy, self.collector.engine, version=version, probe=probe, max_gap=self.max_gap
@@ -91,12 +100,13 @@ class Run:
 
     def annotate(self, examples: list[Example], rollout: Rollout) -> tuple[list[Example], Metrics]:
         """The columns that the algorithm needs, and KL on completions that no score has selected."""
-        if self.turns:
+        if self.turns and self.collector is not None:
             self.collector.engine.sleep()
         for role, column in self.algorithm.needs:
             examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
-        if self.roles.reference is None or self.sampling.truncated or not unselected:
+        sampled = rollout.version is not None and not self.sampling.truncated
+        if self.roles.reference is None or not sampled or not unselected:
             return examples, {}
         k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
         return examples, {"kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
@@ -114,12 +124,12 @@ class Run:
 
     def needs_push(self, step: int) -> bool:
         """Whether the engine needs these weights: for the next rollout, or for an evaluation."""
-        return self.rollouts.samples_before(step) or self._evaluation_due(step)
+        return self.rollouts.samples_before(step) or self._evaluation_due(step) or self.collector is None
 
     def record(self, step: int, metrics: Metrics, rollout: Rollout) -> None:
         """One record a step. What a rollout cost, and its samples, stand in the step that uses it first."""
-        first_use = self.rollouts.samples_before(step - 1)
-        if first_use:
+        first_use = self.rollouts.fresh(step - 1)
+        if first_use and rollout.version is not None:
             self.recorder.samples(step, rollout.version, rollout.groups)
         metrics = {**metrics, **rollout.metrics(first_use=first_use), "memory/peak_gib": self.peak_gib}
         self.recorder.step(step, metrics)
@@ -128,17 +138,22 @@ class Run:
     def evaluate_when_due(self, step: int) -> None:
         if not self._evaluation_due(step) or step in self.evaluations:
             return
-        self.say(f"evaluating on {len(self.held_out)} held-out prompts × {self.evaluation.samples}")
-        found = evaluate(
-            self.collector,
-            self.roles,
-            self.held_out,
-            self.sampling,
-            samples=self.evaluation.samples,
-            seed=self.seed,
-            step=step,
-            progress=self.rollouts.progress,
-        )
+        found = Evaluation(step, ())
+        if self.held_out:
+            self.say(f"evaluating on {len(self.held_out)} held-out prompts × {self.evaluation.samples}")
+            found = evaluate(
+                self.collector,
+                self.roles,
+                self.held_out,
+                self.sampling,
+                samples=self.evaluation.samples,
+                seed=self.seed,
+                step=step,
+                progress=self.progress,
+            )
+        if self.held_out_rows:
+            self.say(f"measuring on {len(self.held_out_rows)} held-out rows")
+            found = replace(found, metrics=found.metrics | measure(self.held_out_rows, self.algorithm, self.roles))
         self.evaluations[step] = found
         self.recorder.evaluation(step, found.record())
 
@@ -155,7 +170,7 @@ class Run:
 
     def after(self, state: TrainerState, learned: bool) -> TrainerState:
         """The state one step on. A rollout without an example counts once, however often it is used."""
-        fresh = self.rollouts.samples_before(state.step)
+        fresh = self.rollouts.fresh(state.step)
         return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh)
 
     def check_learning(self, state: TrainerState) -> None:
@@ -167,9 +182,11 @@ class Run:
             where=f"step {state.step}",
             value=f"{state.empty_rollouts} rollouts in which every prompt's completions were all scored the same",
             rule=f"rollout.max_empty={self.rollout.max_empty}",
-            remedy="look at samples.jsonl: the scorer has to tell answers apart; or raise sampling.temperature",
+            remedy="look at the data: answers of a row have to differ, and one has to be better"
+            if self.algorithm.rows and self.collector is None
+            else "look at samples.jsonl: the scorer has to tell answers apart; or raise sampling.temperature",
         )
 
     def _evaluation_due(self, step: int) -> bool:
         often = self.evaluation.every > 0 and step % self.evaluation.every == 0
-        return bool(self.held_out) and (step in (0, self.training.steps) or often)
+        return bool(self.held_out or self.held_out_rows) and (step in (0, self.training.steps) or often)

@@ -75,9 +75,13 @@ class Config(Record):
     algorithm: AnyAlgorithm = Field(
         description="what is asked of the engines, and the loss", examples=[{"name": "online_preference"}]
     )
-    data: DataConfig = Field(description="where the prompts come from", examples=[{"prompts": "my_prompts.jsonl"}])
-    scorer: AnyScorer = Field(
-        description="what tells good completions from bad ones", examples=[{"name": "rules", "rule": "vader"}]
+    data: DataConfig = Field(
+        description="where prompts, and rows to learn from, come from", examples=[{"prompts": "my_prompts.jsonl"}]
+    )
+    scorer: AnyScorer | None = Field(
+        None,
+        description="what tells good completions from bad ones, where completions are sampled",
+        examples=[{"name": "rules", "rule": "vader"}],
     )
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
     rollout: RolloutConfig = Field(RolloutConfig(), description="how many prompts a step, and how fresh their samples")
@@ -93,6 +97,46 @@ class Config(Record):
     run_dir: str | None = Field(None, description="folder of the run; default runs/NAME-DATE-TIME")
     resume: bool = Field(False, description="go on from the last checkpoint in run_dir")
     seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        samples, rows = bool(self.algorithm.request(self.sampling.sampling())), self.algorithm.rows
+        name = self.algorithm.name
+        if samples and not self.data.prompts:
+            raise Unfit(
+                "there are no prompts to sample completions for",
+                key="data.prompts",
+                rule=f"{name} learns from samples of its own",
+                remedy="set data.prompts to a file with a column prompt",
+            )
+        if not samples and not self.data.examples:
+            raise Unfit(
+                "there is nothing to learn from",
+                key="data.examples",
+                rule=f"{name} learns from a data set with rows of the kind {' or '.join(rows)}",
+                remedy="set data.examples to a file, say my_pairs.jsonl",
+            )
+        if self.data.prompts and self.algorithm.network != "causal":
+            raise Unfit(
+                "a model with a scalar head writes no completions",
+                key="data.prompts",
+                rule=f"{name} is evaluated on held-out rows of data.examples",
+                remedy="take data.prompts out",
+            )
+        if self.data.prompts and self.scorer is None:
+            raise Unfit(
+                "nothing scores the completions of the prompts",
+                key="scorer",
+                rule="a scorer where data.prompts are sampled, in training or in evaluations",
+                remedy="set scorer: {name: rules, rule: vader}, say"
+                + ("" if samples else "; or take data.prompts out"),
+            )
+        return self
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled at all, in training or in evaluations."""
+        return self.data.prompts is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As YAML would hold it, defaults included."""

@@ -26,26 +26,26 @@ def start_actors(
     log_dir: Path,
     say: Callable[[str], None],
     stack: ExitStack,
-) -> tuple[EnginePool, ScorerPool, Roles, bool, Callable[[], float]]:
+) -> tuple[EnginePool | None, ScorerPool | None, Roles, bool, Callable[[], float]]:
     """All actors of a run, ready; the stack ends them.
 
     Returns:
-        engine pool, scorer pool, roles, whether engines and learners take turns on GPUs, and what asks all
-        of them for their peak memory.
+        engine pool and scorer pool (None where nothing is sampled), roles, whether engines and learners take
+        turns on GPUs, and what asks all of them for their peak memory.
     """
     log_dir = log_dir.resolve()
     if cluster.connect(config.placement):
         stack.callback(cluster.disconnect)
     places = place(
         cluster.nodes(),
-        engines=engine.count,
+        engines=engine.count if config.samples else 0,
         tensor_parallel=getattr(engine, "tensor_parallel", 1),
         learners=config.learner.ranks,
-        scorers=config.scorer.count,
+        scorers=config.scorer.count if config.samples else 0,
         colocate=config.placement.colocate,
     )
     kinds = {kind: [p for p in places if p.actor.startswith(kind)] for kind in ("engine", "scorer", "learner")}
-    say("starting " + ", ".join(f"{len(found)} {kind}{'s' if len(found) > 1 else ''}" for kind, found in kinds.items()))
+    say("starting " + ", ".join(f"{len(some)} {kind}{'s'[: len(some) > 1]}" for kind, some in kinds.items() if some))
     limits = {"start_deadline_s": config.placement.start_deadline_s, "log_dir": log_dir}
     learners = LearnerGroup(
         kinds["learner"],
@@ -55,6 +55,30 @@ def start_actors(
         **limits,
     )
     stack.callback(learners.close)
+    pools = _start_pools(config, kinds, engine, arguments, limits, stack) if config.samples else ()
+    learners.start()
+    for pool in pools:
+        pool.ready()
+    learners.ready()
+    roles = Roles(*(learners.role(spec.role) for spec in specs))
+    takes_turns = config.placement.colocate and config.rollout.depth == 0
+    turns = takes_turns and any(place.gpus > 0 for place in kinds["engine"])
+
+    def memory() -> float:
+        return peak_gib() + sum(pool.memory_gib() for pool in pools) + roles.policy.memory_gib()
+
+    return *(pools or (None, None)), roles, turns, memory
+
+
+def _start_pools(
+    config: Any,
+    kinds: dict[str, list[Place]],
+    engine: Any,
+    arguments: dict[str, Any],
+    limits: dict[str, Any],
+    stack: ExitStack,
+) -> tuple[EnginePool, ScorerPool]:
+    log_dir = limits["log_dir"]
     engines = EnginePool(
         lambda i: _start_engine(kinds["engine"][i], log_dir, engine, arguments),
         [p.actor for p in kinds["engine"]],
@@ -73,17 +97,7 @@ def start_actors(
         **limits,
     )
     stack.callback(scorers.close)
-    learners.start()
-    scorers.ready()
-    engines.ready()
-    learners.ready()
-    roles = Roles(*(learners.role(spec.role) for spec in specs))
-    turns = config.placement.colocate and config.rollout.depth == 0 and kinds["engine"][0].gpus > 0
-
-    def memory() -> float:
-        return peak_gib() + engines.memory_gib() + scorers.memory_gib() + roles.policy.memory_gib()
-
-    return engines, scorers, roles, turns, memory
+    return engines, scorers
 
 
 def _start_engine(where: Place, log_dir: Path, engine: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "sync", "trackers"),
     ("engines", "scorers", "learners", "data"),
     ("rollouts", "metrics"),
-    ("evaluate", "checkpoint"),
+    ("evaluate", "checkpoint", "reading"),
     ("report", "console"),
     ("run",),
     ("train",),
