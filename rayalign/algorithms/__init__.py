@@ -2,4 +2,5 @@
 
 ALGORITHMS = {
     "online_preference": "rayalign.algorithms.online_preference:OnlinePreference",
+    "preference": "rayalign.algorithms.preference:Preference",
 }

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor
 
 from rayalign.maths import preference as maths
-from rayalign.record import Record
+from rayalign.record import Record, Unfit
 from rayalign.registry import Tagged
 
 SINGLE_LOSSES = {
@@ -26,6 +26,7 @@ SINGLE_LOSSES = {
         "slic_hf": "SLiCHF",
         "simpo": "SimPO",
         "orpo": "ORPO",
+        "spin": "SPIN",
     }.items()
 }
 PAIR_LOSSES = {**SINGLE_LOSSES, "mix": "rayalign.algorithms.losses:Mix"}
@@ -34,25 +35,24 @@ Beta = Annotated[float, Field(gt=0, description="strength of the pull towards th
 
 @dataclass(frozen=True)
 class Pair:
-    """What a pair loss may look at, for B pairs; chosen first, rejected second.
+    """What a pair loss may look at, for B pairs.
 
     Attributes:
-        policy: [B, 2] log-probs of the answers, summed over tokens, with gradient.
-        tokens: [B, 2] how many tokens they have.
-        reference: [B, 2] the same under the reference; None where the loss needs none.
+        policy: [B, n] log-probs of the answers, summed over tokens, with gradient: chosen, rejected, and the
+            target of a loss that has one; n = 2: the chosen one is the target.
+        tokens: [B, n] how many tokens they have.
+        reference: [B, n] as `policy`, under the reference; None where the loss needs none.
         values: name → [B]. `prob_chosen`: P(chosen ≻ rejected); `utility_gap`: Ψ-PO's u(chosen) − u(rejected).
-        target: [B] log-prob of a third answer, gold text say; None: the chosen one is the target.
     """
 
     policy: Tensor
     tokens: Tensor
     reference: Tensor | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict)
-    target: Tensor | None = None
 
     @property
     def ratio(self) -> Tensor:
-        """[B, 2] log π − log π_ref."""
+        """[B, n] log π − log π_ref."""
         assert self.reference is not None, "this loss says that it needs no reference"
         return self.policy - self.reference
 
@@ -69,7 +69,7 @@ class Pair:
 
     @property
     def means(self) -> Tensor:
-        """[B, 2] mean log-prob a token."""
+        """[B, n] mean log-prob a token."""
         return self.policy / self.tokens
 
 
@@ -78,18 +78,26 @@ class PairLoss(Record):
 
     Attributes:
         reference: whether reference log-probs are needed.
-        scale: β of the implicit rewards β·log(π/π_ref), for metrics; 1 where there is none.
     """
 
     reference: ClassVar[bool] = True
 
     @property
-    def scale(self) -> float:
-        return getattr(self, "beta", getattr(self, "tau", 1.0))
+    def takes_best(self) -> bool:
+        """Whether the group's best answer is a third row of each pair, unless it is the chosen one."""
+        return False
 
     def of(self, pair: Pair) -> Tensor:
         """[B], unreduced."""
         raise TypeError(f"{type(self).__name__} defines no loss: give it an of(pair)")
+
+    def rewards(self, pair: Pair) -> Tensor:
+        """[B, n] the implicit rewards, for metrics: β·log(π/π_ref), or what a loss has in its place."""
+        return getattr(self, "beta", 1.0) * pair.ratio
+
+    def metrics(self, pair: Pair) -> dict[str, Tensor]:
+        """This loss's own, by name: [B]."""
+        return {}
 
 
 class DPO(PairLoss):
@@ -138,6 +146,12 @@ class IPO(PairLoss):
     def of(self, pair: Pair) -> Tensor:
         return maths.ipo_loss(pair.mean_gap if self.mean else pair.gap, tau=self.tau)
 
+    def rewards(self, pair: Pair) -> Tensor:
+        return self.tau * (pair.ratio / pair.tokens if self.mean else pair.ratio)
+
+    def metrics(self, pair: Pair) -> dict[str, Tensor]:
+        return {"ipo/gap": pair.mean_gap if self.mean else pair.gap}
+
 
 class PsiPO(PairLoss):
     """Ψ-PO: the gap is drawn to the difference of utilities E Ψ(P(y ≻ y′)) over τ; identity Ψ is IPO."""
@@ -150,6 +164,12 @@ class PsiPO(PairLoss):
 
     def of(self, pair: Pair) -> Tensor:
         return maths.psi_po_loss(pair.gap, pair.values["utility_gap"], tau=self.tau)
+
+    def rewards(self, pair: Pair) -> Tensor:
+        return self.tau * pair.ratio
+
+    def metrics(self, pair: Pair) -> dict[str, Tensor]:
+        return {"psi_po/gap": pair.gap, "psi_po/target": pair.values["utility_gap"] / self.tau}
 
     def utilities(self, preferences: Tensor) -> Tensor:
         """[B, K, K] P(i ≻ j) → [B, K]."""
@@ -167,6 +187,9 @@ class Hinge(PairLoss):
     def of(self, pair: Pair) -> Tensor:
         return maths.hinge_loss(pair.gap, beta=self.beta)
 
+    def metrics(self, pair: Pair) -> dict[str, Tensor]:
+        return {"hinge/active": (self.beta * pair.gap < 1).float()}
+
 
 class SLiCHF(PairLoss):
     """SLiC-HF: a margin between the answers' log-probs, and the likelihood of a target. No reference model."""
@@ -177,11 +200,25 @@ class SLiCHF(PairLoss):
     delta: float = Field(1.0, ge=0, description="margin, nats")
     weight: float = Field(0.1, ge=0, description="of the target's log-likelihood")
     mean: bool = Field(False, description="means of log-probs instead of sums")
+    target: Literal["chosen", "best"] = Field(
+        "chosen", description="whose likelihood is kept up: the pair's chosen answer, or the best one (gold) of all"
+    )
+
+    @property
+    def takes_best(self) -> bool:
+        return self.target == "best"
 
     def of(self, pair: Pair) -> Tensor:
-        chosen, rejected = (pair.means if self.mean else pair.policy).unbind(-1)
-        target = chosen if pair.target is None else pair.target
+        logps = self.rewards(pair)
+        chosen, rejected, target = logps[:, 0], logps[:, 1], logps[:, 2 if logps.shape[1] > 2 else 0]
         return maths.slic_hf_loss(chosen, rejected, target, delta=self.delta, weight=self.weight)
+
+    def rewards(self, pair: Pair) -> Tensor:
+        return pair.means if self.mean else pair.policy
+
+    def metrics(self, pair: Pair) -> dict[str, Tensor]:
+        logps = self.rewards(pair)
+        return {"slic_hf/active": (logps[:, 0] - logps[:, 1] < self.delta).float()}
 
 
 class SimPO(PairLoss):
@@ -194,7 +231,10 @@ class SimPO(PairLoss):
     gamma: float = Field(0.5, description="margin")
 
     def of(self, pair: Pair) -> Tensor:
-        return maths.simpo_loss(*pair.means.unbind(-1), beta=self.beta, gamma=self.gamma)
+        return maths.simpo_loss(pair.means[:, 0], pair.means[:, 1], beta=self.beta, gamma=self.gamma)
+
+    def rewards(self, pair: Pair) -> Tensor:
+        return self.beta * pair.means
 
 
 class ORPO(PairLoss):
@@ -206,7 +246,28 @@ class ORPO(PairLoss):
     weight: float = Field(0.1, ge=0, description="of the odds ratio")
 
     def of(self, pair: Pair) -> Tensor:
-        return maths.orpo_loss(*pair.means.unbind(-1), weight=self.weight)
+        return maths.orpo_loss(pair.means[:, 0], pair.means[:, 1], weight=self.weight)
+
+    def rewards(self, pair: Pair) -> Tensor:
+        return pair.means
+
+    def metrics(self, pair: Pair) -> dict[str, Tensor]:
+        means = pair.means[:, 0], pair.means[:, 1]
+        return {"orpo/odds_ratio_loss": maths.orpo_loss(*means, weight=1.0) + means[0]}
+
+
+class SPIN(PairLoss):
+    """Self-play: the data's answer against the previous iterate's own, which is the reference."""
+
+    paper: ClassVar = "Chen et al. 2024, arXiv:2401.01335"
+    name: Literal["spin"] = Field("spin", description="which loss")
+    lam: float = Field(1.0, gt=0, description="λ; the iteration contracts to the data for λ above ½")
+
+    def of(self, pair: Pair) -> Tensor:
+        return maths.spin_loss(pair.gap, lam=self.lam)
+
+    def rewards(self, pair: Pair) -> Tensor:
+        return self.lam * pair.ratio
 
 
 AnyPairLoss = Annotated[SerializeAsAny[Record], Tagged("loss", PAIR_LOSSES, "of", "dpo")]
@@ -227,13 +288,37 @@ class Mix(PairLoss):
     parts: tuple[Part, ...] = Field(min_length=1, description="the losses and their weights")
 
     @property
-    def reference(self) -> bool:  # type: ignore[override]
-        return any(part.loss.reference for part in self.parts)  # type: ignore[attr-defined]
+    def losses(self) -> list[PairLoss]:
+        return [part.loss for part in self.parts]  # type: ignore[misc]
 
     @property
-    def scale(self) -> float:
-        return self.parts[0].loss.scale  # type: ignore[attr-defined]
+    def reference(self) -> bool:  # type: ignore[override]
+        return any(loss.reference for loss in self.losses)
+
+    @property
+    def takes_best(self) -> bool:
+        return any(loss.takes_best for loss in self.losses)
 
     def of(self, pair: Pair) -> Tensor:
-        terms = [part.weight * part.loss.of(pair) for part in self.parts]  # type: ignore[attr-defined]
-        return torch.stack(terms).sum(0)
+        return torch.stack([part.weight * part.loss.of(pair) for part in self.parts]).sum(0)  # type: ignore[attr-defined]
+
+    def rewards(self, pair: Pair) -> Tensor:
+        """The first loss's."""
+        return self.losses[0].rewards(pair)
+
+    def metrics(self, pair: Pair) -> dict[str, Tensor]:
+        found = {f"loss/{loss.name}": loss.of(pair) for loss in self.losses}  # type: ignore[attr-defined]
+        return {name: value for loss in self.losses for name, value in loss.metrics(pair).items()} | found
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Mix:
+        names = [loss.name for loss in self.losses]  # type: ignore[attr-defined]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise Unfit(
+                "one loss stands in the mix twice",
+                key="parts",
+                rule="different losses, each once",
+                remedy=f"keep one of the {twice} parts, with the sum of their weights",
+            )
+        return self

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rayalign.algorithms.preference import PairAlgorithm
+from rayalign.algorithms.base import refuse_cache
+from rayalign.algorithms.preference import UNRATED, PairAlgorithm, Unrated
 from rayalign.types import Sampling
 
 
@@ -19,6 +20,12 @@ class OnlinePreference(PairAlgorithm):
     paper: ClassVar = "Guo et al. 2024, arXiv:2402.04792"
     name: Literal["online_preference"] = "online_preference"
     samples: int = Field(4, ge=2, description="K, completions sampled for each prompt")
+    unrated: Unrated = Field("bradley_terry", description=UNRATED)
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return [sampling] * self.samples
+
+    @model_validator(mode="after")
+    def _samples_are_new(self) -> OnlinePreference:
+        refuse_cache(self.reference)
+        return self

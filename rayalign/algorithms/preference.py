@@ -5,94 +5,77 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from rayalign.algorithms.base import Regularised
+from rayalign.algorithms.groups import distinct, pairs_of, probabilities, row, scored
 from rayalign.algorithms.losses import DPO, AnyPairLoss, Mix, Pair, PsiPO
-from rayalign.algorithms.reference import Reference
-from rayalign.maths.feedback import all_pairs, best_worst_pair
 from rayalign.maths.logprobs import sequence_logprob
 from rayalign.record import Record
-from rayalign.types import Batch, Column, Example, Group, Metrics, Sampling, Terms
-from rayalign.types import Sequence as Row
+from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
+
+Unrated = Literal["certain", "bradley_terry"]
+UNRATED = "P(i ≻ j) of answers whose annotators gave none: certain, 1 for the better one; bradley_terry, by the scores"
 
 
-class PairAlgorithm(Record):
-    """Groups with scores → pairs → a pair loss against the reference."""
+class PairAlgorithm(Regularised):
+    """Groups with scores → pairs → a pair loss, against the reference where it needs one."""
 
     pairs: Literal["best_worst", "all"] = Field("best_worst", description="which pairs of the K are trained on")
     pair_loss: AnyPairLoss = Field(DPO(), alias="loss", description="the loss of one pair")
     nll_weight: float = Field(0.0, ge=0, description="adds the chosen answer's mean negative log-likelihood")
-    reference: Reference = Field(Reference(), description="whether, and how, the reference follows the policy")
-
-    columns: ClassVar = (Column.LOGPS,)
-    statistics: ClassVar = None
+    unrated: Unrated = Field("certain", description=UNRATED)
 
     @property
     def needs(self) -> tuple[tuple[str, Column], ...]:
         return (("reference", Column.LOGPS),) if self.pair_loss.reference else ()  # type: ignore[attr-defined]
 
-    def request(self, sampling: Sampling) -> list[Sampling]:
-        return []
-
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
-        """Pairs (chosen, rejected). Ties, and answers that are the same, are dropped and counted in pairs/dropped."""
+        """Pairs (chosen, rejected). What `groups.pairs_of` leaves out is counted in pairs/dropped."""
         examples, dropped = [], 0
         for group in groups:
-            chosen, ties = self._pairs(group)
-            different = [(i, j) for i, j in chosen if group.completions[i].token_ids != group.completions[j].token_ids]
-            dropped += ties + len(chosen) - len(different)
-            values = _Values(group, self.pair_loss)
-            examples += [Example((_row(group, i), _row(group, j)), values.of(i, j)) for i, j in different]
+            pairs, left_out = pairs_of(group, self.pairs)
+            dropped += left_out
+            if pairs:
+                values = _Values(group, self.pair_loss, self.unrated)
+                examples += [self._example(group, i, j, values) for i, j in pairs]
         return examples, {"pairs/kept": float(len(examples)), "pairs/dropped": float(dropped)}
 
-    def _pairs(self, group: Group) -> tuple[list[tuple[int, int]], int]:
-        """(better, worse) of one group, and how many ties were left out."""
-        scores = torch.tensor([group.scores], dtype=torch.float64)
-        if self.pairs == "all":
-            found = [(better, worse) for _, better, worse in all_pairs(scores).tolist()]
-            count = len(group.completions)
-            return found, count * (count - 1) // 2 - len(found)
-        index, keep = best_worst_pair(scores)
-        return ([(int(index[0, 0]), int(index[0, 1]))], 0) if keep[0] else ([], 1)
-
-    def credit(self, examples: Sequence[Example]) -> Sequence[Example]:
-        return examples
-
-    def denominator(self, examples: Sequence[Example]) -> float:
-        return float(len(examples))
+    def _example(self, group: Group, chosen: int, rejected: int, values: _Values) -> Example:
+        rows = [row(group, chosen), row(group, rejected)]
+        if self.pair_loss.takes_best:  # type: ignore[attr-defined]
+            best = distinct(group)[0]
+            rows += [row(group, best)] if best != chosen else []
+        return Example(tuple(rows), values.of(chosen, rejected))
 
     def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
-        pair = _pair(batch, columns)
+        pair = pair_of(batch, columns)
         loss = self.pair_loss.of(pair)  # type: ignore[attr-defined]
-        metrics: dict[str, Tensor] = {}
+        nll = -pair.means[:, 0]
         if self.nll_weight:
-            nll = -pair.means[:, 0]
             loss = loss + self.nll_weight * nll
-            metrics["nll"] = nll.detach()
-        scale = self.pair_loss.scale  # type: ignore[attr-defined]
-        rewards = scale * (pair.means if pair.reference is None else pair.ratio).detach()
+        rewards = self.pair_loss.rewards(pair)  # type: ignore[attr-defined]
         margins = rewards[:, 0] - rewards[:, 1]
-        return Terms(
-            loss,
-            metrics
-            | {
-                "rewards/chosen": rewards[:, 0],
-                "rewards/rejected": rewards[:, 1],
-                "rewards/margins": margins,
-                "rewards/accuracies": (margins > 0).float(),
-            },
-        )
-
-    def refresh(self, step: int) -> float | None:
-        return self.reference.decay_after(step)
+        metrics = {
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float(),
+            "logps/chosen": pair.policy[:, 0],
+            "logps/rejected": pair.policy[:, 1],
+            "nll": nll,
+            **self.pair_loss.metrics(pair),  # type: ignore[attr-defined]
+        }
+        terms = Terms(loss, {name: value.detach() for name, value in metrics.items()})
+        return self.regularised(terms, batch, columns)
 
 
 class Preference(PairAlgorithm):
     """Offline preference optimisation: pairs, or ranked answers, of a data set train the policy."""
 
     paper: ClassVar = "Rafailov et al. 2023, arXiv:2305.18290"
+    rows: ClassVar = ("pair", "ranked")
     name: Literal["preference"] = "preference"
     pairs: Literal["best_worst", "all"] = Field("all", description="which pairs of ranked answers are trained on")
 
@@ -100,40 +83,29 @@ class Preference(PairAlgorithm):
 class _Values:
     """What a pair's loss knows besides log-probs: probabilities and utilities, of the whole group."""
 
-    def __init__(self, group: Group, loss: Record):
-        self._probabilities = _preferences(group)
-        self._utilities = None
+    def __init__(self, group: Group, loss: Record, unrated: Unrated):
+        kept = scored(group)
+        self._place = {index: place for place, index in enumerate(kept)}
+        self._probabilities = probabilities(group, kept, unrated)
         psi = next((part for part in _parts(loss) if isinstance(part, PsiPO)), None)
-        if psi is not None:
-            self._utilities = psi.utilities(self._probabilities.unsqueeze(0))[0]
+        self._utilities = None if psi is None else psi.utilities(self._probabilities.unsqueeze(0))[0]
 
     def of(self, i: int, j: int) -> dict[str, float]:
+        i, j = self._place[i], self._place[j]
         values = {"prob_chosen": float(self._probabilities[i, j])}
         if self._utilities is not None:
             values["utility_gap"] = float(self._utilities[i] - self._utilities[j])
         return values
 
 
-def _preferences(group: Group) -> Tensor:
-    """[K, K] P(i ≻ j): as given, or a Bradley-Terry annotator's, σ(s_i − s_j)."""
-    if group.preferences is not None:
-        return torch.tensor(group.preferences, dtype=torch.float64)
-    scores = torch.tensor(group.scores, dtype=torch.float64)
-    return torch.sigmoid(scores.unsqueeze(1) - scores.unsqueeze(0))
-
-
 def _parts(loss: Record) -> list[Record]:
-    return [part.loss for part in loss.parts] if isinstance(loss, Mix) else [loss]
+    return list(loss.losses) if isinstance(loss, Mix) else [loss]
 
 
-def _pair(batch: Batch, columns: Mapping[str, Tensor]) -> Pair:
+def pair_of(batch: Batch, columns: Mapping[str, Tensor]) -> Pair:
+    """What a pair loss looks at, from the columns "policy/logps" and, where annotated, "reference/logps"."""
     policy = batch.by_example(sequence_logprob(columns["policy/logps"], batch.mask))
     tokens = batch.by_example(batch.mask.sum(-1).to(policy.dtype))
     given = batch.columns.get("reference/logps")
     reference = None if given is None else batch.by_example(sequence_logprob(given, batch.mask))
     return Pair(policy, tokens, reference, batch.values)
-
-
-def _row(group: Group, index: int) -> Row:
-    completion = group.completions[index]
-    return Row(group.prompt.token_ids, completion.token_ids, completion.logps)

@@ -17,6 +17,7 @@ class Reference(Record):
     )
     every: int = Field(1, ge=1, description="steps between two updates of the reference")
     decay: float = Field(0.0, ge=0.0, lt=1.0, description="of the moving average: reference ← decay·reference + …")
+    cached: bool = Field(False, description="its log-probs of a data set are computed once and kept on disk")
 
     @model_validator(mode="after")
     def _consistent(self) -> Reference:
@@ -27,6 +28,13 @@ class Reference(Record):
                 key="decay",
                 rule="above 0 with update: average, and 0 with any other update",
                 remedy="set decay: 0.99" if average else "set update: average, or take decay out",
+            )
+        if self.cached and self.update != "fixed":
+            raise Unfit(
+                "log-probs of a reference that changes cannot be kept",
+                key="cached",
+                rule="cached: true with update: fixed only",
+                remedy="set cached: false, or update: fixed",
             )
         return self
 

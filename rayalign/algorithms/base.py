@@ -1,0 +1,91 @@
+"""What algorithms share: verbs that most need nothing of, and the regulariser KL(π_ref‖π)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from rayalign.algorithms.reference import Reference
+from rayalign.maths.logprobs import sequence_logprob
+from rayalign.record import Record, Unfit
+from rayalign.types import AnyColumn, Batch, Column, Example, Sampling, Terms
+
+
+class Offline(Record):
+    """The verbs of a method that samples nothing, weighs all examples the same, and has no reference."""
+
+    rows: ClassVar[Sequence[str]] = ()
+    network: ClassVar[str] = "causal"
+    needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
+    statistics: ClassVar = None
+
+    def request(self, sampling: Sampling) -> list[Sampling]:
+        return []
+
+    def credit(self, examples: Sequence[Example]) -> Sequence[Example]:
+        return examples
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        return float(len(examples))
+
+    def refresh(self, step: int) -> float | None:
+        return None
+
+
+class Regularised(Offline):
+    """Adds KL(π_ref‖π), exact over the vocabulary at each token, to a policy's loss when `kl_weight` is above 0.
+
+    The metric `kl/exact` is that divergence, in this direction, summed over the tokens of an example.
+    """
+
+    kl_weight: float = Field(0.0, ge=0, description="adds this times KL(π_ref‖π), exact, summed over the tokens")
+    reference: Reference = Field(Reference(), description="whether, and how, the reference follows the policy")
+
+    loss_columns: ClassVar[Sequence[AnyColumn]] = (Column.LOGPS,)  # of the policy, without the regulariser's
+
+    @property
+    def columns(self) -> tuple[AnyColumn, ...]:
+        return (*self.loss_columns, *((Column.REFERENCE_KL,) if self.kl_weight else ()))
+
+    def refresh(self, step: int) -> float | None:
+        return self.reference.decay_after(step)
+
+    def regularised(self, terms: Terms, batch: Batch, columns: Mapping[str, Tensor], rows: int | None = None) -> Terms:
+        """[B] terms with the regulariser of the first `rows` rows of each example (None: of all)."""
+        if not self.kl_weight:
+            return terms
+        per_row = sequence_logprob(columns["policy/reference_kl"], batch.mask)  # a masked sum, here of KLs
+        kl = batch.by_example(per_row)[:, :rows].sum(1)
+        return Terms(terms.loss + self.kl_weight * kl, {**terms.metrics, "kl/exact": kl.detach()})
+
+    @model_validator(mode="after")
+    def _reference_fits(self) -> Regularised:
+        if self.kl_weight and self.reference.cached:
+            raise Unfit(
+                "an exact KL needs the reference itself, not its cached log-probs",
+                key="reference",
+                rule="cached: false with kl_weight above 0",
+                remedy="take cached out, or set kl_weight: 0",
+            )
+        if self.reference != Reference() and not (self.needs or self.kl_weight):
+            raise Unfit(
+                "there is no reference that could follow the policy",
+                key="reference",
+                rule="a loss that compares with a reference, or kl_weight above 0",
+                remedy="take reference out",
+            )
+        return self
+
+
+def refuse_cache(reference: Reference) -> None:
+    """Raises Unfit when a method that learns from its own samples asks for cached log-probs."""
+    if reference.cached:
+        raise Unfit(
+            "log-probs of samples cannot be cached: they are new at every step",
+            key="reference",
+            rule="cached: false with an algorithm that samples",
+            remedy="take cached out",
+        )

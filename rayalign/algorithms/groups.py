@@ -1,0 +1,94 @@
+"""From groups to the rows of examples. What cannot be learned from is left out, and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rayalign.maths.feedback import all_pairs, best_worst_pair
+from rayalign.types import Group
+from rayalign.types import Sequence as Row
+
+
+def row(group: Group, index: int) -> Row:
+    """The prompt with one of its completions."""
+    completion = group.completions[index]
+    return Row(group.prompt.token_ids, completion.token_ids, completion.logps)
+
+
+def scored(group: Group) -> list[int]:
+    """The completions whose score is a finite number."""
+    return [index for index, score in enumerate(group.scores or ()) if math.isfinite(score)]
+
+
+def distinct(group: Group) -> list[int]:
+    """Of the scored completions those that differ, the best first; of the same answer twice the better one."""
+    found: dict[tuple[int, ...], int] = {}
+    for index in sorted(scored(group), key=lambda i: -group.scores[i]):
+        found.setdefault(group.completions[index].token_ids, index)
+    return list(found.values())
+
+
+def pairs_of(group: Group, which: str) -> tuple[list[tuple[int, int]], int]:
+    """(better, worse) completions by score, and how many pairs were left out.
+
+    Left out are ties, pairs of the same answer, and what has no finite score.
+
+    Args:
+        which: "all" pairs, or the "best_worst" one alone.
+    """
+    count, kept = len(group.completions), scored(group)
+    wanted = count * (count - 1) // 2 if which == "all" and count > 1 else 1
+    if len(kept) < 2:
+        return [], wanted
+    scores = torch.tensor([[group.scores[index] for index in kept]], dtype=torch.float64)
+    if which == "all":
+        found = [(better, worse) for _, better, worse in all_pairs(scores).tolist()]
+    else:
+        index, keep = best_worst_pair(scores)
+        found = [tuple(index[0].tolist())] if keep[0] else []
+    answers = [group.completions[index].token_ids for index in kept]
+    found = [(kept[i], kept[j]) for i, j in found if answers[i] != answers[j]]
+    return found, wanted - len(found)
+
+
+def labelled(groups: Sequence[Group], good_above: float) -> tuple[list[tuple[Row, bool, int]], int]:
+    """Each completion alone as (row, whether it is good, seed), and how many were left out.
+
+    Left out are those without a finite score, and an answer that is called good and bad in one group.
+    """
+    found, dropped = [], 0
+    for group in groups:
+        labels = {index: group.scores[index] > good_above for index in scored(group)}
+        said = {(group.completions[index].token_ids, good) for index, good in labels.items()}
+        kept = [index for index, good in labels.items() if (group.completions[index].token_ids, not good) not in said]
+        found += [(row(group, index), labels[index], seed_of(group, index)) for index in kept]
+        dropped += len(group.completions) - len(kept)
+    return found, dropped
+
+
+def probabilities(group: Group, kept: Sequence[int], unrated: str) -> Tensor:
+    """[k, k] P(i ≻ j) of some completions: as annotators gave them, else by the scores.
+
+    Args:
+        unrated: of a group without probabilities: "certain", 1 for the better one; "bradley_terry", σ(s_i − s_j).
+    """
+    index = list(kept)
+    if group.preferences is not None:
+        return torch.tensor(group.preferences, dtype=torch.float64)[index][:, index]
+    scores = torch.tensor(group.scores, dtype=torch.float64)[index]
+    lead = scores.unsqueeze(1) - scores.unsqueeze(0)
+    return torch.sigmoid(lead) if unrated == "bradley_terry" else (lead.sign() + 1) / 2
+
+
+def seed_of(group: Group, *indices: int) -> int:
+    """A seed for what a loss draws for these completions: the same on any rank and in any micro-batch.
+
+    Below 2²⁴, so that it goes through a float32 unharmed.
+    """
+    text = repr((group.id, [group.completions[index].token_ids for index in indices])).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=3).digest(), "big")
