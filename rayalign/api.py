@@ -17,10 +17,12 @@ from rayalign.build import (
     collector_for,
     default_max_gap,
     examples_for,
+    has_cached_reference,
     load_tokenizer,
     model_path,
     prompts_for,
     start_parts,
+    with_cached_reference,
 )
 from rayalign.checkpoint import Checkpoints
 from rayalign.console import Console, logged, print_before_after, print_evaluation
@@ -120,12 +122,15 @@ def _train(
 ) -> Result:
     collector = collector_for(config, parts, tokenizer)
     rollouts = _rollouts(config, collector, data, console)
+    roles = parts.roles
+    if has_cached_reference(config) and data.examples is not None:
+        roles = with_cached_reference(config, roles, data.examples, console.say)
     before = {r["step"]: Evaluation.from_record(r) for r in read_records(run_dir / "evaluations.jsonl")}
     run = Run(
         algorithm=config.algorithm,
         collector=collector,
         rollouts=rollouts,
-        roles=parts.roles,
+        roles=roles,
         recorder=recorder,
         checkpoints=checkpoints,
         tokenizer=tokenizer,

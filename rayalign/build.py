@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rayalign.errors import ConfigError
 from rayalign.learners.base import LearnerSpec
 from rayalign.memory import peak_gib
 from rayalign.protocols import Engine, Roles, Scorer, needs_reference
+from rayalign.reference_cache import cached_reference, fingerprint
 from rayalign.rollouts import Collector
 from rayalign.schema import Config
 from rayalign.scorers.base import LocalScorer
@@ -273,9 +275,30 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
             **shared,
         )
     ]
-    if needs_reference(config.algorithm):
+    if needs_reference(config.algorithm) and not has_cached_reference(config):
         specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, **shared))
     return specs
+
+
+def has_cached_reference(config: Config) -> bool:
+    """Whether log-probs of the reference are computed once, so that no reference stands beside the policy."""
+    return getattr(getattr(config.algorithm, "reference", None), "cached", False)
+
+
+def with_cached_reference(config: Config, roles: Roles, examples: ExampleSet, say: Callable[[str], None]) -> Roles:
+    """The log-probs of all rows that this run annotates, from the policy before its first step, as its reference."""
+    algorithm, steps, count = config.algorithm, config.train.steps, config.rollout.prompts
+    parts = (algorithm.examples(examples.step(step, count))[0] for step in range(steps))
+    held_out = algorithm.examples(examples.held_out[: config.evaluation.rows])[0]
+    known = fingerprint(
+        examples.fingerprint,
+        model_path(config.model.path),
+        dtype=config.learner.dtype or config.model.dtype,
+        learner=config.learner.name,
+        temperature=config.sampling.temperature,
+    )
+    file = Path("~/.cache/rayalign/reference").expanduser() / f"{known}.npz"
+    return replace(roles, reference=cached_reference(chain(parts, [held_out]), roles.policy, file, say))
 
 
 def default_max_gap(config: Config) -> float:

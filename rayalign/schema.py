@@ -131,6 +131,13 @@ class Config(Record):
                 remedy="set scorer: {name: rules, rule: vader}, say"
                 + ("" if samples else "; or take data.prompts out"),
             )
+        if self.data.prompts and getattr(getattr(self.algorithm, "reference", None), "cached", False):
+            raise Unfit(
+                "a cached reference knows nothing of samples",
+                key="data.prompts",
+                rule="a live reference where completions are sampled: KL is measured on them",
+                remedy="set algorithm.reference.cached=false, or take data.prompts out",
+            )
         return self
 
     @property

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "sync", "trackers"),
     ("engines", "scorers", "learners", "data"),
     ("rollouts", "metrics"),
-    ("evaluate", "checkpoint", "reading"),
+    ("evaluate", "checkpoint", "reading", "reference_cache"),
     ("report", "console"),
     ("run",),
     ("train",),
