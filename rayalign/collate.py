@@ -25,7 +25,8 @@ def collate(examples: Sequence[Example], *, pad_id: int, weight: Sequence[float]
 
     Raises:
         DataError: a row without prompt or completion, or numbers a token that are not one a token.
-        ValueError: no examples, examples with different numbers of rows, or with different columns or values.
+        ValueError: no examples, examples with different numbers of rows, or with different columns or values; a
+            value that is neither one number nor one a row.
     """
     if not examples:
         raise ValueError("collate needs at least one example")
@@ -72,16 +73,18 @@ def check_row(row: Row) -> None:
             rule=f"one number a completion token, {count} here",
         )
     for name, numbers in row.columns.items():
-        if np.shape(numbers) != (count,):
+        if np.shape(numbers)[:1] != (count,):
             raise DataError(
                 f"column {name} does not match the completion",
                 value=np.shape(numbers),
-                rule=f"one number a completion token, {count} here",
+                rule=f"one number (or one row of them) a completion token, {count} here",
             )
 
 
 def _pad(lists: Sequence, width: int, fill: float, dtype: type) -> torch.Tensor:
-    out = np.full((len(lists), width), fill, dtype=dtype)
+    """[R] lists of numbers, or of rows of numbers → [R, width, …]."""
+    trailing = np.shape(lists[0])[1:]
+    out = np.full((len(lists), width, *trailing), fill, dtype=dtype)
     for index, numbers in enumerate(lists):
         out[index, : len(numbers)] = numbers
     return torch.from_numpy(out)
@@ -104,4 +107,8 @@ def _value_names(examples: Sequence[Example]) -> list[str]:
 
 
 def _values(examples: Sequence[Example], name: str) -> torch.Tensor:
-    return torch.tensor([float(example.values[name]) for example in examples], dtype=torch.float32)
+    """[B], or [B, n] where a value is one number a row."""
+    shapes = {np.shape(example.values[name]) for example in examples}
+    if len(shapes) > 1 or shapes - {(), (len(examples[0].sequences),)}:
+        raise ValueError(f"value {name} must be one number an example, or one a row, found shapes {sorted(shapes)}")
+    return torch.from_numpy(np.array([example.values[name] for example in examples], dtype=np.float32))

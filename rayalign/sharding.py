@@ -20,8 +20,8 @@ def split(lengths: Sequence[Sequence[int]], *, ranks: int, micro_batch_tokens: i
     """Deal examples to ranks by tokens, and pack each rank's into micro-batches.
 
     The longest examples go first, each to the rank with the fewest tokens so far. Within a rank, examples of
-    similar length stand together, so that rows × longest row (what padding makes of them) stays within
-    `micro_batch_tokens`; an example that is larger by itself stands alone.
+    similar length, and with the same number of rows, stand together, so that rows × longest row (what padding
+    makes of them) stays within `micro_batch_tokens`; an example that is larger by itself stands alone.
 
     Args:
         lengths: for each example the tokens of each of its rows (see `lengths_of`).
@@ -49,15 +49,26 @@ def split(lengths: Sequence[Sequence[int]], *, ranks: int, micro_batch_tokens: i
 
 def _pack(indices: Sequence[int], lengths: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     micros: list[list[int]] = []
-    rows = longest = 0
-    for index in sorted(indices, key=lambda i: (-max(lengths[i]), i)):
-        if micros and (rows + len(lengths[index])) * longest <= budget:
+    longest = rows = 0
+    for index in sorted(indices, key=lambda i: (-len(lengths[i]), -max(lengths[i]), i)):
+        count = len(lengths[index])
+        same = micros and len(lengths[micros[-1][0]]) == count
+        if same and (rows + count) * longest <= budget:
             micros[-1].append(index)
-            rows += len(lengths[index])
+            rows += count
         else:
             micros.append([index])
-            rows, longest = len(lengths[index]), max(lengths[index])
+            rows, longest = count, max(lengths[index])
     return micros
+
+
+def positions_of(lengths: Sequence[Sequence[int]], plan: Plan) -> tuple[int, int]:
+    """Tokens, and positions with padding, of all micro-batches of a plan; fillers are not counted."""
+    tokens = positions = 0
+    for micro in (micro for micros in plan for micro in micros if micro):
+        rows = [length for index in micro for length in lengths[index]]
+        tokens, positions = tokens + sum(rows), positions + len(rows) * max(rows)
+    return tokens, positions
 
 
 def minibatches(n: int, *, count: int, seed: int, epoch: int) -> list[list[int]]:

@@ -8,10 +8,9 @@ and merges with the functions below.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,17 @@ import torch
 from torch import Tensor
 
 from rayalign.collate import collate
-from rayalign.errors import ConfigError, DataError, TrainingStopped
+from rayalign.errors import ConfigError
+from rayalign.learners import steps
+from rayalign.learners.columns import Teacher
 from rayalign.learners.merge import Annotation, StepMetrics, merge_annotations, merge_metrics, weighted_sum
-from rayalign.learners.models import CausalPolicy, resolve_dtype
+from rayalign.learners.models import resolve_dtype
+from rayalign.learners.network import Network
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, OptimizerConfig, learning_rate
 from rayalign.memory import peak_gib
 from rayalign.protocols import Algorithm, UpdatePlan, WeightPush
-from rayalign.sharding import lengths_of, minibatches, split
-from rayalign.types import Batch, Column, Example, Metrics
+from rayalign.sharding import Plan, lengths_of, positions_of, split
+from rayalign.types import AnyColumn, Batch, Column, Example, Metrics
 from rayalign.types import Sequence as Row
 
 __all__ = [
@@ -40,12 +42,6 @@ __all__ = [
     "merge_metrics",
     "weighted_sum",
 ]
-
-
-@dataclass
-class _Sums:
-    loss: float
-    metrics: dict[str, float]
 
 
 class RankLearner(ABC):
@@ -61,7 +57,7 @@ class RankLearner(ABC):
     """
 
     wrap_chunk: Callable[[np.ndarray], Any]
-    policy: CausalPolicy
+    policy: Network
 
     def __init__(self, spec: LearnerSpec, peers: dict[str, RankLearner], *, rank: int = 0, world_size: int = 1):
         self.spec, self.settings, self.peers = spec, spec.settings, peers
@@ -82,24 +78,24 @@ class RankLearner(ABC):
         """Where batches go."""
 
     @abstractmethod
-    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
-        """One forward pass: column value → [R, T]."""
+    def _forward(self, *args: Any) -> dict[str, Tensor]:
+        """The network's forward pass, see Network.forward."""
 
     @abstractmethod
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss` (over all ranks, its sum) to what this optimiser step has so far."""
 
     @abstractmethod
-    def _step(self, lr: float) -> float:
+    def step(self, lr: float) -> float:
         """Clip and step; the global norm before clipping. Must not step where that norm is not finite."""
 
     @abstractmethod
-    def _total(self, value: float) -> float:
+    def total(self, value: float) -> float:
         """The sum of `value` over all ranks, the same on each."""
 
     @abstractmethod
-    def _total_tensor(self, value: Tensor) -> Tensor:
-        """As `_total`, of a tensor."""
+    def total_tensor(self, value: Tensor) -> Tensor:
+        """As `total`, of a tensor."""
 
     @abstractmethod
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -118,11 +114,11 @@ class RankLearner(ABC):
 
     # Columns.
 
-    def annotate(self, examples: Sequence[Example], columns: Sequence[Column]) -> list[Example]:
+    def annotate(self, examples: Sequence[Example], columns: Sequence[AnyColumn]) -> list[Example]:
         """See protocols.Learner. For a role on a single rank."""
         return merge_annotations(examples, [self.annotate_shard(examples, columns)])
 
-    def annotate_shard(self, examples: Sequence[Example], columns: Sequence[Column]) -> list[Annotation]:
+    def annotate_shard(self, examples: Sequence[Example], columns: Sequence[AnyColumn]) -> list[Annotation]:
         """ "role/column" arrays for this rank's share of the examples, by index. Every rank has to call it."""
         if not examples or not columns:
             return [(index, tuple({} for _ in example.sequences)) for index, example in enumerate(examples)]
@@ -130,15 +126,13 @@ class RankLearner(ABC):
 
     @torch.no_grad()
     def _annotate(
-        self, examples: Sequence[Example], columns: Sequence[Column], temperature: float, rank: int, ranks: int
+        self, examples: Sequence[Example], columns: Sequence[AnyColumn], temperature: float, rank: int, ranks: int
     ) -> list[Annotation]:
-        plan = split(lengths_of(examples), ranks=ranks, micro_batch_tokens=self.settings.micro_batch_tokens)
+        plan = self.split(examples, ranks)
         found: list[Annotation] = []
         for micro in plan[rank]:
-            batch = self._batch(examples, micro, columns=False)
-            tensors = {
-                name: values.cpu().numpy() for name, values in self._columns(batch, columns, temperature).items()
-            }
+            batch = self.batch(examples, micro, columns=False)
+            tensors = {name: values.cpu().numpy() for name, values in self.columns(batch, columns, temperature).items()}
             for place, index in enumerate(micro):
                 rows = []
                 for offset, row in enumerate(examples[index].sequences):
@@ -149,7 +143,55 @@ class RankLearner(ABC):
                 found.append((index, tuple(rows)))
         return found
 
-    def _batch(self, examples: Sequence[Example], micro: Sequence[int], *, columns: bool = True) -> Batch:
+    def split(self, examples: Sequence[Example], ranks: int) -> Plan:
+        """Which rank works on which examples, in which micro-batches."""
+        return split(lengths_of(examples), ranks=ranks, micro_batch_tokens=self.settings.micro_batch_tokens)
+
+    def positions(self, examples: Sequence[Example], plan: Plan) -> tuple[int, int]:
+        """Tokens, and positions with padding, of all ranks' micro-batches."""
+        return positions_of(lengths_of(examples), plan)
+
+    def columns(
+        self, batch: Batch, columns: Sequence[AnyColumn], temperature: float | None = None
+    ) -> dict[str, Tensor]:
+        """One forward pass: column value → [R, T, …]. Default temperature: the rollouts'."""
+        inputs = (batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask)
+        settings = (self.spec.temperature if temperature is None else temperature, self.settings.logprob_chunk)
+        teacher = self._teacher(inputs, settings) if Column.REFERENCE_KL in columns else None
+        return self._forward(*inputs, tuple(columns), *settings, teacher)
+
+    @torch.no_grad()
+    def _teacher(self, inputs: tuple[Tensor, ...], settings: tuple[float, int]) -> Teacher:
+        """The reference's part in the exact KL. Its head is held whole until the backward pass has used it: under
+        ZeRO-3 too, where the chunks of ranks that differ in positions could not gather it together."""
+        reference = self.peers.get("reference")
+        if reference is None:
+            raise ConfigError(
+                f"the {self.spec.role} learner has no reference beside it",
+                where=self.spec.role,
+                value=Column.REFERENCE_KL.value,
+                rule="a KL to the reference needs the reference model in the same process",
+                remedy="build the reference role too, or take the KL out of the loss",
+            )
+        found = reference._forward(*inputs, (), *settings, None, True)
+        scale = reference.policy.head.scale
+        return Teacher(found["hidden"], found["weight"], found.get("bias"), scale)
+
+    def _check_peers(self) -> None:
+        """Raises ConfigError when a language model beside this one has another vocabulary."""
+        own = self.policy.vocabulary
+        for role, peer in self.peers.items():
+            other = peer.policy.vocabulary
+            if None not in (own, other) and own != other:
+                raise ConfigError(
+                    f"{role} and {self.spec.role} have different vocabularies",
+                    where=f"{self.spec.role}.model",
+                    value=f"{own} tokens in {self.spec.model}, {other} in {peer.spec.model}",
+                    rule="one vocabulary: log-probs of the same tokens are compared",
+                    remedy="use models with the same tokenizer and embedding size",
+                )
+
+    def batch(self, examples: Sequence[Example], micro: Sequence[int], *, columns: bool = True) -> Batch:
         """A micro-batch on the device; for an empty one, the shortest example of the step with weight 0, which
         keeps the collective calls of all ranks in step."""
         if micro:
@@ -180,85 +222,17 @@ class RankLearner(ABC):
         return merge_metrics([self.update_shard(examples, algorithm, plan)])
 
     def update_shard(self, examples: Sequence[Example], algorithm: Algorithm, plan: UpdatePlan) -> StepMetrics:
-        """Train on this rank's share of the examples; every rank has to call it with all of them.
+        """Train on this rank's share of the examples; every rank has to call it with all of them. See steps.update."""
+        return steps.update(self, examples, algorithm, plan)
 
-        Returns:
-            (summed, same): this rank's part of the loss and of the algorithm's metrics, already divided by
-            global counts and averaged over the optimiser steps, so that the sum over ranks is the mean; and lr
-            and grad_norm (the largest of the optimiser steps, before clipping), the same on all ranks.
+    def measure(self, examples: Sequence[Example], algorithm: Algorithm) -> Metrics:
+        """See protocols.Learner. For a role on a single rank."""
+        return merge_metrics([self.measure_shard(examples, algorithm)])
 
-        Raises:
-            TrainingStopped: a loss or a gradient that is not finite, on every rank alike.
-            DataError: no examples.
-            ConfigError: this role is not trained.
-        """
-        if not self.spec.trainable:
-            raise ConfigError(f"the {self.spec.role} learner is frozen and cannot be trained", where=self.spec.role)
-        if not examples:
-            raise DataError(
-                "a training step without examples",
-                rule="at least one example",
-                remedy="skip steps whose examples were all dropped",
-            )
-        rate = learning_rate(self.spec.optimizer, plan.step, self.spec.total_steps)
-        steps, largest, summed = 0, 0.0, {}
-        for epoch in range(plan.epochs):
-            for part in minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch):
-                sums, norm = self._optimizer_step([examples[index] for index in part], algorithm, rate, plan.step)
-                steps, largest = steps + 1, max(largest, norm)
-                for name, value in {"loss": sums.loss, **sums.metrics}.items():
-                    summed[name] = summed.get(name, 0.0) + value
-        return {name: value / steps for name, value in summed.items()}, {"lr": rate, "grad_norm": largest}
-
-    def _optimizer_step(self, examples: list[Example], algorithm: Algorithm, lr: float, step: int):
-        denominator = algorithm.denominator(examples) or 1.0  # nothing counts: the sum is 0, and stays so
-        plan = split(lengths_of(examples), ranks=self.world_size, micro_batch_tokens=self.settings.micro_batch_tokens)[
-            self.rank
-        ]
-        statistics = self._statistics(examples, algorithm, plan) if algorithm.statistics is not None else {}
-        sums = _Sums(0.0, {})
-        for index, micro in enumerate(plan):
-            batch = self._batch(examples, micro)
-            columns = self._named_columns(batch, algorithm)
-            if micro:
-                terms = algorithm.loss(batch, columns, statistics)
-                loss = weighted_sum(terms, batch) / denominator
-                _add(sums, loss, terms.metrics, batch, len(examples))
-            else:
-                # The algorithm is not asked about a filler: its loss is exactly 0 whatever the numbers are.
-                loss = sum(torch.where(batch.mask > 0, 0.0, column).sum() for column in columns.values())
-            self._backward(loss, last=index == len(plan) - 1)
-        self._finite("the loss", self._total(sums.loss), step)
-        norm = self._step(lr)
-        self._finite("the gradient norm", norm, step)
-        return sums, norm
-
-    def _named_columns(self, batch: Batch, algorithm: Algorithm) -> dict[str, Tensor]:
-        found = self._columns(batch, algorithm.columns, self.spec.temperature)
-        return {f"{self.spec.role}/{name}": values for name, values in found.items()}
-
-    @torch.no_grad()
-    def _statistics(self, examples: list[Example], algorithm: Algorithm, plan: list[list[int]]) -> dict[str, Tensor]:
-        """The algorithm's sums over the whole step: all micro-batches, all ranks."""
-        sums: dict[str, Tensor] = {}
-        for micro in plan:
-            batch = self._batch(examples, micro)
-            found = algorithm.statistics(batch, self._named_columns(batch, algorithm))
-            for name, value in found.items():
-                value = value if micro else torch.zeros_like(value)  # a filler counts for nothing
-                sums[name] = sums[name] + value if name in sums else value
-        return {name: self._total_tensor(value) for name, value in sums.items()}
-
-    def _finite(self, what: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise TrainingStopped(
-                f"{what} of the {self.spec.role} is not finite",
-                where=f"step {step + 1}",
-                value=value,
-                rule="training goes on with finite numbers only; this step was not taken",
-                remedy="start from the last checkpoint with a lower optimizer.lr (or a longer warm-up, a lower "
-                "max_grad_norm, dtype float32)",
-            )
+    def measure_shard(self, examples: Sequence[Example], algorithm: Algorithm) -> StepMetrics:
+        """This rank's part of the loss and metrics, as `update_shard` gives them, without learning. Every rank has
+        to call it with all examples. See steps.measure."""
+        return steps.measure(self, examples, algorithm)
 
     # Weights.
 
@@ -313,13 +287,6 @@ class RankLearner(ABC):
     def close(self) -> None:
         """Forget the weights. The learner cannot be used any more."""
         self.peers.pop(self.spec.role, None)
-
-
-def _add(sums: _Sums, loss: Tensor, metrics: Mapping[str, Tensor], batch: Batch, count: int) -> None:
-    sums.loss += float(loss.detach())
-    for name, values in metrics.items():
-        part = float(torch.where(batch.weight > 0, values.detach().float(), 0.0).sum()) / count
-        sums.metrics[name] = sums.metrics.get(name, 0.0) + part
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -16,9 +16,8 @@ from torch import Tensor
 from rayalign.learners import deepspeed_state as state
 from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
 from rayalign.learners.deepspeed_config import OWNED, engine_config, init_process
-from rayalign.learners.models import CausalPolicy
+from rayalign.learners.score import load_network
 from rayalign.record import Unfit
-from rayalign.types import Batch, Column
 
 __all__ = ["DeepSpeedLearner", "DeepSpeedLearnerConfig", "init_process"]
 
@@ -76,7 +75,8 @@ class DeepSpeedLearner(RankLearner):
         self._device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        self.policy = CausalPolicy.load(spec, self.dtype).to(self._device)
+        self.policy = load_network(spec, self.dtype).to(self._device)
+        self._check_peers()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.policy.named_weights()}
         self.engine = self._initialize() if spec.trainable or self.stage == 3 else None
         # float32 copy of this rank's share of a bfloat16 moving average: without it, small changes round away.
@@ -107,25 +107,15 @@ class DeepSpeedLearner(RankLearner):
     def device(self) -> torch.device:
         return self._device
 
-    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
-        forward = self.engine if self.engine is not None else self.policy
-        return forward(
-            batch.input_ids,
-            batch.attention_mask,
-            batch.labels,
-            batch.positions,
-            batch.mask,
-            tuple(columns),
-            temperature,
-            self.settings.logprob_chunk,
-        )
+    def _forward(self, *args: Any) -> dict[str, Tensor]:
+        return (self.policy if self.engine is None else self.engine)(*args)
 
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages gradients over the ranks; losses here are parts of one sum. Undone here and only here.
         self.engine.backward(loss * self.world_size)
 
-    def _step(self, lr: float) -> float:
+    def step(self, lr: float) -> float:
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = lr
         if self.engine.optimizer is self.engine.basic_optimizer:  # stage 0 in float32: DeepSpeed keeps no norm
@@ -140,14 +130,14 @@ class DeepSpeedLearner(RankLearner):
         skipped = norm is None or float(norm) < 0 or getattr(self.engine.optimizer, "overflow", False)
         return math.inf if skipped else float(norm)
 
-    def _total(self, value: float) -> float:
+    def total(self, value: float) -> float:
         if self.world_size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64, device=self._device)
         torch.distributed.all_reduce(total)
         return float(total)
 
-    def _total_tensor(self, value: Tensor) -> Tensor:
+    def total_tensor(self, value: Tensor) -> Tensor:
         total = value.clone()
         torch.distributed.all_reduce(total)
         return total

@@ -70,6 +70,7 @@ class LearnerSpec:
         total_steps: of the run, for the learning-rate schedule.
         optimizer: needed when trainable.
         pad_id: any valid token id.
+        network: "causal", a language model; "score", one with a scalar head.
     """
 
     role: str
@@ -81,6 +82,7 @@ class LearnerSpec:
     optimizer: OptimizerConfig | None = None
     settings: LearnerSettings = field(default_factory=LearnerSettings)
     pad_id: int = 0
+    network: Literal["causal", "score"] = "causal"
     trust_remote_code: bool = False
     seed: int = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from rayalign.errors import CheckpointError
 from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
-from rayalign.learners.models import CausalPolicy
-from rayalign.types import Batch, Column
+from rayalign.learners.score import load_network
 
 MARKER, WEIGHTS, OPTIMIZER = "learner.json", "weights.safetensors", "optimizer.pt"
 
@@ -43,7 +42,8 @@ class TorchLearner(RankLearner):
     def __init__(self, spec: LearnerSpec, peers: dict[str, RankLearner]):
         super().__init__(spec, peers)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.policy = CausalPolicy.load(spec, torch.float32).to(self._device)
+        self.policy = load_network(spec, torch.float32).to(self._device)
+        self._check_peers()
         self._optimizer = None
         if spec.trainable:
             self._optimizer = torch.optim.AdamW(
@@ -59,23 +59,14 @@ class TorchLearner(RankLearner):
     def device(self) -> torch.device:
         return self._device
 
-    def _columns(self, batch: Batch, columns: Sequence[Column], temperature: float) -> dict[str, Tensor]:
+    def _forward(self, *args: Any) -> dict[str, Tensor]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            return self.policy(
-                batch.input_ids,
-                batch.attention_mask,
-                batch.labels,
-                batch.positions,
-                batch.mask,
-                columns,
-                temperature,
-                self.settings.logprob_chunk,
-            )
+            return self.policy(*args)
 
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def _step(self, lr: float) -> float:
+    def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.spec.optimizer.max_grad_norm))
@@ -84,10 +75,10 @@ class TorchLearner(RankLearner):
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _total(self, value: float) -> float:
+    def total(self, value: float) -> float:
         return value
 
-    def _total_tensor(self, value: Tensor) -> Tensor:
+    def total_tensor(self, value: Tensor) -> Tensor:
         return value
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ from rayalign.runtime.actors import start_actor
 from rayalign.runtime.placement import Place
 from rayalign.runtime.transport import put_chunk
 from rayalign.runtime.wait import wait_all
-from rayalign.types import Column, Example, Metrics
+from rayalign.types import AnyColumn, Example, Metrics
 
 
 class LearnerHost:
@@ -103,12 +103,15 @@ class RoleOnRanks:
     def __init__(self, group: LearnerGroup, role: str):
         self._group, self._role = group, role
 
-    def annotate(self, examples: Sequence[Example], columns: Sequence[Column]) -> list[Example]:
+    def annotate(self, examples: Sequence[Example], columns: Sequence[AnyColumn]) -> list[Example]:
         shards = self._group.run(self._role, "annotate_shard", list(examples), tuple(columns))
         return merge_annotations(examples, shards)
 
     def update(self, examples: Sequence[Example], algorithm: Algorithm, plan: UpdatePlan) -> Metrics:
         return merge_metrics(self._group.run(self._role, "update_shard", list(examples), algorithm, plan))
+
+    def measure(self, examples: Sequence[Example], algorithm: Algorithm) -> Metrics:
+        return merge_metrics(self._group.run(self._role, "measure_shard", list(examples), algorithm))
 
     def logps(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         return self._group.run(self._role, "logps", list(sequences))[0]

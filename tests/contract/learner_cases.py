@@ -67,8 +67,9 @@ def train(
 
 
 def smooth(metrics: dict[str, float]) -> dict[str, float]:
-    """Without the share of positive margins: while policy and reference are equal, rounding decides each sign."""
-    return {name: value for name, value in metrics.items() if name != "rewards/accuracies"}
+    """Without the share of positive margins (while policy and reference are equal, rounding decides each sign) and
+    without padding, which depends on the split."""
+    return {name: value for name, value in metrics.items() if name not in ("rewards/accuracies", "padding")}
 
 
 @dataclass(frozen=True)
