@@ -53,7 +53,8 @@ class Data:
         prompts, parts = self.prompts, [self.examples.describe()] if self.examples else []
         if prompts.training or prompts.held_out:
             skipped = f", {prompts.skipped} skipped as too long" if prompts.skipped else ""
-            parts.append(f"{len(prompts.training)} training prompts, {len(prompts.held_out)} held out{skipped}")
+            count = f"{len(prompts.training)} training prompts, " if prompts.training else "prompts: "
+            parts.append(f"{count}{len(prompts.held_out)} held out{skipped}")
         return "; ".join(parts)
 
 
@@ -142,7 +143,7 @@ def _train(
         seed=config.seed,
         held_out=data.prompts.held_out[: config.evaluation.prompts],
         held_out_rows=data.examples.held_out[: config.evaluation.rows] if data.examples else (),
-        probe=[prompt.token_ids for prompt in data.prompts.training[: config.sync.probe_prompts]],
+        probe=[p.token_ids for p in (*data.prompts.training, *data.prompts.held_out)[: config.sync.probe_prompts]],
         max_gap=default_max_gap(config),
         turns=parts.turns,
         memory=parts.memory,

@@ -182,12 +182,16 @@ def _check_context(config: Config) -> None:
 
 
 def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
-    """Prompts that leave room for a completion; none where nothing is sampled. Raises DataError."""
+    """Prompts that leave room for a completion; all of them held out where the algorithm learns from a data set,
+    and none where nothing is sampled at all. Raises DataError."""
     if not config.samples:
         return PromptSet((), (), 0)
-    return load_prompts(
-        config.data, tokenizer, max_prompt_tokens=config.engine.max_context - config.sampling.max_tokens
-    )
+    room = config.engine.max_context - config.sampling.max_tokens
+    found = load_prompts(config.data, tokenizer, max_prompt_tokens=room)
+    if config.algorithm.request(config.sampling.sampling()):
+        return found
+    whole = sorted((*found.training, *found.held_out), key=lambda prompt: prompt.index)
+    return PromptSet((), tuple(whole), found.skipped)
 
 
 def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:

@@ -1,0 +1,242 @@
+"""The control experiment, offline: every objective on the same labelled samples, at equal tokens.
+
+SmolLM2-135M-Instruct writes four film reviews for each training prompt; the sentiment rule VADER ranks them (the true
+reward, between −1 and 1). Each row of the table is a run of `rayalign train` on those answers, and differs from the
+others in its algorithm only: 24 answers a step, the same number of steps, the same learning rate schedule. Held-out
+prompts are sampled before, in the middle and after: reward, and KL to the start, with bootstrap intervals.
+
+  python tests/bench/control.py                       all rows that are not there yet (some minutes each)
+  python tests/bench/control.py --only dpo-0.1 sft    these
+  python tests/bench/control.py --table               what has been measured so far
+
+Rows are folders of --out: one that ended is not run again, one that was cut short goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+MODEL = "~/.cache/rayalign/models/SmolLM2-135M-Instruct"
+PROMPTS = str(ROOT / "configs/prompts/film_reviews.jsonl")
+ANSWERS = 24  # of one training step
+GOOD = 0.4  # score from which an answer counts as good, about the median of the samples
+BETAS = (0.03, 0.1, 0.3)
+FLIPPED = {"kind": "flip", "prob": 0.2}
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Name → what differs from the shared config. Pairs: 6 of each prompt's 4 answers, 2 prompts a step."""
+    found: dict[str, dict[str, Any]] = {"sft-best": _answers({"name": "sft"}, "ranked", ANSWERS)}
+    for beta in BETAS:
+        found[f"dpo-{beta}"] = _pairs({"name": "dpo", "beta": beta})
+    for tau in BETAS:
+        found[f"ipo-{tau}"] = _pairs({"name": "ipo", "tau": tau})
+    for beta in BETAS:
+        found[f"kto-{beta}"] = _answers({"name": "kto", "beta": beta}, "labels", ANSWERS)
+    noisy = {"label_noise": FLIPPED}
+    found |= {
+        "dpo-0.1, 20 % flipped": _pairs({"name": "dpo", "beta": 0.1}, **noisy),
+        "cdpo-0.1, 20 % flipped": _pairs({"name": "dpo", "beta": 0.1, "label_smoothing": 0.2}, **noisy),
+        "robust-0.1, 20 % flipped": _pairs({"name": "robust", "beta": 0.1, "flip_prob": 0.2}, **noisy),
+        "hinge-0.1": _pairs({"name": "hinge", "beta": 0.1}),
+        "slic_hf": _pairs({"name": "slic_hf"}),
+        "simpo": _pairs({"name": "simpo"}),
+        "orpo": _pairs({"name": "orpo"}),
+        "cringe-binary": _answers({"name": "cringe", "kind": "binary"}, "labels", ANSWERS),
+        "cringe-pairwise": _answers({"name": "cringe", "kind": "pairwise"}, "pairs", ANSWERS // 2),
+    }
+    return found
+
+
+def _pairs(loss: dict[str, Any], **source: Any) -> dict[str, Any]:
+    return _answers({"name": "preference", "loss": loss}, "pairs", ANSWERS // 2, **source)
+
+
+def _answers(algorithm: dict[str, Any], file: str, prompts: int, **source: Any) -> dict[str, Any]:
+    return {"algorithm": algorithm, "examples": {"path": file, **source}, "prompts": prompts}
+
+
+def config_of(row: dict[str, Any], out: Path, run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    examples = {**row["examples"], "path": str(out / "data" / f"{row['examples']['path']}.jsonl")}
+    return {
+        "model": {"path": arguments.model, "dtype": "bfloat16"},
+        "data": {"prompts": str(out / "data/held_out.jsonl"), "held_out": 0.0, "examples": examples},
+        "algorithm": row["algorithm"],
+        "scorer": {"name": "rules", "rule": "vader"},
+        "sampling": {"max_tokens": 40},
+        "rollout": {"prompts": row["prompts"]},
+        "train": {"steps": arguments.steps},
+        "optimizer": {"lr": 3.0e-5, "warmup_steps": 5},
+        "engine": {"name": "vllm", "max_context": 128, "max_running": 64, "kv_cache_gib": 0.5},
+        "learner": {"name": "deepspeed", "zero_stage": 0},
+        "placement": {"name": "ray", "object_store_gib": 1.0},
+        "evaluation": {"prompts": 40, "samples": 4, "every": max(1, arguments.steps // 3), "rows": 0, "show": 0},
+        "checkpoint": {"every": max(1, arguments.steps // 3), "keep": 1},
+        "run_dir": str(run_dir),
+        "resume": (run_dir / "metrics.jsonl").is_file(),
+    }
+
+
+def make_data(out: Path, model: str) -> None:
+    """Four answers a training prompt with their scores, as ranked rows, pairs and labels; and the held-out prompts."""
+    data = out / "data"
+    if (data / "made.json").is_file():
+        return
+    import torch
+    from transformers import AutoTokenizer
+
+    from rayalign.data.config import DataConfig
+    from rayalign.data.prompts import load_prompts
+    from rayalign.engines.vllm import VLLMEngineConfig
+    from rayalign.maths.feedback import all_pairs
+    from rayalign.rollouts import Collector, sample_seed
+    from rayalign.scorers.base import LocalScorer
+    from rayalign.scorers.rules import Rules
+    from rayalign.types import Sampling
+
+    data.mkdir(parents=True, exist_ok=True)
+    path = str(Path(model).expanduser())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = load_prompts(DataConfig(prompts=PROMPTS, held_out=0.2), tokenizer, max_prompt_tokens=88)
+    engine = VLLMEngineConfig(name="vllm", dtype="bfloat16", max_context=128, kv_cache_gib=0.5).build(
+        model=path, name="engine-0", cores=None, seed=0, trust_remote_code=False
+    )
+    collector = Collector(
+        engine,
+        LocalScorer(Rules(name="rules", rule="vader")),
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True).strip(),
+    )
+    groups, seconds, _ = collector.collect(
+        prompts.training, [Sampling(40)] * 4, lambda prompt, k: sample_seed(0, "control", prompt, k), label="control"
+    )
+    engine.close()
+    files = {name: (data / f"{name}.jsonl").open("w") for name in ("ranked", "pairs", "labels", "held_out")}
+
+    def write(name: str, row: dict[str, Any]) -> None:
+        files[name].write(json.dumps(row) + "\n")
+
+    for group in groups:
+        prompt, texts, scores = group.prompt.text, list(group.texts), list(group.scores or ())
+        write(
+            "ranked", {"prompt": prompt, "completions": texts, "ranks": [sorted(scores)[::-1].index(s) for s in scores]}
+        )
+        for _, better, worse in all_pairs(torch.tensor([scores])).tolist():
+            write("pairs", {"prompt": prompt, "chosen": texts[better], "rejected": texts[worse]})
+        for text, score in zip(texts, scores, strict=True):
+            write("labels", {"prompt": prompt, "completion": text, "label": score > GOOD})
+    for prompt in prompts.held_out:
+        write("held_out", {"prompt": prompt.text})
+    for file in files.values():
+        file.close()
+    (data / "made.json").write_text(json.dumps({"prompts": len(groups), "seconds": seconds}))
+
+
+def run_row(name: str, row: dict[str, Any], out: Path, arguments: argparse.Namespace) -> None:
+    run_dir = out / "rows" / name.replace(" ", "_")
+    if _evaluations(run_dir).get(arguments.steps):
+        return
+    import yaml
+
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    file = out / f"{run_dir.name}.yaml"
+    file.write_text(yaml.safe_dump(config_of(row, out, run_dir, arguments)))
+    begun = time.time()
+    command = [sys.executable, "-m", "rayalign", "train", str(file)]
+    log = (out / f"{run_dir.name}.log").open("a")
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    took = f"{(time.time() - begun) / 60:.1f} min"
+    print(f"{name}: {took}" if done.returncode == 0 else f"{name}: failed after {took}, see {log.name}", flush=True)
+
+
+def _evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
+    file = run_dir / "evaluations.jsonl"
+    if not file.is_file():
+        return {}
+    return {r["step"]: r["metrics"] for r in map(json.loads, file.read_text().splitlines())}
+
+
+def table(out: Path, steps: int) -> str:
+    lines = ["| objective | reward | KL (k3), nats | tokens | distinct-2 | min |", "|---|---|---|---|---|---|"]
+    start = None
+    for name in rows():
+        found = _evaluations(out / "rows" / name.replace(" ", "_"))
+        if start is None and found.get(0):
+            start = lines.append(_line("reference", found[0], None)) or True
+        if found.get(steps):
+            lines.append(_line(name, found[steps], _minutes(out / "rows" / name.replace(" ", "_"))))
+    return "\n".join(lines)
+
+
+def _line(name: str, m: dict[str, float], minutes: float | None) -> str:
+    took = "" if minutes is None else f"{minutes:.1f}"
+    return (
+        f"| {name} | {m['reward']:.3f} [{m['reward/low']:.3f}, {m['reward/high']:.3f}] "
+        f"| {m['kl/k3']:.2f} [{m['kl/k3/low']:.2f}, {m['kl/k3/high']:.2f}] | {m['length']:.1f} "
+        f"| {m['distinct_2']:.3f} | {took} |"
+    )
+
+
+def _minutes(run_dir: Path) -> float:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return sum(record["time/step_s"] for record in records) / 60
+
+
+def figure(out: Path) -> Path:
+    """Reward against KL: a line a row, its points the evaluations along the run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(figsize=(8, 5))
+    families = list(dict.fromkeys(name.split("-")[0].split(",")[0] for name in rows()))
+    for name in rows():
+        found = sorted(_evaluations(out / "rows" / name.replace(" ", "_")).items())
+        if len(found) > 1:
+            colour = f"C{families.index(name.split('-')[0].split(',')[0]) % 10}"
+            axes.plot([m["kl/k3"] for _, m in found], [m["reward"] for _, m in found], "o-", ms=3, color=colour, lw=1)
+            axes.annotate(name, (found[-1][1]["kl/k3"], found[-1][1]["reward"]), fontsize=7, color=colour)
+    axes.set_xlabel("KL to the reference, k3, nats a completion")
+    axes.set_ylabel("reward (VADER), held-out prompts")
+    axes.grid(alpha=0.3)
+    path = out / "control.svg"
+    drawn.tight_layout()
+    drawn.savefig(path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/control"))
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(rows()), help="these rows")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    if not arguments.table:
+        make_data(out, arguments.model)
+        for name in arguments.only or rows():
+            run_row(name, rows()[name], out, arguments)
+    print(table(out, arguments.steps))
+    from rayalign.run_dir import versions
+
+    print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions()}")
+    print(f"figure: {figure(out)}")
+
+
+if __name__ == "__main__":
+    main()
