@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ RULE = f"a file ({', '.join(SUFFIXES)}) or a hub id"
 def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
     """All rows of a file, or of a hub data set through `datasets`. Raises DataError."""
     path = Path(source).expanduser()
+    check_path(path, source)
+    if path.suffix in SUFFIXES:
+        return _read_file(path)
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source, split=split).to_list()
+    except Exception as error:  # datasets raises a different class for every way of not finding something
+        raise not_loaded(source, error) from error
+
+
+def check_path(path: Path, source: str) -> None:
+    """Refuse what can neither be a data file nor a hub id. Raises DataError."""
     if path.is_dir():
         inside = sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES)
         raise DataError(
@@ -30,8 +44,17 @@ def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
             remedy=f"did you mean {path / inside[0]}?" if inside else "name a file",
         )
     if path.suffix in SUFFIXES:
-        return _read_file(path)
-    if path.is_file():
+        if not path.is_file():
+            raise _no_file(path)
+        if path.stat().st_size == 0:
+            raise DataError(
+                "this file is empty",
+                where=str(path),
+                value="0 bytes",
+                rule="at least one row",
+                remedy="look at what was to write it, or name another file",
+            )
+    elif path.is_file():
         raise DataError(
             "this kind of file is not read",
             where=source,
@@ -39,20 +62,19 @@ def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
             rule=RULE,
             remedy='write one JSON object a line, {"prompt": "…"}, into a file that ends in .jsonl',
         )
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise _no_file(path)
-    from datasets import load_dataset
 
-    try:
-        return load_dataset(source, split=split).to_list()
-    except Exception as error:  # datasets raises a different class for every way of not finding something
-        raise DataError(
-            "this data set could not be loaded",
-            where=source,
-            value=f"{type(error).__name__}: {error}",
-            rule=RULE,
-            remedy="check the id, data.split and the network; a file is named with its suffix",
-        ) from error
+
+def not_loaded(source: str, error: Exception) -> DataError:
+    """What `datasets` says of a hub id that it could not load."""
+    return DataError(
+        "this data set could not be loaded",
+        where=source,
+        value=f"{type(error).__name__}: {error}",
+        rule=RULE,
+        remedy="check the id, data.split and the network; a file is named with its suffix",
+    )
 
 
 def _no_file(path: Path) -> DataError:
@@ -67,46 +89,40 @@ def _no_file(path: Path) -> DataError:
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise _no_file(path)
-    if path.stat().st_size == 0:
-        raise DataError(
-            "this file is empty",
-            where=str(path),
-            value="0 bytes",
-            rule="at least one row",
-            remedy="look at what was to write it, or name another file",
-        )
     if path.suffix == ".parquet":
         return _parquet(path)
     if path.suffix == ".csv":
-        return _csv(path)
-    return list(_json_lines(path)) if path.suffix == ".jsonl" else _json(path)
+        return csv_table(path).to_pylist()
+    return list(_json_lines(path)) if path.suffix == ".jsonl" else json_list(path)
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Line by line, since `datasets` names no line."""
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
-            line = _decoded(raw, f"{path}:{number}").strip()
-            if not line:
-                continue
-            try:
-                row = json.loads(line, object_pairs_hook=_once)
-            except ValueError as error:
-                raise DataError(
-                    "this line is not JSON" if isinstance(error, json.JSONDecodeError) else "a key stands twice",
-                    where=f"{path}:{number}",
-                    value=line,
-                    rule=f"one JSON object a line; {_in_short(error)}",
-                    remedy=_json_remedy(line, error, whole=raw.endswith(b"\n")),
-                ) from None
-            if not isinstance(row, dict):
-                raise _no_object(f"{path}:{number}", row)
-            yield row
+            if raw.strip():
+                yield json_row(raw, f"{path}:{number}")
 
 
-def _json(path: Path) -> list[dict[str, Any]]:
+def json_row(raw: bytes, where: str) -> dict[str, Any]:
+    """One line of a .jsonl file. Raises DataError."""
+    line = _decoded(raw, where).strip()
+    try:
+        row = json.loads(line, object_pairs_hook=_once)
+    except ValueError as error:
+        raise DataError(
+            "this line is not JSON" if isinstance(error, json.JSONDecodeError) else "a key stands twice",
+            where=where,
+            value=line,
+            rule=f"one JSON object a line; {_in_short(error)}",
+            remedy=_json_remedy(line, error, whole=raw.endswith(b"\n")),
+        ) from None
+    if not isinstance(row, dict):
+        raise _no_object(where, row)
+    return row
+
+
+def json_list(path: Path) -> list[dict[str, Any]]:
     """One list of objects, or an object a line."""
     text = _decoded(path.read_bytes(), str(path))
     lines = text.splitlines()
@@ -137,9 +153,9 @@ def _json(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv(path: Path) -> list[dict[str, Any]]:
+def csv_table(path: Path) -> Any:
     """By Arrow, which finds out what is a number, once every line has as many columns as the first."""
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowInvalid, Table
     from pyarrow import csv as arrow
 
     text = _decoded(path.read_bytes(), str(path))
@@ -153,10 +169,10 @@ def _csv(path: Path) -> list[dict[str, Any]]:
                 raise csv.Error(f"{len(cells)} columns here, {width} there")
             began = reader.line_num
         began = 0
-        return arrow.read_csv(path, parse_options=arrow.ParseOptions(newlines_in_values=True)).to_pylist()
+        return arrow.read_csv(path, parse_options=arrow.ParseOptions(newlines_in_values=True))
     except (csv.Error, ArrowInvalid) as error:
         if not width:
-            return []
+            return Table.from_pylist([])
         raise DataError(
             "this line is not CSV",
             where=f"{path}:{began + 1}",
@@ -167,10 +183,17 @@ def _csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
+    with parquet_errors(path) as parquet:
+        return parquet.read_table(path).to_pylist()
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[Any]:
+    """pyarrow's reader; what it raises is a DataError that names the file."""
     from pyarrow import ArrowException, parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        yield parquet
     except (ArrowException, OSError) as error:
         raise DataError(
             "this file is not parquet",

@@ -1,0 +1,86 @@
+"""Read rows → groups of tokens, cut to length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rayalign.data.readers import Row
+from rayalign.data.tokens import Turns
+from rayalign.errors import DataError
+from rayalign.types import Completion, Group, Prompt
+
+Ids = tuple[int, ...]
+
+
+class Tokeniser:
+    """Rows as groups of at most `max_tokens` a prompt with an answer."""
+
+    def __init__(self, turns: Turns, *, max_tokens: int):
+        self._turns, self._max = turns, max_tokens
+        self._roles: dict[tuple[str, ...], bool] = {}
+
+    def group(self, row: Row, where: str, *, index: int, id: str) -> Group:
+        """Raises DataError when the prompt leaves no room for an answer, or when the template refuses the row."""
+        prompt, answers = self._ids(row, where)
+        prompt, cut = fit(prompt, answers, self._max, begin=self._turns.tokenizer.bos_token_id)
+        completions = tuple(
+            Completion(f"{id}/{k}", ids, (), "stop" if ids == whole else "length", -1)
+            for k, (ids, whole) in enumerate(zip(cut, answers, strict=True))
+        )
+        return Group(
+            id,
+            Prompt(index, row.prompt[-1]["content"], prompt, dict(row.extra or {})),
+            completions,
+            row.answers,
+            row.scores,
+            row.preferences,
+            row.votes,
+        )
+
+    def is_cut(self, row: Row, where: str) -> bool:
+        """Whether something of this row is lost. Texts so short that it cannot be are not tokenised.
+
+        Raises:
+            DataError: as `group` does.
+        """
+        self._check_roles(row, where)
+        prompt = sum(len(message["content"].encode()) for message in row.prompt)
+        longest = max(len(answer.encode()) for answer in row.answers)
+        if prompt + longest + self._turns.overhead * (len(row.prompt) + 1) <= self._max:  # no token is under a byte
+            return False
+        ids, answers = self._ids(row, where)
+        return len(ids) + max(map(len, answers)) > self._max
+
+    def _check_roles(self, row: Row, where: str) -> None:
+        """What a template refuses is the order of roles: each order is tried once."""
+        roles = tuple(message["role"] for message in row.prompt)
+        if self._turns.chat_template and roles not in self._roles:
+            self._turns.answer(row.prompt, row.answers[0], where)
+            self._roles[roles] = True
+
+    def _ids(self, row: Row, where: str) -> tuple[Ids, list[Ids]]:
+        prompt = self._turns.prompt(row.prompt, where)
+        if len(prompt) >= self._max or not prompt:
+            raise DataError(
+                "a prompt fills the context" if prompt else "a prompt has no tokens",
+                where=where,
+                value=f"{len(prompt)} tokens",
+                rule=f"1 to {self._max - 1} tokens, so that an answer has room in data.max_tokens={self._max}",
+                remedy="raise data.max_tokens, shorten or drop the prompt, or set data.on_bad_row=skip",
+            )
+        return prompt, [self._turns.answer(row.prompt, answer, where) for answer in row.answers]
+
+
+def fit(prompt: Ids, answers: Sequence[Ids], room: int, *, begin: int | None = None) -> tuple[Ids, list[Ids]]:
+    """The end of the prompt and the start of each answer, at most `room` tokens together.
+
+    A prompt gives way to the longest answer down to half of the room, then answers are cut. `begin`, the token
+    that begins every sequence, stays in front.
+    """
+    longest = max(map(len, answers))
+    space = max(room - longest, min(len(prompt), room // 2))
+    if len(prompt) > space:
+        kept: Any = (begin,) if prompt[0] == begin and space > 1 else ()
+        prompt = (*kept, *prompt[len(prompt) - space + len(kept) :])
+    return prompt, [answer[: room - len(prompt)] for answer in answers]

@@ -1,0 +1,198 @@
+"""One row of a data set, read by its columns: prompt, answers, and what its annotators said of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayalign.data.columns import Reading
+from rayalign.data.messages import Message, behind_prompt, only_answer, prompt_messages, split_prompt
+from rayalign.errors import DataError
+
+Numbers = tuple[float, ...]
+LABELS = {"true": 1.0, "false": 0.0, "good": 1.0, "bad": 0.0, "desirable": 1.0, "undesirable": 0.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `types.Group` holds, before there are tokens.
+
+    Attributes:
+        kind: "completion", "pair", "label", "ranked" or "votes".
+        ratings: whole numbers of annotators, which become votes once the classes are known.
+    """
+
+    kind: str
+    prompt: Sequence[Message]
+    answers: tuple[str, ...]
+    scores: Numbers | None
+    preferences: tuple[Numbers, ...] | None = None
+    votes: tuple[Numbers, ...] | None = None
+    ratings: tuple[int, ...] = ()
+    extra: Mapping[str, Any] | None = None
+
+    def turned(self, order: Sequence[int]) -> Row:
+        """With the annotators' word given to other answers: of a label, to the other class."""
+        if self.kind == "label":
+            return replace(self, scores=(1.0 - self.scores[0],))
+        return replace(self, answers=tuple(self.answers[i] for i in order))
+
+
+class Reader:
+    """Rows of one data set → `Row`s. Whatever is wrong with one is a DataError whose `what` names the reason alone.
+
+    Args:
+        system: a system message to put before every prompt that has none.
+        chat: whether a chat template follows.
+    """
+
+    def __init__(self, reading: Reading, *, system: str | None, chat: bool):
+        self.kind, self._needs, self._columns = reading.form.kind, reading.form.needs, reading.columns
+        self._system, self._chat = system, chat
+
+    def read(self, row: Mapping[str, Any], where: str) -> Row:
+        prompt, answers = self._texts(row, where)
+        for answer in answers:
+            if not answer.strip():
+                raise _bad("an answer is empty", answer, "a text in each answer", where)
+        if len(answers) > 1 and len(set(answers)) == 1:
+            number = "the two answers are" if len(answers) == 2 else "all answers are"
+            raise _bad(f"{number} the same", answers[0], "answers that differ", where)
+        messages = prompt_messages(prompt, self._system, where)
+        used = {self._columns[role] for role in self._columns if role not in ("margin", "images")}
+        extra = {name: value for name, value in row.items() if name not in used}
+        if "margin" in self._columns:
+            extra["margin"] = _number(row[self._columns["margin"]], "a margin", where)
+        said = getattr(self, f"_{self.kind}")(row, answers, where)
+        return Row(self.kind, messages, tuple(answers), extra=extra, **said)
+
+    def _cell(self, row: Mapping[str, Any], role: str, where: str) -> Any:
+        name = self._columns[role]
+        if name not in row:
+            found = f"columns {', '.join(row)}" if row else "no column"
+            raise _bad(f"there is no column {name!r}", found, "the same columns in each row", where, as_it_is=True)
+        return row[name]
+
+    def _texts(self, row: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
+        """The prompt as it stands there, and the answers."""
+        if self._needs == ("messages",):
+            messages = self._cell(row, "messages", where)
+            if not isinstance(messages, list) or len(messages) < 2:
+                raise _bad("this is not a conversation", messages, "messages, the last one the assistant's", where)
+            return messages[:-1], [only_answer([_message(messages[-1], where)], where)]
+        given = self._columns.get("prompt")
+        prompt = row.get(given) if given else None
+        if self.kind == "pair":
+            first, second = (self._cell(row, role, where) for role in self._needs)
+            if prompt is None:
+                prompt, *answers = split_prompt(first, second, where, chat=self._chat)
+                return prompt, answers
+            values = [first, second]
+        else:
+            prompt = self._cell(row, "prompt", where)
+            values = self._cell(row, self._needs[0], where)
+            values = values if self.kind == "ranked" else [values]
+            if not isinstance(values, list) or (self.kind == "ranked" and len(values) < 2):
+                raise _bad("there are not several answers to compare", values, "a list of two or more answers", where)
+        messages = prompt_messages(prompt, None, where)
+        return prompt, [behind_prompt(value, messages, where) for value in values]
+
+    def _completion(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
+        return {"scores": (1.0,)}
+
+    def _pair(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
+        said: dict[str, Any] = {"scores": (1.0, 0.0)}
+        if "votes" in self._columns:
+            first, second = _counts(self._cell(row, "votes", where), where, length=2)
+            chosen = first / (first + second)
+        elif "probability" in self._columns:
+            chosen = _number(self._cell(row, "probability", where), "a probability", where)
+            if not 0 <= chosen <= 1:
+                raise _bad("a probability is out of range", chosen, "from 0 to 1, that the chosen one is better", where)
+        else:
+            return said
+        return said | {"preferences": ((0.5, chosen), (1 - chosen, 0.5))}
+
+    def _label(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
+        value = self._cell(row, "label", where)
+        label = LABELS.get(value.strip().lower()) if isinstance(value, str) else value
+        if isinstance(label, bool | int | float) and label in (0, 1):
+            return {"scores": (float(label),)}
+        raise _bad("this is no label", value, "true or false, 1 or 0, good or bad, desirable or undesirable", where)
+
+    def _ranked(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
+        count, role = len(answers), self._needs[1]
+        value = self._cell(row, role, where)
+        if role == "choice":
+            if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(count):
+                raise _bad("the choice is none of the answers", value, f"0 to {count - 1}, counted from 0", where)
+            return {"scores": tuple(float(i == value) for i in range(count))}
+        if role == "votes":
+            votes = _counts(value, where, length=count)
+            said = {"scores": votes, "preferences": _beaten(votes)}
+        else:
+            ranks = _list(value, "ranks", where, length=count)
+            said = {"scores": tuple(-_number(rank, "a rank", where) for rank in ranks)}
+        if len(set(said["scores"])) == 1:
+            raise _bad("all answers are equally good", value, "at least two that differ", where)
+        return said
+
+    def _votes(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
+        role = self._needs[1]
+        value = self._cell(row, role, where)
+        if role == "votes":
+            return {"scores": None, "votes": (_counts(value, where),)}
+        ratings = [_number(each, "a rating", where) for each in _list(value, "ratings", where)]
+        if not ratings or any(each != round(each) for each in ratings):
+            raise _bad("these are no ratings", value, "one whole number or more", where)
+        return {"scores": None, "ratings": tuple(map(int, ratings))}
+
+
+def counted(ratings: Sequence[int], lowest: int, highest: int) -> Numbers:
+    """How many annotators gave each rating from the lowest to the highest."""
+    return tuple(float(ratings.count(rating)) for rating in range(lowest, highest + 1))
+
+
+def _beaten(votes: Numbers) -> tuple[Numbers, ...]:
+    """P(i ≻ j) = v_i / (v_i + v_j), ½ where neither has a vote."""
+    return tuple(
+        tuple(0.5 if i == j or a + b == 0 else a / (a + b) for j, b in enumerate(votes)) for i, a in enumerate(votes)
+    )
+
+
+def _message(value: Any, where: str) -> Message:
+    if isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str):
+        return {"role": value["role"], "content": value["content"]}
+    raise _bad("this is not a message", value, "role and content, both texts", where)
+
+
+def _number(value: Any, what: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _bad(f"{what} is not a finite number", value, "a number, neither NaN nor infinite", where)
+    return float(value)
+
+
+def _list(value: Any, what: str, where: str, *, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list):
+        raise _bad(f"the {what} are not a list", value, "a list of numbers", where)
+    if length is not None and len(value) != length:
+        raise _bad(f"there are not as many {what} as answers", value, f"{length} of them", where)
+    return value
+
+
+def _counts(value: Any, where: str, *, length: int | None = None) -> Numbers:
+    votes = tuple(_number(each, "a vote", where) for each in _list(value, "votes", where, length=length))
+    if any(vote < 0 for vote in votes) or sum(votes) == 0:
+        raise _bad("these votes cannot be", value, "counts of at least 0, one vote at least", where)
+    return votes
+
+
+def _bad(what: str, value: Any, rule: str, where: str, *, as_it_is: bool = False) -> DataError:
+    found = value if as_it_is else json.dumps(value, ensure_ascii=False, default=str)
+    found = "nothing (null)" if value is None else found
+    return DataError(
+        what, where=where, value=found, rule=rule, remedy="correct or drop this row, or set data.on_bad_row=skip"
+    )

@@ -1,0 +1,178 @@
+"""Data sets opened without being read into memory: any row by its number, or all of them in order as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayalign.data.config import SourceConfig
+from rayalign.data.rows import check_path, csv_table, json_list, json_row, not_loaded, parquet_errors
+from rayalign.errors import DataError
+
+Row = dict[str, Any]
+
+
+class Table(Protocol):
+    """Rows by number. `fingerprint` is that of their content."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row:
+        """Raises DataError when this row is not readable."""
+
+    def where(self, index: int) -> str:
+        """File and row, for messages."""
+
+
+class JsonLines:
+    """A .jsonl file, mapped into memory; of a row only the place is kept, so that each row may be as it likes."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._starts, self._numbers = array("q"), array("q")
+        digest, start = hashlib.blake2b(digest_size=16), 0
+        with path.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                digest.update(raw)
+                if raw.strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(raw)
+            self._bytes = mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ)
+        self._starts.append(start)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def row(self, index: int) -> Row:
+        raw = self._bytes[self._starts[index] : self._starts[index + 1]]
+        return json_row(raw, self.where(index))
+
+    def where(self, index: int) -> str:
+        return f"{self._path}:{self._numbers[index]}"
+
+
+class Rows:
+    """Rows of a list, or of a `datasets.Dataset`, which maps its files into memory."""
+
+    def __init__(self, rows: Any, name: str, fingerprint: str):
+        self._rows, self._name, self.fingerprint = rows, name, fingerprint
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> Row:
+        return self._rows[index]
+
+    def where(self, index: int) -> str:
+        return f"{self._name}, row {index + 1}"
+
+
+def open_table(source: SourceConfig) -> Table:
+    """Raises DataError."""
+    path = Path(source.path).expanduser()
+    if path.is_dir() and _is_saved(path):
+        return _dataset(_of_split(_saved(path), source), source.path)
+    check_path(path, source.path)
+    if path.suffix == ".jsonl":
+        return JsonLines(path)
+    if path.suffix == ".json":
+        return Rows(json_list(path), source.path, _digest(path))
+    with quiet_datasets() as datasets:
+        if path.suffix == ".csv":
+            return Rows(datasets.Dataset(csv_table(path)), source.path, _digest(path))
+        if path.suffix == ".parquet":
+            with parquet_errors(path) as parquet:
+                parquet.ParquetFile(path).close()
+            return Rows(_loaded(source, "parquet", data_files=str(path)), source.path, _digest(path))
+        return _dataset(_of_split(_hub(source), source), source.path)
+
+
+def open_stream(source: SourceConfig) -> Iterator[tuple[int, str, Row]]:
+    """(number, file and row, row) of all rows in order. Raises DataError."""
+    path = Path(source.path).expanduser()
+    if path.is_dir() or path.suffix in (".jsonl", ".json", ".csv"):
+        table = open_table(source)
+        for index in range(len(table)):
+            yield index, table.where(index), table.row(index)
+        return
+    check_path(path, source.path)
+    if path.suffix == ".parquet":
+        with parquet_errors(path) as parquet:
+            parquet.ParquetFile(path).close()
+        rows = _loaded(source, "parquet", data_files=str(path), streaming=True)
+    else:
+        rows = _hub(source, streaming=True)
+    for index, row in enumerate(rows):
+        yield index, f"{source.path}, row {index + 1}", row
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[Any]:
+    """The library `datasets`, without its progress bars."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _hub(source: SourceConfig, *, streaming: bool = False) -> Any:
+    return _loaded(source, source.path, name=source.subset, revision=source.revision, streaming=streaming)
+
+
+def _loaded(source: SourceConfig, name: str, **arguments: Any) -> Any:
+    with quiet_datasets() as datasets:
+        try:
+            split = source.split if name == source.path else "train"  # a file is one split, called train
+            return datasets.load_dataset(name, split=split, **arguments).with_format(None)
+        except Exception as error:  # datasets raises a different class for every way of not finding something
+            raise not_loaded(source.path, error) from error
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _saved(path: Path) -> Any:
+    with quiet_datasets() as datasets:
+        try:
+            return datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise not_loaded(str(path), error) from error
+
+
+def _of_split(data: Any, source: SourceConfig) -> Any:
+    """The rows themselves, where a folder holds several splits."""
+    if not isinstance(data, dict):
+        return data
+    if source.split not in data:
+        raise DataError(
+            "there is no such split",
+            where=source.path,
+            value=source.split,
+            rule=f"one of {', '.join(data)}",
+            remedy=f"set split: {next(iter(data))}, say",
+        )
+    return data[source.split]
+
+
+def _dataset(data: Any, name: str) -> Rows:
+    return Rows(data, name, data._fingerprint)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()

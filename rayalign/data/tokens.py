@@ -1,0 +1,114 @@
+"""Messages → token ids: the prompt as an engine continues it, and an answer with the token that ends it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from rayalign.errors import DataError
+
+Messages = Sequence[dict[str, Any]]
+_MARK = "qqmarkqq"  # an answer that no template changes, to see what a template puts behind an answer
+
+
+class Turns:
+    """One tokenizer, with its chat template or without.
+
+    Args:
+        chat_template: off: texts are continued as they are, prompt and answer tokenised apart.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat_template: bool):
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+
+    def prompt(self, messages: Messages, where: str) -> tuple[int, ...]:
+        """What an engine continues. Raises DataError when there is no template, or when it refuses the messages."""
+        if self.chat_template:
+            return self._ids(self._render(messages, where, add_generation_prompt=True))
+        text = "".join(m["content"] for m in messages)
+        ids = list(self.tokenizer(text)["input_ids"])
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if begin is not None and ids[:2] == [begin, begin]:
+            del ids[0]
+        if len(ids) > 1 and ids[-1] == end and not text.endswith(self.tokenizer.eos_token):
+            del ids[-1]  # a tokenizer that ends every text would end the prompt before its answer
+        return tuple(ids)
+
+    def answer(self, messages: Messages, text: str, where: str) -> tuple[int, ...]:
+        """An answer to these messages, the token that ends it included."""
+        if not self.chat_template:
+            return (*self._ids(text), *self.end)
+        before = self._render(messages, where, add_generation_prompt=True)
+        whole = self._render([*messages, {"role": "assistant", "content": text}], where)
+        if whole.startswith(before) and whole.endswith(self._closing) and len(whole) >= len(before + self._closing):
+            text = whole[len(before) : len(whole) - len(self._closing)]
+        return (*self._ids(text), *self.end)
+
+    @cached_property
+    def end(self) -> tuple[int, ...]:
+        """The tokens that end an answer: up to the first special token that the template puts behind an answer,
+        else the end-of-sequence token. Empty when the tokenizer has neither."""
+        eos = self.tokenizer.eos_token_id
+        behind = self._ids(self._closing) if self.chat_template else ()
+        special = {*self.tokenizer.all_special_ids, *_added_special(self.tokenizer), eos}
+        for place, token in enumerate(behind):
+            if token in special:
+                return behind[: place + 1]
+        return (eos,) if eos is not None else ()
+
+    @cached_property
+    def _closing(self) -> str:
+        question = {"role": "user", "content": "a"}
+        rendered = self._render([question, {"role": "assistant", "content": _MARK}], "the model's chat template")
+        return rendered.rpartition(_MARK)[2] if _MARK in rendered else ""
+
+    @cached_property
+    def overhead(self) -> int:
+        """Tokens that the template adds to a conversation of one message: more than it adds to each further one."""
+        return len(self.prompt([{"role": "user", "content": "a"}], "the model's chat template")) + len(self.end)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides how a text becomes tokens; the same in every process."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+        if backend is not None:  # settings of the last call, which say nothing about the tokens
+            words["truncation"] = words["padding"] = None
+        known = [type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template]
+        text = json.dumps([*known, self.chat_template], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: Messages, where: str, *, add_generation_prompt: bool = False) -> str:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                "this model's tokenizer has no chat template",
+                where=where,
+                value="data.chat_template=true",
+                rule="a chat template in the model's folder, or data.chat_template=false",
+                remedy="set data.chat_template=false to continue the text, or align a model that chats",
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except Exception as error:  # a template is a program: it may refuse roles and their order
+            raise DataError(
+                "the model's chat template refuses these messages",
+                where=where,
+                value=f"roles {', '.join(m['role'] for m in messages)}",
+                rule=f"what the template takes: {error}",
+                remedy="correct the row, or take data.system out when the template knows no system role",
+            ) from error
+
+
+def _added_special(tokenizer: Any) -> set[int]:
+    """Special tokens that were added without being named in the tokenizer's map, as ends of turns often are."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {index for index, token in added.items() if token.special}
