@@ -1,6 +1,10 @@
 """Algorithms by name. A new one is a file here, a line in this table, and a YAML in configs/."""
 
 ALGORITHMS = {
+    "cringe": "rayalign.algorithms.cringe:Cringe",
+    "kto": "rayalign.algorithms.kto:KTO",
     "online_preference": "rayalign.algorithms.online_preference:OnlinePreference",
     "preference": "rayalign.algorithms.preference:Preference",
+    "reward_model": "rayalign.algorithms.reward_model:RewardModel",
+    "sft": "rayalign.algorithms.sft:SFT",
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from rayalign.algorithms.reference import Reference
 from rayalign.maths.logprobs import sequence_logprob
 from rayalign.record import Record, Unfit
-from rayalign.types import AnyColumn, Batch, Column, Example, Sampling, Terms
+from rayalign.types import AnyColumn, Batch, Column, Example, Metrics, Sampling, Terms
 
 
 class Offline(Record):
@@ -33,6 +33,10 @@ class Offline(Record):
 
     def refresh(self, step: int) -> float | None:
         return None
+
+    def summarise(self, metrics: Metrics) -> Metrics:
+        """Metrics of all examples together, as `update` or `measure` gave them → those to be written down."""
+        return metrics
 
 
 class Regularised(Offline):

@@ -46,20 +46,59 @@ def cringe_token_loss(
         )
     if not 1 <= top_k < logits.shape[-1]:
         raise ValueError(f"top_k must lie in [1, {logits.shape[-1] - 1}] for this vocabulary, it is {top_k}")
-    counted = mask != 0
     labels = labels.clamp(min=0).long().unsqueeze(-1)
     (negative,) = promote(logits.gather(-1, labels).squeeze(-1))
     top, ids = logits.topk(top_k + 1, -1)
     (top,) = promote(top)
     # A stable sort on "is the label" moves it to the end, if it is there; the last one is then left out.
     order = (ids == labels).to(torch.uint8).argsort(dim=-1, stable=True)[..., :top_k]
+    return cringe_loss_of_top(negative, top.gather(-1, order), mask, generator=generator)
+
+
+def cringe_loss_of_top(
+    label_logits: Tensor,
+    top_logits: Tensor,
+    mask: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """`cringe_token_loss` of what it looks at: the label's logit, and the largest ones of other tokens. → [B, T].
+
+    Args:
+        label_logits: [B, T] s⁻.
+        top_logits: [B, T, K], s* is drawn from the softmax over them.
+        mask: [B, T]; where it is 0 the loss is 0 and nothing in the logits matters.
+        generator: of the sampling, on the device of the logits.
+        uniform: [B, T] numbers in [0, 1) that the draws are made from instead, by the inverse of the
+            distribution function: what is drawn for a token then does not depend on the rest of the batch.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    require_dims(3, top_logits=top_logits)
+    given = {"label_logits": label_logits, "mask": mask} | ({} if uniform is None else {"uniform": uniform})
+    if any(tensor.shape != top_logits.shape[:2] for tensor in given.values()) or top_logits.shape[-1] == 0:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
+        raise ValueError(f"shapes do not fit top_logits {tuple(top_logits.shape)}: {shapes}")
+    counted = mask != 0
+    negative, top = promote(label_logits, top_logits)
     zero = torch.zeros((), dtype=top.dtype, device=top.device)
-    top = torch.where(counted.unsqueeze(-1), top.gather(-1, order), zero)
+    top = torch.where(counted.unsqueeze(-1), top, zero)
     negative = torch.where(counted, negative, zero)
-    probs = torch.softmax(top.detach(), -1).reshape(-1, top_k)
-    drawn = torch.multinomial(probs, 1, generator=generator) if probs.shape[0] else ids.new_zeros(0, 1)
-    positive = top.gather(-1, drawn.reshape(*labels.shape)).squeeze(-1)
+    drawn = _draw(torch.softmax(top.detach(), -1), generator, uniform)
+    positive = top.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
     return torch.where(counted, softplus(negative - positive), zero)
+
+
+def _draw(probs: Tensor, generator: torch.Generator | None, uniform: Tensor | None) -> Tensor:
+    """[B, T, K] → [B, T] indices."""
+    if uniform is not None:
+        below = probs.cumsum(-1) <= torch.where(uniform.isnan(), 0.0, uniform).unsqueeze(-1)
+        return below.sum(-1).clamp(max=probs.shape[-1] - 1)  # rounding may leave the sum below 1
+    flat = probs.reshape(-1, probs.shape[-1])
+    drawn = torch.multinomial(flat, 1, generator=generator) if len(flat) else flat.new_zeros(0, dtype=torch.long)
+    return drawn.reshape(probs.shape[:-1])
 
 
 def binary_cringe_loss(positive_nll: Tensor, negative_token_loss: Tensor, *, alpha: float) -> Tensor:

@@ -1,0 +1,138 @@
+"""KTO: learn from answers that are each good or bad, against a reference point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rayalign.algorithms.base import Regularised
+from rayalign.algorithms.groups import labelled, pairs_of, row
+from rayalign.algorithms.labels import Labels, counts, values_of
+from rayalign.maths.logprobs import sequence_logprob
+from rayalign.maths.preference import kto_loss
+from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
+from rayalign.types import Sequence as Row
+
+Weight = Annotated[float, Field(ge=0)] | Literal["auto"]
+
+
+class KTO(Regularised):
+    """Kahneman-Tversky optimisation: answers labelled good or bad, each against the same reference point.
+
+    The point is the mean log-ratio of mismatched answers, the next one's with this one's prompt: an example has
+    a second row for it, which only the statistics look at. `paired` takes pairs, and the other half's mean instead.
+    """
+
+    paper: ClassVar = "Ethayarajh et al. 2024, arXiv:2402.01306"
+    needs: ClassVar = (("reference", Column.LOGPS),)
+    name: Literal["kto"] = "kto"
+    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
+    weight_desirable: Weight = Field(1.0, description="λ_D, of good answers; auto: all good ones weigh as all bad ones")
+    weight_undesirable: Weight = Field(
+        1.0, description="λ_U, of bad answers; auto: all bad ones weigh as all good ones"
+    )
+    paired: bool = Field(False, description="the paired variant: a pair's halves against each other's mean log-ratio")
+
+    @property
+    def rows(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("pair",) if self.paired else ("label", "pair")
+
+    def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
+        """(answer, mismatched answer) of each label, or pairs. What has no clear label is dropped and counted."""
+        if self.paired:
+            found = [(group, *pairs_of(group, "best_worst")) for group in groups]
+            pairs = [Example((row(group, i), row(group, j))) for group, pairs, _ in found for i, j in pairs]
+            return pairs, {"pairs/kept": float(len(pairs)), "pairs/dropped": float(sum(n for *_, n in found))}
+        answers, dropped = labelled(groups, 0.5)
+        total, good = len(answers), sum(label for _, label, _ in answers)
+        weights = self._weights(good, total - good)
+        examples = []
+        for place, (answer, label, _) in enumerate(answers):
+            other = _mismatched([each for each, _, _ in answers], place)
+            values = values_of(label, good if label else total - good, total, weight=weights[label])
+            examples.append(Example((answer,) if other is None else (answer, other), values))
+        return examples, counts(total, good, dropped)
+
+    def _weights(self, good: int, bad: int) -> dict[bool, float]:
+        """λ by label, with auto worked out from the counts of the step; 1 where one of them is 0."""
+        desirable, undesirable = self.weight_desirable, self.weight_undesirable
+        if desirable == "auto" and undesirable == "auto":
+            desirable, undesirable = ((good + bad) / (2 * n) if good and bad else 1.0 for n in (good, bad))
+        elif desirable == "auto":
+            desirable = undesirable * bad / good if good and bad else 1.0
+        elif undesirable == "auto":
+            undesirable = desirable * good / bad if good and bad else 1.0
+        return {True: desirable, False: undesirable}
+
+    def statistics(self, batch: Batch, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        """Sums of the log-ratios that reference points are means of, and their counts."""
+        ratio = _ratio(batch, columns)
+        one = torch.ones((), dtype=torch.float64, device=ratio.device)
+        if self.paired:
+            return {
+                "chosen": ratio[:, 0].double().sum(),
+                "rejected": ratio[:, 1].double().sum(),
+                "count": one * len(ratio),
+            }
+        mismatched = ratio[:, 1:]
+        return {"mismatched": mismatched.double().sum(), "count": one * mismatched.numel()}
+
+    def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
+        ratio = _ratio(batch, columns)
+        points = {
+            name: (total / statistics["count"].clamp(min=1)).clamp(min=0).to(ratio.dtype)
+            for name, total in statistics.items()
+            if name != "count"
+        }
+        if self.paired:
+            terms = self._paired(ratio, points["chosen"], points["rejected"])
+            return self.regularised(terms, batch, columns)
+        labels, point = Labels.of(batch), points["mismatched"]
+        loss = self._of(ratio[:, 0], labels.good, point) * batch.values["weight"]
+        rewards = self.beta * ratio[:, 0].detach()
+        metrics = {
+            "kto/reference_point": point.expand_as(rewards),
+            "rewards/accuracies": ((ratio[:, 0].detach() > point) == labels.good).to(rewards.dtype),
+            **labels.means("rewards", rewards),
+        }
+        return self.regularised(Terms(loss, metrics), batch, columns, rows=1)
+
+    def _paired(self, ratio: Tensor, chosen: Tensor, rejected: Tensor) -> Terms:
+        """[B] the mean of a pair's two terms; the reference point of either half is the other's."""
+        good = torch.ones(len(ratio), dtype=torch.bool, device=ratio.device)
+        loss = (self._of(ratio[:, 0], good, rejected) + self._of(ratio[:, 1], ~good, chosen)) / 2
+        rewards = self.beta * ratio.detach()
+        margins = rewards[:, 0] - rewards[:, 1]
+        metrics = {
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).to(rewards.dtype),
+            "kto/reference_point_chosen": rejected.expand_as(margins),
+            "kto/reference_point_rejected": chosen.expand_as(margins),
+        }
+        return Terms(loss, metrics)
+
+    def _of(self, ratio: Tensor, good: Tensor, point: Tensor) -> Tensor:
+        return kto_loss(ratio, torch.zeros_like(ratio), good, z_ref=point, beta=self.beta)
+
+
+def _ratio(batch: Batch, columns: Mapping[str, Tensor]) -> Tensor:
+    """[B, n] log π − log π_ref, sums over tokens."""
+    policy = sequence_logprob(columns["policy/logps"], batch.mask)
+    reference = sequence_logprob(batch.columns["reference/logps"], batch.mask)
+    return batch.by_example(policy - reference)
+
+
+def _mismatched(rows: Sequence[Row], place: int) -> Row | None:
+    """The prompt of this row with the answer of the next one that has another prompt; None when none has."""
+    here = rows[place]
+    for step in range(1, len(rows)):
+        other = rows[(place + step) % len(rows)]
+        if other.prompt_ids != here.prompt_ids:
+            return Row(here.prompt_ids, other.completion_ids)
+    return None
