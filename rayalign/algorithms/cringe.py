@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rayalign.algorithms.base import Regularised, refuse_cache
-from rayalign.algorithms.groups import labelled, pairs_of, row, seed_of
+from rayalign.algorithms.groups import Seeds, labelled, pairs_of, row
 from rayalign.algorithms.labels import Labels, counts, values_of
 from rayalign.maths.cringe import binary_cringe_loss, cringe_loss_of_top, pairwise_cringe_gate
 from rayalign.maths.logprobs import mean_logprob, sequence_logprob
@@ -50,19 +50,20 @@ class Cringe(Regularised):
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
         """Single answers, or pairs (chosen, rejected). What cannot be told apart is dropped and counted."""
+        seeds = Seeds(groups)
         if self.variant == "pairwise":
             found = [(group, *pairs_of(group, self.pairs)) for group in groups]
             pairs = [
-                Example((row(group, i), row(group, j)), {"seed": float(seed_of(group, i, j))})
+                Example((row(group, i), row(group, j)), {"seed": seeds.of(group, i, j)})
                 for group, pairs, _ in found
                 for i, j in pairs
             ]
             return pairs, {"pairs/kept": float(len(pairs)), "pairs/dropped": float(sum(n for *_, n in found))}
         answers, dropped = labelled(groups, self.good_above)
-        total, good = len(answers), sum(label for _, label, _ in answers)
+        total, good = len(answers), sum(label for *_, label in answers)
         examples = [
-            Example((answer,), values_of(label, good if label else total - good, total, seed=float(seed)))
-            for answer, label, seed in answers
+            Example((row(group, i),), values_of(label, good if label else total - good, total, seed=seeds.of(group, i)))
+            for group, i, label in answers
         ]
         return examples, counts(total, good, dropped)
 

@@ -56,8 +56,8 @@ def pairs_of(group: Group, which: str) -> tuple[list[tuple[int, int]], int]:
     return found, wanted - len(found)
 
 
-def labelled(groups: Sequence[Group], good_above: float) -> tuple[list[tuple[Row, bool, int]], int]:
-    """Each completion alone as (row, whether it is good, seed), and how many were left out.
+def labelled(groups: Sequence[Group], good_above: float) -> tuple[list[tuple[Group, int, bool]], int]:
+    """Each completion alone as (its group, its place there, whether it is good), and how many were left out.
 
     Left out are those without a finite score, and an answer that is called good and bad in one group.
     """
@@ -65,8 +65,8 @@ def labelled(groups: Sequence[Group], good_above: float) -> tuple[list[tuple[Row
     for group in groups:
         labels = {index: group.scores[index] > good_above for index in scored(group)}
         said = {(group.completions[index].token_ids, good) for index, good in labels.items()}
-        kept = [index for index, good in labels.items() if (group.completions[index].token_ids, not good) not in said]
-        found += [(row(group, index), labels[index], seed_of(group, index)) for index in kept]
+        kept = [i for i, good in labels.items() if (group.completions[i].token_ids, not good) not in said]
+        found += [(group, index, labels[index]) for index in kept]
         dropped += len(group.completions) - len(kept)
     return found, dropped
 
@@ -85,10 +85,17 @@ def probabilities(group: Group, kept: Sequence[int], unrated: str) -> Tensor:
     return torch.sigmoid(lead) if unrated == "bradley_terry" else (lead.sign() + 1) / 2
 
 
-def seed_of(group: Group, *indices: int) -> int:
-    """A seed for what a loss draws for these completions: the same on any rank and in any micro-batch.
+class Seeds:
+    """Seeds for what a loss draws: the same on any rank and in any micro-batch, others when rows meet in another order.
 
-    Below 2²⁴, so that it goes through a float32 unharmed.
+    Args:
+        groups: of the whole step.
     """
-    text = repr((group.id, [group.completions[index].token_ids for index in indices])).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=3).digest(), "big")
+
+    def __init__(self, groups: Sequence[Group]):
+        self._step = repr([group.id for group in groups]).encode()
+
+    def of(self, group: Group, *indices: int) -> float:
+        """For these completions; below 2²⁴, so that it goes through a float32 unharmed."""
+        own = repr((group.id, [group.completions[index].token_ids for index in indices])).encode()
+        return float(int.from_bytes(hashlib.blake2b(self._step + own, digest_size=3).digest(), "big"))

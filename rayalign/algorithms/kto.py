@@ -48,13 +48,14 @@ class KTO(Regularised):
             pairs = [Example((row(group, i), row(group, j))) for group, pairs, _ in found for i, j in pairs]
             return pairs, {"pairs/kept": float(len(pairs)), "pairs/dropped": float(sum(n for *_, n in found))}
         answers, dropped = labelled(groups, 0.5)
-        total, good = len(answers), sum(label for _, label, _ in answers)
+        rows = [row(group, index) for group, index, _ in answers]
+        total, good = len(answers), sum(label for *_, label in answers)
         weights = self._weights(good, total - good)
         examples = []
-        for place, (answer, label, _) in enumerate(answers):
-            other = _mismatched([each for each, _, _ in answers], place)
+        for place, (_, _, label) in enumerate(answers):
+            other = _mismatched(rows, place)
             values = values_of(label, good if label else total - good, total, weight=weights[label])
-            examples.append(Example((answer,) if other is None else (answer, other), values))
+            examples.append(Example((rows[place],) if other is None else (rows[place], other), values))
         return examples, counts(total, good, dropped)
 
     def _weights(self, good: int, bad: int) -> dict[bool, float]:

@@ -35,7 +35,10 @@ def random_groups(count: int, scores: Sequence[float], seed: int = 0) -> list[Gr
     def ids(n: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(n)]
 
-    return [group(f"row-{i}", [i, *ids(2 + i)], [ids(rng.randint(2, 7)) for _ in scores], scores) for i in range(count)]
+    return [
+        group(f"row-{i}", [i % VOCABULARY, *ids(2 + i)], [ids(rng.randint(2, 7)) for _ in scores], scores)
+        for i in range(count)
+    ]
 
 
 def table(seed: int) -> Tensor:

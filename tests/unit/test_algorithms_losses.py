@@ -1,0 +1,371 @@
+"""The losses of pairs, labels and rankings are those of maths, of the right numbers; and hand-worked values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from rayalign.algorithms.cringe import Cringe
+from rayalign.algorithms.kto import KTO
+from rayalign.algorithms.losses import PAIR_LOSSES, Pair
+from rayalign.algorithms.online_preference import OnlinePreference
+from rayalign.algorithms.preference import Preference
+from rayalign.algorithms.reward_losses import REWARD_LOSSES
+from rayalign.algorithms.reward_model import BINS, RewardModel, last_value
+from rayalign.errors import DataError
+from rayalign.maths import preference as maths
+from rayalign.maths import ranking
+from rayalign.maths.cringe import cringe_loss_of_top, cringe_token_loss
+from rayalign.registry import resolve
+from tests.unit.algorithm_cases import VOCABULARY, group, logps, random_groups, step, table, whole
+
+PAIRS = random_groups(4, (1.0, 0.0))
+
+
+def sums(groups, seed: int, answer: int) -> torch.Tensor:
+    return torch.tensor([logps(g.prompt.token_ids, g.completions[answer].token_ids, seed).sum() for g in groups])
+
+
+def means(groups, seed: int, answer: int) -> torch.Tensor:
+    return torch.tensor([logps(g.prompt.token_ids, g.completions[answer].token_ids, seed).mean() for g in groups])
+
+
+def gaps(groups, of=sums) -> torch.Tensor:
+    return (of(groups, 1, 0) - of(groups, 0, 0)) - (of(groups, 1, 1) - of(groups, 0, 1))
+
+
+GAP = gaps(PAIRS)
+W, L, MEAN_W, MEAN_L = sums(PAIRS, 1, 0), sums(PAIRS, 1, 1), means(PAIRS, 1, 0), means(PAIRS, 1, 1)
+WANTED = {
+    "dpo": ({"beta": 0.3, "label_smoothing": 0.1}, maths.dpo_loss(GAP, beta=0.3, label_smoothing=0.1)),
+    "robust": ({"beta": 0.3, "flip_prob": 0.2}, maths.robust_dpo_loss(GAP, beta=0.3, flip_prob=0.2)),
+    "soft": ({"beta": 0.3}, maths.dpo_loss(GAP, beta=0.3)),  # certain labels
+    "ipo": ({"tau": 0.2}, maths.ipo_loss(GAP, tau=0.2)),
+    "psi_po": ({"tau": 0.2}, maths.ipo_loss(GAP, tau=0.2)),  # K = 2, identity, certain labels
+    "hinge": ({"beta": 0.3}, maths.hinge_loss(GAP, beta=0.3)),
+    "slic_hf": ({"delta": 2.0, "weight": 0.3}, maths.slic_hf_loss(W, L, W, delta=2.0, weight=0.3)),
+    "simpo": ({"beta": 2.0, "gamma": 0.5}, maths.simpo_loss(MEAN_W, MEAN_L, beta=2.0, gamma=0.5)),
+    "orpo": ({"weight": 0.4}, maths.orpo_loss(MEAN_W, MEAN_L, weight=0.4)),
+    "spin": ({"lam": 0.7}, maths.spin_loss(GAP, lam=0.7)),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PAIR_LOSSES if name != "mix"])
+def test_pair_losses_are_those_of_maths(name):
+    settings, wanted = WANTED[name]
+    loss, metrics = whole(Preference(loss={"name": name, **settings}), PAIRS)
+    assert loss == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert metrics["logps/chosen"] == pytest.approx(float(W.mean()), rel=1e-5)
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
+
+
+def test_the_means_of_log_probs_are_an_option_of_ipo_and_slic():
+    loss, _ = whole(Preference(loss={"name": "ipo", "tau": 0.2, "mean": True}), PAIRS)
+    assert loss == pytest.approx(float(maths.ipo_loss(gaps(PAIRS, means), tau=0.2).mean()), rel=1e-5)
+    loss, _ = whole(Preference(loss={"name": "slic_hf", "delta": 2.0, "weight": 0.3, "mean": True}), PAIRS)
+    assert loss == pytest.approx(
+        float(maths.slic_hf_loss(MEAN_W, MEAN_L, MEAN_W, delta=2.0, weight=0.3).mean()), rel=1e-5
+    )
+
+
+def test_implicit_rewards_of_dpo_are_beta_times_the_log_ratios():
+    _, metrics = whole(Preference(loss={"beta": 0.3}), PAIRS)
+    assert metrics["rewards/margins"] == pytest.approx(0.3 * float(GAP.mean()), rel=1e-5)
+    assert metrics["rewards/accuracies"] == float((GAP > 0).double().mean())
+
+
+def test_a_mix_is_the_weighted_sum_of_its_parts_and_says_each():
+    mix = {"name": "mix", "parts": [{"loss": {"name": "ipo", "tau": 0.2}, "weight": 0.5}, {"loss": "simpo"}]}
+    loss, metrics = whole(Preference(loss=mix), PAIRS)
+    ipo, simpo = WANTED["ipo"][1].mean(), WANTED["simpo"][1].mean()
+    assert loss == pytest.approx(float(0.5 * ipo + simpo), rel=1e-5)
+    assert metrics["loss/ipo"] == pytest.approx(float(ipo), rel=1e-5)
+    assert metrics["loss/simpo"] == pytest.approx(float(simpo), rel=1e-5)
+
+
+def test_only_losses_with_a_reference_ask_for_one():
+    needs = {name: bool(Preference(loss={"name": name}).needs) for name in WANTED}
+    assert {name for name, needed in needs.items() if not needed} == {"slic_hf", "simpo", "orpo"}
+    assert Preference(loss={"name": "mix", "parts": [{"loss": "simpo"}, {"loss": "ipo"}]}).needs
+    assert not Preference(loss={"name": "mix", "parts": [{"loss": "simpo"}, {"loss": "orpo"}]}).needs
+
+
+def test_the_chosen_nll_is_added_as_a_mean():
+    plain, metrics = whole(Preference(), PAIRS)
+    loss, _ = whole(Preference(nll_weight=0.2), PAIRS)
+    assert metrics["nll"] == pytest.approx(-float(MEAN_W.mean()), rel=1e-5)
+    assert loss - plain == pytest.approx(-0.2 * float(MEAN_W.mean()), rel=1e-4)
+
+
+def test_slic_can_keep_up_the_likelihood_of_the_best_answer_of_all():
+    ranked = random_groups(2, (-1.0, 0.0, -2.0), seed=5)
+    loss, _ = whole(Preference(loss={"name": "slic_hf", "delta": 2.0, "weight": 0.3, "target": "best"}), ranked)
+    best, second, last = sums(ranked, 1, 1), sums(ranked, 1, 0), sums(ranked, 1, 2)
+    terms = [
+        maths.slic_hf_loss(*pair, best, delta=2.0, weight=0.3)
+        for pair in ((best, second), (best, last), (second, last))
+    ]
+    assert loss == pytest.approx(float(torch.cat(terms).mean()), rel=1e-5)
+
+
+def test_probabilities_are_those_of_annotators_where_there_are_any():
+    votes = [
+        group("votes", g.prompt.token_ids, [c.token_ids for c in g.completions], (1.0, 0.0),
+              preferences=((0.5, 0.8), (0.2, 0.5)))
+        for g in PAIRS
+    ]  # fmt: skip
+    soft, _ = whole(Preference(loss={"name": "soft", "beta": 0.3}), votes)
+    wanted = maths.soft_dpo_loss(GAP, beta=0.3, prob_chosen=torch.full_like(GAP, 0.8))
+    assert soft == pytest.approx(float(wanted.mean()), rel=1e-5)
+    psi, _ = whole(Preference(loss={"name": "psi_po", "tau": 0.2, "psi": "logit"}), votes)
+    # u_w − u_l = ½(logit .5 + logit .8) − ½(logit .2 + logit .5) = logit .8
+    wanted = maths.psi_po_loss(GAP, torch.full_like(GAP, math.log(4)), tau=0.2)
+    assert psi == pytest.approx(float(wanted.mean()), rel=1e-5)
+
+
+def test_scores_of_samples_are_read_as_a_bradley_terry_annotators():
+    (example,), _ = OnlinePreference(samples=2, loss="soft").examples([group("s", [1], [[2], [3]], (0.5, -1.0))])
+    assert example.values == {"prob_chosen": pytest.approx(1 / (1 + math.exp(-1.5)))}
+    (example,), _ = Preference(loss="soft").examples([group("s", [1], [[2], [3]], (0.5, -1.0))])
+    assert example.values == {"prob_chosen": 1.0}
+
+
+def test_utilities_of_ranked_answers_are_means_over_all_of_them():
+    ranked = group("r", [1], [[2], [3], [4]], (0.0, -1.0, -2.0))
+    examples, _ = Preference(loss="psi_po", pairs="best_worst").examples([ranked])
+    # Certain: u = ((½ + 1 + 1)/3, (0 + ½ + 1)/3, (0 + 0 + ½)/3)
+    assert examples[0].values["utility_gap"] == pytest.approx(2.5 / 3 - 0.5 / 3)
+
+
+def test_a_pair_alone_gives_the_worked_values():
+    policy = torch.tensor([[-12.3, -14.1], [-45, -40.5], [-8.75, -8.75], [-30.2, -33.9], [-101.5, -99]])
+    reference = torch.tensor([[-13, -13.5], [-44.2, -43], [-9.5, -9], [-28, -35], [-103, -97.25]])
+    pair = Pair(policy.double(), torch.ones(5, 2).double(), reference.double())
+    for name, settings, wanted in (
+        ("dpo", {"beta": 0.1}, 0.7171814),
+        ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, 0.7140814),
+        ("robust", {"beta": 0.1, "flip_prob": 0.1}, 0.7210564),
+        ("ipo", {"tau": 0.1}, 34.9565),
+        ("hinge", {"beta": 0.1}, 1.031),
+    ):
+        loss = resolve(PAIR_LOSSES[name])(**settings)
+        assert float(loss.of(pair).mean()) == pytest.approx(wanted, abs=1e-5)
+
+
+# KTO
+
+
+def ratios(groups, answer: int = 0) -> torch.Tensor:
+    return sums(groups, 1, answer) - sums(groups, 0, answer)
+
+
+@pytest.mark.parametrize("seeds", [(1, 0), (0, 1)])
+def test_ktos_reference_point_is_that_of_the_next_answers(seeds):
+    """With policy and reference exchanged the point has the other sign, and one of the two is cut off at 0."""
+    good, bad = random_groups(3, (1.0,)), random_groups(2, (0.0,), seed=9)
+    groups = [*good, *bad]
+    mismatched = torch.tensor([
+        [logps(a.prompt.token_ids, b.completions[0].token_ids, seed).sum() for seed in seeds]
+        for a, b in zip(groups, groups[1:] + groups[:1], strict=True)
+    ])  # fmt: skip
+    point = maths.kto_reference_point(mismatched[:, 0], mismatched[:, 1])
+    wanted = maths.kto_loss(
+        sums(groups, seeds[0], 0), sums(groups, seeds[1], 0), torch.tensor([True] * 3 + [False] * 2),
+        z_ref=point, beta=0.2, weight_undesirable=1.5,
+    )  # fmt: skip
+    algorithm = KTO(beta=0.2, weight_undesirable=1.5)
+    examples, _ = algorithm.examples(groups)
+    loss, metrics = step(algorithm, examples, table(seeds[0]), table(seeds[1]), [[0, 1], [2, 3, 4]])
+    assert float(loss) == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert metrics["kto/reference_point"] == pytest.approx(float(point), rel=1e-5, abs=1e-9)
+    d = 0.2 * (sums(groups, seeds[0], 0) - sums(groups, seeds[1], 0))
+    assert metrics["rewards/good"] == pytest.approx(float(d[:3].mean()), rel=1e-5)
+    assert metrics["rewards/bad"] == pytest.approx(float(d[3:].mean()), rel=1e-5)
+
+
+def test_the_mismatched_answer_is_that_of_another_prompt():
+    examples, metrics = KTO().examples([*PAIRS[:2]])
+    assert metrics["labels/good_share"] == 0.5
+    for example, (mine, other) in zip(examples, [(0, 1), (0, 1), (1, 0), (1, 0)], strict=True):
+        own, mismatched = example.sequences
+        assert own.prompt_ids == mismatched.prompt_ids == PAIRS[mine].prompt.token_ids
+        assert mismatched.completion_ids == PAIRS[other].completions[0].token_ids
+
+
+def test_with_one_prompt_alone_the_reference_point_is_zero():
+    loss, metrics = whole(KTO(beta=0.2), PAIRS[:1])
+    assert metrics["kto/reference_point"] == 0.0
+    d = torch.stack([ratios(PAIRS[:1], 0), -ratios(PAIRS[:1], 1)])
+    assert loss == pytest.approx(float(torch.sigmoid(-0.2 * d).mean()), rel=1e-5)
+
+
+def test_paired_kto_is_the_paired_loss_of_maths():
+    columns = [sums(PAIRS, seed, answer) for seed in (1, 0) for answer in (0, 1)]
+    loss, _ = whole(KTO(beta=0.2, paired=True), PAIRS)
+    assert loss == pytest.approx(float(maths.kto_pair_loss(*columns, beta=0.2).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, (1.0, 1.0)),
+        ({"weight_undesirable": "auto"}, (1.0, 1.5)),
+        ({"weight_desirable": "auto", "weight_undesirable": 3.0}, (2.0, 3.0)),
+        ({"weight_desirable": "auto", "weight_undesirable": "auto"}, (5 / 6, 5 / 4)),
+    ],
+)
+def test_weights_even_out_what_there_is_more_of(settings, wanted):
+    groups = [*random_groups(3, (1.0,)), *random_groups(2, (0.0,), seed=9)]
+    examples, _ = KTO(**settings).examples(groups)
+    assert {e.values["good"]: e.values["weight"] for e in examples} == pytest.approx({1.0: wanted[0], 0.0: wanted[1]})
+
+
+def test_good_answers_alone_are_said_and_weigh_as_they_are():
+    examples, metrics = KTO(weight_desirable="auto").examples(random_groups(3, (1.0,)))
+    assert metrics["labels/good_share"] == 1.0 and {e.values["weight"] for e in examples} == {1.0}
+    assert "rewards/bad" not in whole(KTO(), random_groups(3, (1.0,)))[1]
+
+
+# Cringe
+
+
+def cringe_of(groups, answer: int) -> torch.Tensor:
+    """[B] token means with top_k = 1, where nothing is left to chance."""
+    found = []
+    for each in groups:
+        ids = [each.prompt.token_ids[-1], *each.completions[answer].token_ids]
+        logits = table(1)[ids[:-1], :VOCABULARY].unsqueeze(0)
+        tokens = cringe_token_loss(logits, torch.tensor([ids[1:]]), torch.ones(1, len(ids) - 1), top_k=1)
+        found.append(tokens.mean())
+    return torch.stack(found)
+
+
+def test_binary_cringe_is_the_mean_over_good_and_over_bad_answers():
+    loss, metrics = whole(Cringe(variant="binary", top_k=1, alpha=0.4), PAIRS)
+    wanted = maths.binary_cringe_loss(-MEAN_W, cringe_of(PAIRS, 1), alpha=0.4)
+    assert loss == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert metrics["nll/good"] == pytest.approx(-float(MEAN_W.mean()), rel=1e-5)
+    assert metrics["cringe/bad"] == pytest.approx(float(cringe_of(PAIRS, 1).mean()), rel=1e-5)
+
+
+def test_pairwise_cringe_has_a_gate():
+    loss, metrics = whole(Cringe(top_k=1, alpha=0.4, margin=1.0, temperature=3.0), PAIRS)
+    gate = maths.pairwise_cringe_gate(W, L, margin=1.0, temperature=3.0)
+    wanted = gate * maths.binary_cringe_loss(-MEAN_W, cringe_of(PAIRS, 1), alpha=0.4)
+    assert loss == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert metrics["cringe/gate"] == pytest.approx(float(gate.mean()), rel=1e-5)
+
+
+def test_the_draws_of_cringe_follow_the_softmax_of_the_top_logits():
+    top = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).expand(1, 30000, 3)
+    label = torch.full((1, 30000), -1.0, dtype=torch.float64)
+    uniform = torch.rand(1, 30000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    losses = cringe_loss_of_top(label, top, torch.ones(1, 30000), uniform=uniform)
+    wanted = torch.softmax(top[0, 0], -1)
+    for index, probability in enumerate(wanted):
+        drawn = (losses + logsigmoid(top[0, 0, index] + 1)).abs() < 1e-12
+        assert float(drawn.double().mean()) == pytest.approx(float(probability), abs=0.01)
+
+
+def test_draws_are_of_the_step_and_the_row():
+    first, again, turned = (
+        {e.sequences[0].prompt_ids: e.values["seed"] for e in Cringe().examples(groups)[0]}
+        for groups in (PAIRS, PAIRS, PAIRS[::-1])
+    )
+    assert first == again and len(set(first.values())) == 4
+    assert not set(first.values()) & set(turned.values())
+
+
+@pytest.mark.parametrize("end", [0.0, 1 - 2**-53, math.nan])
+def test_draws_at_the_ends_are_of_the_top_logits(end):
+    top, uniform = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[end]], dtype=torch.float64)
+    found = cringe_loss_of_top(torch.zeros(1, 1), top, torch.ones(1, 1), uniform=uniform)
+    assert float(found) == pytest.approx(float(-logsigmoid(top[0, 0, 1 if end > 0 else 0])))
+    with pytest.raises(ValueError, match="do not fit"):
+        cringe_loss_of_top(torch.zeros(1, 2), top, torch.ones(1, 1))
+
+
+# Reward models
+
+
+def rewards(each) -> torch.Tensor:
+    return torch.stack([table(1)[c.token_ids[-1], VOCABULARY] for c in each.completions]).unsqueeze(0)
+
+
+@pytest.mark.parametrize("name", REWARD_LOSSES)
+def test_reward_losses_are_those_of_maths(name):
+    groups = random_groups(4, (-2.0, 0.0, -1.0, -1.0), seed=3)
+    ranks, mask = torch.tensor([[2, 0, 1, 1]]), torch.ones(1, 4)
+    wanted = []
+    for each in groups:
+        scores = rewards(each)
+        wanted += {
+            "bradley_terry": lambda r: [
+                ranking.bradley_terry_loss(r[:, i], r[:, j], margin=0.3)
+                for i, j in ((1, 0), (2, 0), (3, 0), (1, 2), (1, 3))
+            ],
+            "k_choose_2": lambda r: [ranking.k_choose_2_loss(r, ranks, mask)],
+            "best_of_choice": lambda r: [ranking.best_of_choice_loss(r, torch.tensor([1]), mask)],
+            "plackett_luce": lambda r: [ranking.plackett_luce_loss(r, ranks, mask)],
+        }[name](scores)
+    settings = {"margin": 0.3} if name == "bradley_terry" else {}
+    loss, metrics = whole(RewardModel(loss={"name": name, **settings}, center_weight=0.0), groups)
+    assert loss == pytest.approx(float(torch.cat(wanted).mean()), rel=1e-5)
+    assert metrics["rewards/std"] > 0
+
+
+def test_scores_are_centred_by_the_square_of_a_pairs_sum():
+    centred, _ = whole(RewardModel(center_weight=0.2), PAIRS)
+    plain, _ = whole(RewardModel(center_weight=0.0), PAIRS)
+    total = torch.cat([rewards(g).sum(1) for g in PAIRS])
+    assert centred - plain == pytest.approx(0.2 * float(total.square().mean()), rel=1e-4)
+
+
+def test_the_score_is_the_value_at_the_last_token():
+    values = torch.tensor([[1.0, 2.0, math.nan], [3.0, 4.0, 5.0]])
+    assert last_value(values, torch.tensor([[1, 1, 0], [1, 1, 1]])).tolist() == [2.0, 5.0]
+
+
+def test_margins_come_from_the_column():
+    groups = [
+        group(g.id, g.prompt.token_ids, [c.token_ids for c in g.completions], (1.0, 0.0), extra={"margin": i})
+        for i, g in enumerate(PAIRS)
+    ]
+    algorithm = RewardModel(loss={"name": "bradley_terry", "margin": "column"}, center_weight=0.0)
+    scores = torch.cat([rewards(g) for g in groups])
+    wanted = ranking.bradley_terry_loss(scores[:, 0], scores[:, 1], margin=torch.arange(4))
+    assert whole(algorithm, groups)[0] == pytest.approx(float(wanted.mean()), rel=1e-5)
+    with pytest.raises(DataError, match="row-0"):
+        algorithm.examples(PAIRS)
+
+
+def test_a_choice_has_one_best_answer():
+    algorithm = RewardModel(loss="best_of_choice")
+    examples, metrics = algorithm.examples([
+        group("a", [1], [[2], [3], [2]], (0.0, 1.0, 0.0)),  # the same answer twice: once
+        group("b", [1], [[2], [3], [4]], (1.0, 1.0, 0.0)),
+        group("c", [1], [[2]], (1.0,)),
+    ])  # fmt: skip
+    assert [r.completion_ids for r in examples[0].sequences] == [(3,), (2,)]
+    assert examples[0].values == {"ranks": (0.0, 1.0)} and len(examples) == 1
+    assert metrics == {"answers/kept": 2.0, "answers/dropped": 5.0}
+
+
+def test_calibration_of_held_out_pairs():
+    groups = random_groups(30, (1.0, 0.0), seed=11)
+    _, metrics = whole(RewardModel(), groups)
+    leads = torch.cat([rewards(g)[:, 0] - rewards(g)[:, 1] for g in groups]).numpy()
+    p = 1 / (1 + np.exp(-leads))
+    assert metrics["rewards/accuracies"] == pytest.approx(np.mean((p > 0.5) + 0.5 * (p == 0.5)))
+    assert metrics["calibration/nll"] == pytest.approx(-np.log(p).mean())
+    assert metrics["calibration/brier"] == pytest.approx(((1 - p) ** 2).mean())
+    confidence, right = np.maximum(p, 1 - p), (p > 0.5) + 0.5 * (p == 0.5)
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    ece = sum(abs((right - confidence)[place == b].sum()) for b in range(BINS)) / len(p)
+    found = RewardModel().summarise(metrics)
+    assert found["calibration/ece"] == pytest.approx(ece) and ece > 0.01
+    assert not any("gap" in name for name in found)
