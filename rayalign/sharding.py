@@ -16,7 +16,7 @@ def lengths_of(examples: Sequence[Example]) -> list[tuple[int, ...]]:
     return [tuple(len(row) for row in example.sequences) for example in examples]
 
 
-def split(lengths: Sequence[Sequence[int]], *, ranks: int, micro_batch_tokens: int) -> Plan:
+def split(lengths: Sequence[Sequence[int]], *, ranks: int, micro_batch_tokens: int, packed: bool = False) -> Plan:
     """Deal examples to ranks by tokens, and pack each rank's into micro-batches.
 
     The longest examples go first, each to the rank with the fewest tokens so far. Within a rank, examples of
@@ -27,6 +27,7 @@ def split(lengths: Sequence[Sequence[int]], *, ranks: int, micro_batch_tokens: i
         lengths: for each example the tokens of each of its rows (see `lengths_of`).
         ranks: how many ranks there are.
         micro_batch_tokens: tokens of a micro-batch, padding included.
+        packed: rows are laid behind one another, so that there is no padding to include.
 
     Returns:
         plan[rank][micro-batch] → indices. Every rank has the same number of micro-batches, those that it lacks
@@ -42,33 +43,33 @@ def split(lengths: Sequence[Sequence[int]], *, ranks: int, micro_batch_tokens: i
         rank = min(range(ranks), key=lambda r: (loads[r], r))
         loads[rank] += sum(lengths[index])
         owned[rank].append(index)
-    plan = [_pack(mine, lengths, micro_batch_tokens) for mine in owned]
+    plan = [_pack(mine, lengths, micro_batch_tokens, packed) for mine in owned]
     count = max(map(len, plan))
     return [micros + [[] for _ in range(count - len(micros))] for micros in plan]
 
 
-def _pack(indices: Sequence[int], lengths: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+def _pack(indices: Sequence[int], lengths: Sequence[Sequence[int]], budget: int, packed: bool) -> list[list[int]]:
     micros: list[list[int]] = []
-    longest = rows = 0
     for index in sorted(indices, key=lambda i: (-len(lengths[i]), -max(lengths[i]), i)):
-        count = len(lengths[index])
-        same = micros and len(lengths[micros[-1][0]]) == count
-        if same and (rows + count) * longest <= budget:
-            micros[-1].append(index)
-            rows += count
+        last = micros[-1] if micros else []
+        fits = last and len(lengths[last[0]]) == len(lengths[index])
+        if fits and _size([*last, index], lengths, packed) <= budget:
+            last.append(index)
         else:
             micros.append([index])
-            rows, longest = count, max(lengths[index])
     return micros
 
 
-def positions_of(lengths: Sequence[Sequence[int]], plan: Plan) -> tuple[int, int]:
+def _size(micro: Sequence[int], lengths: Sequence[Sequence[int]], packed: bool) -> int:
+    rows = [length for index in micro for length in lengths[index]]
+    return sum(rows) if packed else len(rows) * max(rows)
+
+
+def positions_of(lengths: Sequence[Sequence[int]], plan: Plan, *, packed: bool = False) -> tuple[int, int]:
     """Tokens, and positions with padding, of all micro-batches of a plan; fillers are not counted."""
-    tokens = positions = 0
-    for micro in (micro for micros in plan for micro in micros if micro):
-        rows = [length for index in micro for length in lengths[index]]
-        tokens, positions = tokens + sum(rows), positions + len(rows) * max(rows)
-    return tokens, positions
+    micros = [micro for share in plan for micro in share if micro]
+    tokens = sum(_size(micro, lengths, True) for micro in micros)
+    return tokens, sum(_size(micro, lengths, packed) for micro in micros)
 
 
 def minibatches(n: int, *, count: int, seed: int, epoch: int) -> list[list[int]]:

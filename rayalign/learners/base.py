@@ -145,11 +145,14 @@ class RankLearner(ABC):
 
     def split(self, examples: Sequence[Example], ranks: int) -> Plan:
         """Which rank works on which examples, in which micro-batches."""
-        return split(lengths_of(examples), ranks=ranks, micro_batch_tokens=self.settings.micro_batch_tokens)
+        settings = self.settings
+        return split(
+            lengths_of(examples), ranks=ranks, micro_batch_tokens=settings.micro_batch_tokens, packed=settings.packing
+        )
 
     def positions(self, examples: Sequence[Example], plan: Plan) -> tuple[int, int]:
         """Tokens, and positions with padding, of all ranks' micro-batches."""
-        return positions_of(lengths_of(examples), plan)
+        return positions_of(lengths_of(examples), plan, packed=self.settings.packing)
 
     def columns(
         self, batch: Batch, columns: Sequence[AnyColumn], temperature: float | None = None

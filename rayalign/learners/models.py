@@ -47,10 +47,11 @@ class CausalPolicy(Network):
     Args:
         model: the Hugging Face model.
         gradient_checkpointing: recompute layers in the backward pass.
+        packing: see Network.
     """
 
-    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False):
-        super().__init__(model, gradient_checkpointing=gradient_checkpointing)
+    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, packing: bool = False):
+        super().__init__(model, gradient_checkpointing=gradient_checkpointing, packing=packing)
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or model.base_model is model:
             raise _unknown_head(model)
@@ -58,6 +59,7 @@ class CausalPolicy(Network):
         self.head = ColumnHead(head, _logit_scaling(model.config.get_text_config()))
         self.eval()
         self._check_head()
+        self._check_packing()
 
     @classmethod
     def load(cls, spec: LearnerSpec, dtype: torch.dtype) -> CausalPolicy:
@@ -80,7 +82,8 @@ class CausalPolicy(Network):
                 remedy="a reward model cannot be a policy: give the language model that it was trained from",
             )
         model.requires_grad_(spec.trainable)
-        return cls(model, gradient_checkpointing=spec.settings.gradient_checkpointing and spec.trainable)
+        checkpointing = spec.settings.gradient_checkpointing and spec.trainable
+        return cls(model, gradient_checkpointing=checkpointing, packing=spec.settings.packing)
 
     @property
     def vocabulary(self) -> int:

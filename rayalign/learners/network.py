@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rayalign.errors import ConfigError
+from rayalign.learners import packing
 from rayalign.learners.columns import Teacher
 from rayalign.learners.settings import LearnerSpec
 from rayalign.types import AnyColumn
@@ -29,11 +30,12 @@ class Network(nn.Module):
     Args:
         model: the Hugging Face model.
         gradient_checkpointing: recompute layers in the backward pass.
+        packing: lay the sequences behind one another; the model's attention has to be packing.ATTENTION.
     """
 
-    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False):
+    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, packing: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.packing = model, packing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -74,6 +76,11 @@ class Network(nn.Module):
         """The number of next-token logits; None for a network without."""
         return None
 
+    def _check_packing(self) -> None:
+        """Raises ConfigError when this architecture cannot be packed."""
+        if self.packing:
+            packing.check_apart(self.model)
+
     def train(self, mode: bool = True) -> Network:
         """Stays in evaluation mode (no dropout), whoever asks; only layers to be recomputed are told."""
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -91,6 +98,10 @@ class Network(nn.Module):
 
     def _states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         """The last hidden states at `positions` [R, T] where `keep` [R, T] is true: [N, H]."""
+        if self.packing:
+            output = self.model.base_model(**packing.packed(input_ids, attention_mask), use_cache=False)
+            at = packing.starts_of(attention_mask).unsqueeze(1) + positions
+            return output.last_hidden_state[0, at[keep]]
         row = torch.arange(len(keep), device=keep.device).unsqueeze(1).expand_as(keep)[keep]
         return self._hidden(input_ids, attention_mask)[row, positions[keep]]
 
@@ -123,7 +134,7 @@ def load_pretrained(auto: Any, spec: LearnerSpec, dtype: torch.dtype, what: str,
             spec.model,
             dtype=dtype,
             trust_remote_code=spec.trust_remote_code,
-            attn_implementation=spec.settings.attention,
+            attn_implementation=packing.register() if spec.settings.packing else spec.settings.attention,
             output_loading_info=True,
             **extra,
         )

@@ -14,6 +14,7 @@ from rayalign.errors import ConfigError
 from rayalign.learners.columns import Teacher, refused, scattered
 from rayalign.learners.models import CausalPolicy
 from rayalign.learners.network import Network, load_pretrained
+from rayalign.learners.packing import unfit
 from rayalign.learners.settings import LearnerSpec
 from rayalign.types import AnyColumn, Column
 
@@ -31,15 +32,21 @@ class ScoreNetwork(Network):
     Args:
         model: the Hugging Face model.
         gradient_checkpointing: recompute layers in the backward pass.
+        packing: see Network; encoders cannot be packed.
         pad_id: what rows are padded with; exported as the model's own, unless it is an end token.
     """
 
-    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, pad_id: int = 0):
-        super().__init__(model, gradient_checkpointing=gradient_checkpointing)
+    def __init__(
+        self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, packing: bool = False, pad_id: int = 0
+    ):
+        super().__init__(model, gradient_checkpointing=gradient_checkpointing, packing=packing)
         self._pad_id = pad_id
         self.eval()
         self.tokenwise = isinstance(getattr(model, "score", None), nn.Linear)
+        if packing and not self.tokenwise:
+            raise unfit(model, "it scores a row as a whole")
         self._check_head()
+        self._check_packing()
 
     @classmethod
     def load(cls, spec: LearnerSpec, dtype: torch.dtype) -> ScoreNetwork:
@@ -68,7 +75,8 @@ class ScoreNetwork(Network):
         _start(model, missing, spec.seed)
         model.requires_grad_(spec.trainable)
         checkpointing = spec.settings.gradient_checkpointing and spec.trainable
-        return cls(model, gradient_checkpointing=checkpointing, pad_id=spec.pad_id)
+        packing = spec.settings.packing
+        return cls(model, gradient_checkpointing=checkpointing, packing=packing, pad_id=spec.pad_id)
 
     def forward(
         self,

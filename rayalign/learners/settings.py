@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rayalign.record import Record
+from rayalign.record import Record, Unfit
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -50,11 +50,25 @@ class LearnerSettings(Record):
         None, description="of the forward and backward pass and of pushed weights; none: the model's own"
     )
     micro_batch_tokens: int = Field(8192, ge=1, description="tokens of a micro-batch on one rank, padding included")
+    packing: bool = Field(
+        False, description="sequences behind one another instead of padded rows; micro_batch_tokens are then real ones"
+    )
     logprob_chunk: int = Field(2048, ge=1, description="completion positions whose logits are held at a time")
     gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers")
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: its share")
     deadline_s: float = Field(1800.0, gt=0, description="seconds after which a call to this learner counts as lost")
+
+    @model_validator(mode="after")
+    def _packable(self) -> LearnerSettings:
+        if self.packing and self.attention != "sdpa":
+            raise Unfit(
+                "packed rows have their own attention",
+                key="attention",
+                rule="sdpa, which packed rows use a sequence at a time",
+                remedy="set attention=sdpa, or packing=false",
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
@@ -17,7 +18,7 @@ from rayalign.collate import collate
 from rayalign.errors import ConfigError
 from rayalign.learners.models import CausalPolicy
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, OptimizerConfig
-from rayalign.types import Column, Example, Sequence
+from rayalign.types import Column, Example, Sequence, TopLogits
 from tests.tiny_models import build_tiny_llama
 
 SMALL = dict(
@@ -98,12 +99,32 @@ def test_columns_are_those_of_the_full_logits_row_by_row(folder):
         assert (columns["logps"][index, count:] == 0).all()
 
 
+def test_top_logits_are_the_labels_own_and_the_largest_others(folder):
+    policy, plain = load(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = run(policy, (TopLogits(3),), temperature=0.5)["top_logits"]
+    assert found.shape == (4, 5, 4)
+    for index, row in enumerate(row for example in EXAMPLES for row in example.sequences):
+        start = len(row.prompt_ids) - 1
+        with torch.no_grad():
+            logits = plain(torch.tensor([row.prompt_ids + row.completion_ids])).logits[0, start:-1].float() / 0.5
+        for step, label in enumerate(row.completion_ids):
+            others = torch.cat([logits[step, :label], logits[step, label + 1 :]]).topk(3).values
+            assert torch.allclose(found[index, step], torch.cat([logits[step, label : label + 1], others]), atol=1e-4)
+        assert (found[index, len(row.completion_ids) :] == 0).all()
+    for k in (0, policy.vocabulary):
+        with pytest.raises(ConfigError, match="top logits"):
+            run(policy, (TopLogits(k),))
+    with pytest.raises(ConfigError, match="no such column"):
+        run(policy, (Column.VALUES,))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_chunks_and_recomputed_layers_change_nothing(tmp_path, checkpointing):
     folder = build_tiny_llama(tmp_path, tied=True)
     grads = []
     for policy, chunk in ((load(folder), 2048), (load(folder, gradient_checkpointing=checkpointing), 3)):
-        run(policy, (Column.LOGPS,), chunk=chunk)["logps"].sum().backward()
+        found = run(policy, (Column.LOGPS, TopLogits(2)), chunk=chunk)
+        (found["logps"].sum() + 0.01 * found["top_logits"].pow(2).sum()).backward()
         grads.append({name: parameter.grad for name, parameter in policy.named_weights()})
     assert grads[0].keys() == grads[1].keys() and "lm_head.weight" not in grads[0]
     for name, grad in grads[0].items():
@@ -132,6 +153,16 @@ def test_an_architecture_that_scales_its_logits_otherwise_is_refused(tmp_path):
     model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits * 2))
     with pytest.raises(ConfigError, match="logits"):
         CausalPolicy(model)
+
+
+def test_a_reward_models_checkpoint_is_no_policy(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(
+        AutoModelForCausalLM.from_pretrained(build_tiny_llama(tmp_path / "causal")).config
+    ).save_pretrained(tmp_path / "reward")
+    with pytest.raises(ConfigError, match="not a whole language model") as caught:
+        load(tmp_path / "reward")
+    assert "LlamaForSequenceClassification" in caught.value.value and "lm_head.weight" in caught.value.value
 
 
 def test_a_folder_without_a_model_is_a_config_error(tmp_path):

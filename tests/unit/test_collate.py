@@ -30,6 +30,19 @@ def test_a_real_token_that_equals_the_pad_id_is_not_masked():
     assert batch.mask.sum() == 3 and batch.attention_mask.sum() == 4
 
 
+def test_columns_and_values_may_hold_several_numbers():
+    rows = [
+        Sequence((1,), (2, 3), columns={"policy/top_logits": np.array([[1.0, 2.0], [3.0, 4.0]])}),
+        Sequence((1,), (2,), columns={"policy/top_logits": np.array([[5.0, 6.0]])}),
+    ]
+    batch = collate([Example(tuple(rows), {"ranks": (1.0, 0.0), "p": 0.5})], pad_id=0)
+    assert batch.columns["policy/top_logits"].tolist() == [[[1, 2], [3, 4]], [[5, 6], [0, 0]]]
+    assert batch.values["ranks"].tolist() == [[1.0, 0.0]] and batch.values["p"].tolist() == [0.5]
+    for wrong in ((1.0,), (1.0, 2.0, 3.0), ((1.0, 2.0), (3.0, 4.0))):
+        with pytest.raises(ValueError, match="ranks"):
+            collate([Example(tuple(rows), {"ranks": wrong})], pad_id=0)
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -37,6 +50,7 @@ def test_a_real_token_that_equals_the_pad_id_is_not_masked():
         Sequence((), (1,)),
         Sequence((1,), (2, 3), rollout_logps=(0.0,)),
         Sequence((1,), (2, 3), columns={"reference/logps": np.zeros(1)}),
+        Sequence((1,), (2, 3), columns={"policy/top_logits": np.zeros((1, 2))}),
     ],
 )
 def test_rows_that_cannot_be_used_are_data_errors(row):

@@ -4,17 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayalign.sharding import minibatches, split
+from rayalign.sharding import minibatches, positions_of, split
 
-LENGTHS = st.integers(1, 3).flatmap(
-    lambda rows: st.lists(st.lists(st.integers(2, 60), min_size=rows, max_size=rows), max_size=30)
-)
+LENGTHS = st.lists(st.lists(st.integers(2, 60), min_size=1, max_size=3), max_size=30)
 
 
 @settings(max_examples=200, deadline=None)
-@given(lengths=LENGTHS, ranks=st.integers(1, 5), budget=st.integers(1, 300))
-def test_split_holds_its_promises(lengths, ranks, budget):
-    plan = split(lengths, ranks=ranks, micro_batch_tokens=budget)
+@given(lengths=LENGTHS, ranks=st.integers(1, 5), budget=st.integers(1, 300), packed=st.booleans())
+def test_split_holds_its_promises(lengths, ranks, budget, packed):
+    plan = split(lengths, ranks=ranks, micro_batch_tokens=budget, packed=packed)
     flat = [index for micros in plan for micro in micros for index in micro]
     assert len(plan) == ranks and sorted(flat) == list(range(len(lengths)))
     assert len({len(micros) for micros in plan}) == 1
@@ -23,12 +21,24 @@ def test_split_holds_its_promises(lengths, ranks, budget):
         assert sizes == sorted(sizes, reverse=True)  # fillers come last
         for micro in micros:
             padded = sum(len(lengths[i]) for i in micro) * max((max(lengths[i]) for i in micro), default=0)
-            assert len(micro) <= 1 or padded <= budget
+            tokens = sum(sum(lengths[i]) for i in micro)
+            assert len(micro) <= 1 or (tokens if packed else padded) <= budget
+            assert len({len(lengths[i]) for i in micro}) <= 1
     if lengths:
         loads = [sum(sum(lengths[i]) for micro in micros for i in micro) for micros in plan]
         assert max(loads) - min(loads) <= max(map(sum, lengths))
         assert any(plan[rank][-1] for rank in range(ranks))  # no micro-batch that is a filler on every rank
-    assert plan == split(lengths, ranks=ranks, micro_batch_tokens=budget)
+        tokens, positions = positions_of(lengths, plan, packed=packed)
+        assert tokens == sum(map(sum, lengths)) and positions == tokens if packed else positions >= tokens
+    assert plan == split(lengths, ranks=ranks, micro_batch_tokens=budget, packed=packed)
+
+
+def test_padding_is_counted_and_fillers_are_not():
+    lengths = [[4, 6], [9, 9], [3]]
+    plan = split(lengths, ranks=2, micro_batch_tokens=40)
+    assert plan == [[[1], []], [[0], [2]]]
+    assert positions_of(lengths, plan) == (31, 12 + 18 + 3)
+    assert positions_of(lengths, plan, packed=True) == (31, 31)
 
 
 def test_similar_lengths_stand_together():
