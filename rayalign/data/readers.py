@@ -65,7 +65,7 @@ class Reader:
         used = {self._columns[role] for role in self._columns if role not in ("margin", "images")}
         extra = {name: value for name, value in row.items() if name not in used}
         if "margin" in self._columns:
-            extra["margin"] = _number(row[self._columns["margin"]], "a margin", where)
+            extra["margin"] = _number(self._cell(row, "margin", where), "a margin", where)
         said = getattr(self, f"_{self.kind}")(row, answers, where)
         return Row(self.kind, messages, tuple(answers), extra=extra, **said)
 

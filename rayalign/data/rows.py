@@ -32,7 +32,7 @@ def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
         raise not_loaded(source, error) from error
 
 
-def check_path(path: Path, source: str) -> None:
+def check_path(path: Path, source: str, key: str = "data.prompts") -> None:
     """Refuse what can neither be a data file nor a hub id. Raises DataError."""
     if path.is_dir():
         inside = sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES)
@@ -45,7 +45,7 @@ def check_path(path: Path, source: str) -> None:
         )
     if path.suffix in SUFFIXES:
         if not path.is_file():
-            raise _no_file(path)
+            raise _no_file(path, key)
         if path.stat().st_size == 0:
             raise DataError(
                 "this file is empty",
@@ -63,28 +63,29 @@ def check_path(path: Path, source: str) -> None:
             remedy='write one JSON object a line, {"prompt": "…"}, into a file that ends in .jsonl',
         )
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise _no_file(path)
+        raise _no_file(path, key)
 
 
-def not_loaded(source: str, error: Exception) -> DataError:
+def not_loaded(source: str, error: Exception, key: str = "data.prompts") -> DataError:
     """What `datasets` says of a hub id that it could not load."""
     return DataError(
         "this data set could not be loaded",
         where=source,
         value=f"{type(error).__name__}: {error}",
         rule=RULE,
-        remedy="check the id, data.split and the network; a file is named with its suffix",
+        remedy=f"check the id, {'data.split' if key == 'data.prompts' else 'split'} and the network; "
+        "a file is named with its suffix",
     )
 
 
-def _no_file(path: Path) -> DataError:
+def _no_file(path: Path, key: str) -> DataError:
     near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.*")], n=1, cutoff=0.75)
     return DataError(
         "there is no such file",
         where=str(path),
         value="no file",
         rule=f"{RULE}; relative paths start at {Path.cwd()}",
-        remedy=f"did you mean {path.parent / near[0]}?" if near else "correct data.prompts",
+        remedy=f"did you mean {path.parent / near[0]}?" if near else f"correct {key}",
     )
 
 

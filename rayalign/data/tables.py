@@ -15,6 +15,7 @@ from rayalign.data.rows import check_path, csv_table, json_list, json_row, not_l
 from rayalign.errors import DataError
 
 Row = dict[str, Any]
+KEY = "data.examples"
 
 
 class Table(Protocol):
@@ -81,7 +82,7 @@ def open_table(source: SourceConfig) -> Table:
     path = Path(source.path).expanduser()
     if path.is_dir() and _is_saved(path):
         return _dataset(_of_split(_saved(path), source), source.path)
-    check_path(path, source.path)
+    check_path(path, source.path, KEY)
     if path.suffix == ".jsonl":
         return JsonLines(path)
     if path.suffix == ".json":
@@ -104,7 +105,7 @@ def open_stream(source: SourceConfig) -> Iterator[tuple[int, str, Row]]:
         for index in range(len(table)):
             yield index, table.where(index), table.row(index)
         return
-    check_path(path, source.path)
+    check_path(path, source.path, KEY)
     if path.suffix == ".parquet":
         with parquet_errors(path) as parquet:
             parquet.ParquetFile(path).close()
@@ -130,16 +131,18 @@ def quiet_datasets() -> Iterator[Any]:
 
 
 def _hub(source: SourceConfig, *, streaming: bool = False) -> Any:
-    return _loaded(source, source.path, name=source.subset, revision=source.revision, streaming=streaming)
+    return _loaded(
+        source, source.path, source.subset, split=source.split, revision=source.revision, streaming=streaming
+    )
 
 
-def _loaded(source: SourceConfig, name: str, **arguments: Any) -> Any:
+def _loaded(source: SourceConfig, *names: str | None, split: str = "train", **arguments: Any) -> Any:
+    """By `datasets.load_dataset`; a file is one split, which is called train."""
     with quiet_datasets() as datasets:
         try:
-            split = source.split if name == source.path else "train"  # a file is one split, called train
-            return datasets.load_dataset(name, split=split, **arguments).with_format(None)
+            return datasets.load_dataset(*names, split=split, **arguments).with_format(None)
         except Exception as error:  # datasets raises a different class for every way of not finding something
-            raise not_loaded(source.path, error) from error
+            raise not_loaded(source.path, error, KEY) from error
 
 
 def _is_saved(path: Path) -> bool:
@@ -151,7 +154,7 @@ def _saved(path: Path) -> Any:
         try:
             return datasets.load_from_disk(str(path))
         except Exception as error:
-            raise not_loaded(str(path), error) from error
+            raise not_loaded(str(path), error, KEY) from error
 
 
 def _of_split(data: Any, source: SourceConfig) -> Any:

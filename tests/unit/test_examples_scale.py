@@ -1,0 +1,58 @@
+"""Large data sets are opened without being read into memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROWS = 200_000
+LIMIT_MIB = 64  # what may stay in memory; the rows are some 140 MiB of text
+CODE = """
+import sys
+from pathlib import Path
+from tests.tiny_models import build_tokenizer
+from tests.unit.examples_data import load, one
+
+def own_mib():  # memory that is no file's
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+
+path, folder, rows = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+import datasets, pyarrow.parquet
+tokenizer = build_tokenizer()
+one(tokenizer, folder, {"prompt": "q", "chosen": "x", "rejected": "y"}, max_tokens=4096)
+before = own_mib()
+loaded = load(tokenizer, path, held_out=0.2, max_tokens=4096)
+assert (loaded.rows, len(loaded.held_out)) == (rows * 4 // 5, rows // 5)
+groups = loaded.step(0, 64) + loaded.step(10**6, 64) + list(loaded.held_out[:64])
+assert len({group.prompt.index for group in groups}) > 180
+print("grown by", own_mib() - before)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_two_hundred_thousand_rows_stay_in_their_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        with path.open("w") as file:
+            for i in range(ROWS):
+                file.write(
+                    f'{{"prompt": "q{i} {"film " * 40}", "chosen": "{"good " * 40}", "rejected": "{"bad " * 60}"}}\n'
+                )
+        assert path.stat().st_size > 2 * LIMIT_MIB << 20
+    else:
+        from pyarrow import array, parquet, table
+
+        texts = {"prompt": [f"q{i} {'film ' * 40}" for i in range(ROWS)]}
+        texts |= {"chosen": ["good " * 40] * ROWS, "rejected": ["bad " * 60] * ROWS}
+        parquet.write_table(table({name: array(each) for name, each in texts.items()}), path)
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PATH": "", "HF_HOME": str(tmp_path / "hf")}
+    ended = subprocess.run(
+        [sys.executable, "-c", CODE, str(path), str(tmp_path), str(ROWS)],
+        capture_output=True, text=True, timeout=280, env=environment,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout.split()[-1]) < LIMIT_MIB
