@@ -4,6 +4,7 @@ evaluated by the functions that make the plan."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
@@ -13,18 +14,28 @@ from rayalign.errors import ConfigError
 from rayalign.plan.engines import split_choices
 from rayalign.plan.fit import cannot_load, evaluate
 from rayalign.plan.records import Change, Fit, Lengths
-from rayalign.plan.several import Setting, several, thin_ranks
+from rayalign.plan.several import Setting, TryOut, several, thin_ranks
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node
 from rayalign.schema import Config
 
 
 def nearest_change(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node]) -> Change | None:
-    """None when nothing that is tried here helps."""
+    """None when nothing that is tried here helps. Where the memory of hosts is not known, nothing is offloaded into
+    it unless all else fails."""
     if cannot_load(config, shape, nodes):
         return None
     single = list(candidates(config, shape, nodes))
     try_out = partial(_try_out, config, shape, lengths)
+    found = None
+    if not all(node.memory_gib for node in nodes):
+        found = _nearest(config, nodes, [each for each in single if each[0] != "learner.offload"], try_out)
+    found = found or _nearest(config, nodes, single, try_out)
+    fit = found and try_out(found.settings, found.nodes or nodes)
+    return replace(found, loads=fit.loads) if found and fit else None
+
+
+def _nearest(config: Config, nodes: Sequence[Node], single: Sequence[Setting], try_out: TryOut) -> Change | None:
     few = thin_ranks(config, nodes)
     paired = [each for each in single if each[0] != "learner.ranks" or each[1] in few]
     for settings in [*((each,) for each in single), *_pairs(paired)]:
