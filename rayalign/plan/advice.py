@@ -19,6 +19,8 @@ from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node
 from rayalign.schema import Config
 
+NEAR = 16  # numbers of ranks on either side that are tried one by one
+
 
 def nearest_change(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node]) -> Change | None:
     """None when nothing that is tried here helps. Where the memory of hosts is not known, nothing is offloaded into
@@ -74,13 +76,14 @@ def candidates(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[
 
 
 def _ranks(config: Config, nodes: Sequence[Node]) -> list[int]:
-    """Fewer, nearest first; then more, where the learner can have more than one."""
+    """Fewer, nearest first; then more, where the learner can have more than one. Far off, only some."""
     now = config.learner.ranks
     if not hasattr(config.learner, "zero_stage"):
         return []
     slots = sum(node.gpus for node in nodes) or sum(node.cpus for node in nodes)
-    more = range(now + 1, min(slots, config.rollout.prompts) + 1)
-    return [*range(now - 1, 0, -1), *more]
+    fewer, more = range(now - 1, 0, -1), range(now + 1, min(slots, config.rollout.prompts) + 1)
+    far = [n for n in thin_ranks(config, nodes) if abs(n - now) > NEAR]
+    return [*fewer[:NEAR], *more[:NEAR], *far]
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

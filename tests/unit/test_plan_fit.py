@@ -164,6 +164,12 @@ def test_a_local_plan_is_one_process(nodes, make):
     assert "engine-0, learner-0, scorer-0" in printed(plan, 100)
 
 
+def test_more_scorers_than_cores_can_be_shared_out_to_are_refused():
+    plan = make_plan(demo("SmolLM2-135M-Instruct", "scorer.count=99999999"), nodes="2x2cpu/32GiB")
+    assert plan.problems[0].where == "key scorer.count" and "to 360" in plan.problems[0].remedy
+    assert make_plan(demo("SmolLM2-135M-Instruct", "scorer.count=4"), nodes="2x2cpu/32GiB").fits
+
+
 def test_what_is_not_known_is_said():
     plan = make_plan(demo("SmolLM2-135M-Instruct"), nodes="1x2xH100")
     text = " ".join(printed(plan).split())
