@@ -113,11 +113,11 @@ def submit(
     from rayalign.runtime import jobs
     from rayalign.runtime.job_client import connect
 
-    job_id, client = jobs.new_id(name), None
+    client = None
     try:
         client = connect(address)
         check(config)
-        upload = collect(config, name=name)
+        upload, job_id = collect(config, name=name), jobs.new_id(name)
         with tempfile.TemporaryDirectory(prefix="rayalign-") as folder:
             upload.write(Path(folder))
             for line in upload.lines():
