@@ -15,7 +15,7 @@ from rich.table import Table
 from rayalign.config.source import in_yaml
 from rayalign.plan.nodes import write_nodes
 from rayalign.plan.records import GIB, Bytes, Change, Load, Plan, Problem
-from rayalign.runtime.placement import Node
+from rayalign.record import redacted
 
 WIDTH = 100  # of a pipe
 TOP = "(top level)"  # keys of no section
@@ -38,13 +38,15 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def _config(plan: Plan, out: Console) -> None:
     table = _table("config: what differs from the defaults", "key", "value", "default")
+    table.columns[0].no_wrap = True
     for key, (value, default) in plan.differs.items():
-        table.add_row(escape(key), escape(_short(value)), "" if default is None else escape(_short(default)))
+        usual = "" if default is None else _short(default, key)
+        table.add_row(escape(key), escape(_short(value, key)), escape(usual))
     out.print(table)
     sections: dict[str, list[str]] = {}
     for key, value in plan.defaults.items():
         section, dot, name = key.rpartition(".")
-        sections.setdefault(section if dot else TOP, []).append(f"{name}={_short(value)}")
+        sections.setdefault(section if dot else TOP, []).append(f"{name}={_short(value, key)}")
     _say(out, "as by default:")
     for section, pairs in sorted(sections.items(), key=lambda each: each[0] != TOP):
         _say(out, f"  {section}: {' '.join(pairs)}", indent=4)
@@ -163,7 +165,7 @@ def _verdict(plan: Plan, out: Console) -> None:
     elif plan.advice is None:
         _say(out, "no change of the memory keys, and no number of such nodes, was found under which it would fit")
     else:
-        _advice(plan.advice, plan.nodes, out)
+        _advice(plan.advice, plan, out)
 
 
 def _given(loads: Iterable[Load]) -> str:
@@ -177,14 +179,16 @@ def _given(loads: Iterable[Load]) -> str:
     return f" if {' and '.join(parts)}, which was not checked" if parts else ""
 
 
-def _advice(change: Change, before: Sequence[Node], out: Console) -> None:
+def _advice(change: Change, plan: Plan, out: Console) -> None:
     line, given = " ".join(change.overrides), _given(change.loads)
     if not change.nodes:
         _say(out, f"the nearest change under which it fits{given}:")
     else:
-        if not all(node.memory_gib for node in before):
-            _say(out, "with learner.offload=cpu it may need fewer nodes: give their host memory to have that tried")
-        it = f"it fits on {len(change.nodes)} such nodes (now {len(before)})"
+        key = "learner.offload"
+        off = plan.defaults.get(key) == "none" and key not in dict(change.settings)
+        if off and not all(node.memory_gib for node in plan.nodes):
+            _say(out, f"with {key}=cpu it may need fewer nodes: give their host memory to have that tried")
+        it = f"it fits on {len(change.nodes)} such nodes (now {len(plan.nodes)})"
         _say(out, f"{it}{given}{', with' if given and line else ' with' if line else ''}:")
         if all(node.gpu_gib for node in change.nodes if node.gpus):  # else text would say more than is known
             line = f"nodes={write_nodes(change.nodes)} {line}"
@@ -220,7 +224,7 @@ def _n(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _short(value: Any) -> str:
-    """As a config would hold it, cut."""
-    text = in_yaml(value)
+def _short(value: Any, key: str) -> str:
+    """As a config would hold it, without secrets, cut."""
+    text = in_yaml(redacted(value, key))
     return text if len(text) <= 60 else text[:59] + "…"

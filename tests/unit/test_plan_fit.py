@@ -19,6 +19,7 @@ from rayalign.plan.batches import prompt_lengths
 from rayalign.plan.fit import evaluate
 from rayalign.plan.nodes import parse_nodes, write_nodes
 from rayalign.plan.shapes import read_shape
+from rayalign.trackers import TensorBoard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = Path(__file__).parent / "shapes"
@@ -231,6 +232,26 @@ def test_the_config_is_shown_as_a_config_would_hold_it():
     for values in (plan.defaults, {key: value for key, (value, _) in plan.differs.items()}):
         for value in values.values():
             assert yaml.safe_load(in_yaml(value)) == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_secrets_are_not_shown():
+    tracker = "{name: 'tests.unit.test_plan_fit:Tracker', api_key: abc123}"
+    plan = make_plan(demo("SmolLM2-135M-Instruct", f"trackers=[{tracker}]"), nodes="1x2cpu/64GiB")
+    assert "abc123" not in printed(plan, 140) and "***" in printed(plan, 140)
+
+
+class Tracker(TensorBoard):
+    name: str = "tests.unit.test_plan_fit:Tracker"  # type: ignore[assignment]
+    api_key: str = ""
+
+
+def test_keys_stand_on_one_line_and_offload_is_spoken_of_where_it_is_off():
+    overrides = ["learner.ranks=6", "learner.gradient_checkpointing=true", "engine.kv_cache_gib=0.75"]
+    trackers = "trackers=[{name: tensorboard}, {name: wandb, project: a-name-that-is-long}]"
+    text = printed(make_plan(demo("Llama-3.1-70B", *LARGE, *overrides, trackers), nodes="1x8xB200"))
+    assert " learner.gradient_checkpointing " in text and "with learner.offload=cpu" in text
+    text = printed(make_plan(demo("Llama-3.1-70B", *LARGE, *overrides, "learner.offload=cpu"), nodes="1x1xB200"))
+    assert "such nodes" in text and "with learner.offload=cpu" not in text
 
 
 def test_a_config_that_no_machine_can_run_is_refused():
