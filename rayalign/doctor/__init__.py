@@ -30,8 +30,8 @@ def diagnose(*, selftest: bool = False) -> int:
     """Look at versions, machine, GPUs, network and environment, start Ray and vLLM, and print what is found.
 
     Args:
-        selftest: then train two steps on a tiny model, push weights each way there is, sleep and wake; takes under a
-            minute on two quiet CPU cores (95 s of their time).
+        selftest: then train two steps on a tiny model, push weights each way there is, sleep and wake; about 95 s of
+            CPU time: under a minute on two quiet cores.
 
     Returns:
         the number of problems; 0: rayalign runs here.

@@ -19,7 +19,8 @@ def selftest(*, gpus: Sequence[Gpu] = ()) -> Generator[Stage, None, None]:
     """Train two steps on Ray actors, push weights each way there is, put an engine to sleep and wake it.
 
     Each part is a process of its own with a deadline, so that a crash is a finding and the next part still runs.
-    Takes under a minute on two quiet CPU cores (95 s of their time). When a stage fails, its logs stay in the temporary folder that it names.
+    Takes about 95 s of CPU time: under a minute on two quiet cores. When a stage fails, its logs stay in the temporary
+    folder that it names.
 
     Args:
         gpus: that torch can use; none: everything runs on the CPU.
