@@ -148,7 +148,7 @@ def plan(
 @app.command(rich_help_panel=BEFORE)
 def doctor(
     selftest: Annotated[
-        bool, typer.Option("--selftest", help="train a tiny model through Ray, vLLM and DeepSpeed (under a minute)")
+        bool, typer.Option("--selftest", help="train a tiny model through Ray, vLLM and DeepSpeed")
     ] = False,
     debug: Debug = False,
 ) -> None:

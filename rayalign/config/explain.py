@@ -12,42 +12,28 @@ from pydantic import BaseModel, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.fields import FieldInfo
 
-from rayalign.config.habits import HABITS
+from rayalign.config.habits import habit, libraries
 from rayalign.config.source import Source, in_yaml
+from rayalign.config.words import choices_of, example_of, rule_of
 from rayalign.errors import ConfigError
 from rayalign.record import Unfit
 from rayalign.registry import Tagged, did_you_mean
 from rayalign.schema import Config, record_schema
 
 Path = tuple[str | int, ...]
-KINDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "a text",
-    "boolean": "true or false",
-    "array": "a list",
-    "object": "a mapping of keys",
-}
-BOUNDS = (
-    ("minimum", "at least"),
-    ("exclusiveMinimum", "above"),
-    ("maximum", "at most"),
-    ("exclusiveMaximum", "below"),
-)
 
 
 def explain(error: ValidationError, source: Source) -> ConfigError:
-    """The first problem in full, and where the others are. Unknown keys come first: a key that is spelt wrong
-    is often the one that is missing."""
-    problems = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
-    paths = [".".join(map(str, each["loc"])) for each in problems[1:]]
-    others = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    also = f" (also wrong: {others})" if paths else ""
-    problem = problems[0]
+    """The first problem in full, and where the others are. Unknown keys come first, those of other libraries before
+    the rest: a key that is spelt wrong, or brought from elsewhere, is often the one that is missing."""
+    problems = error.errors(include_url=False)
+    words = [str(each["loc"][-1]) for each in problems if _kind(each) == "unknown"]
+    problem, *others = sorted(problems, key=_rank)
+    also = _also(others)
     path: Path = problem["loc"]
-    if problem["type"] in ("extra_forbidden", "invalid_key"):
-        return _unknown(path, problem["input"], source, also)
-    if problem["type"] == "missing" and isinstance(path[-1], str):
+    if _kind(problem) == "unknown":
+        return _unknown(path, problem["input"], source, libraries(str(path[-1]), words), also)
+    if _kind(problem) == "missing":
         return _missing(path, problem["input"], source, also)
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, Unfit):
@@ -55,22 +41,48 @@ def explain(error: ValidationError, source: Source) -> ConfigError:
     return _wrong(path, problem, source, also)
 
 
-def _unknown(path: Path, value: Any, source: Source, also: str) -> ConfigError:
+def _rank(problem: Mapping[str, Any]) -> int:
+    if _kind(problem) != "unknown":
+        return 2
+    return 0 if libraries(str(problem["loc"][-1])) else 1
+
+
+def _kind(problem: Mapping[str, Any]) -> str:
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return "unknown"
+    return "missing" if problem["type"] == "missing" and isinstance(problem["loc"][-1], str) else "wrong"
+
+
+def _also(problems: Sequence[Mapping[str, Any]]) -> str:
+    """Where else something is, by kind: ' (also unknown: train.stepz; missing: model, data)'."""
+    paths: dict[str, list[str]] = {"unknown": [], "missing": [], "wrong": []}
+    for each in problems:
+        paths[_kind(each)].append(".".join(map(str, each["loc"])))
+    parts = []
+    for kind, found in paths.items():
+        named = len(found) if kind == "missing" or len(found) <= 3 else 1  # what is missing has to be added, all of it
+        more = f" and {len(found) - named} more" if len(found) > named else ""
+        parts += [f"{kind}: {', '.join(found[:named])}{more}"] if found else []
+    return f" (also {'; '.join(parts)})" if parts else ""
+
+
+def _unknown(path: Path, value: Any, source: Source, owners: Sequence[str], also: str) -> ConfigError:
     record, section, word = _owner(path, source.data), ".".join(map(str, path[:-1])), str(path[-1])
+    what = f"looks like a key of {' or '.join(owners)}, unknown here" if owners else "unknown key"
     found = f"{word}: {source.written(path, value)}"
     rule = f"{section or 'a config'} has the keys {', '.join(_names(record))}"
-    return ConfigError(
-        f"unknown key{also}", where=source.place(path), value=found, rule=rule, remedy=_right_key(path, record, source)
-    )
+    remedy = _right_key(path, record, source, of_others=bool(owners))
+    return ConfigError(f"{what}{also}", where=source.place(path), value=found, rule=rule, remedy=remedy)
 
 
-def _right_key(path: Path, record: type[BaseModel], source: Source) -> str:
+def _right_key(path: Path, record: type[BaseModel], source: Source, *, of_others: bool) -> str:
     """Which key was meant: another library's, the same elsewhere, one of another part, or one spelt alike."""
     word = str(path[-1])
-    habit = HABITS.get(word.strip().lower().replace("-", "_"))
-    if habit:
-        purpose = _schema_of(tuple(habit.split(".")), source).get("description", "")
-        return f"here this is {habit}" + (f": {purpose}" if purpose else "")
+    if ours := habit(word):
+        purpose = _schema_of(tuple(ours.split(".")), source).get("description", "")
+        return f"here this is {ours}" + (f": {purpose}" if purpose else "")
+    if of_others:
+        return "README.md has the keys side by side, under Coming from TRL, OpenRLHF or verl"
     everywhere = list(_keys(Config, source.data))
     if word in everywhere:
         return f"write it nested, one level a dot: {word.replace('.', ': {')}: …{'}' * word.count('.')}"
@@ -101,13 +113,13 @@ def _parts_with(path: Path, source: Source) -> str:
 def _missing(path: Path, section: Any, source: Source, also: str) -> ConfigError:
     key, node = str(path[-1]), _schema_of(path, source)
     there = ", ".join(map(str, section)) if isinstance(section, Mapping) else in_yaml(section)
-    example = _example(node)
+    example = example_of(node)
     above = ".".join(map(str, path[:-1]))
     return ConfigError(
         f"this key is missing{also}",
         where=source.place(path),
         value=f"only {there}" if there else "nothing",
-        rule=f"{_rule(node)}; it has no default",
+        rule=f"{rule_of(node)}; it has no default",
         remedy=f"add {key}: {example or '…'}" + (f" under {above}" if above else "") + (", say" if example else ""),
     )
 
@@ -135,7 +147,7 @@ def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) ->
     written = source.written(path, value)
     empty_section = value is None and kind in ("model_type", "model_attributes_type")
     what = "this section is empty" if empty_section else "this value cannot be used"
-    rule = _rule(node) or problem["msg"]
+    rule = rule_of(node) or problem["msg"]
     if kind == "value_error" and not isinstance(value, bool):  # of a validator that says no more than this
         rule = str(problem["ctx"]["error"])
     if empty_section:
@@ -145,10 +157,10 @@ def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) ->
         remedy = f'put quotes around it: {key}: "{written}"'
     elif listed := _as_list(node, value, written):
         remedy = f"write {key}: {listed}"
-    elif len(choices := _choices(node)) > 1:
+    elif len(choices := choices_of(node)) > 1:
         remedy = did_you_mean(str(value), [str(choice) for choice in choices])
     else:
-        example = _example(whole)
+        example = example_of(whole)
         default = ", the default" if "default" in whole and example == in_yaml(whole["default"]) else ""
         remedy = f"write {key}: {example}{default or ', say'}" if example else f"change it, or take {key} out"
     return ConfigError(f"{what}{also}", where=source.place(path), value=written, rule=rule, remedy=remedy)
@@ -162,48 +174,6 @@ def _as_list(node: Mapping[str, Any], value: Any, written: str) -> str:
     if lists[0]["items"].get("type") != "string" or isinstance(value, str):
         return f"[{written}]"
     return "" if isinstance(value, Mapping) else f'["{written}"]'
-
-
-def _rule(node: Mapping[str, Any]) -> str:
-    """What a JSON schema allows, in words, and what it is for."""
-    allowed, purpose = _allowed(node), str(node.get("description", "")).rstrip(".")
-    return f"{allowed} ({purpose})" if allowed and purpose else allowed or purpose
-
-
-def _allowed(node: Mapping[str, Any]) -> str:
-    choices = _choices(node)
-    if choices:
-        return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
-    if "anyOf" in node:
-        forms = ["nothing" if _is_null(each) else _allowed(each) for each in node["anyOf"]]
-        return " or ".join(filter(None, dict.fromkeys(forms)))
-    bounds = [f"{words} {_plain(node[bound])}" for bound, words in BOUNDS if bound in node]
-    kind = KINDS.get("object" if "$ref" in node else node.get("type", ""), "")
-    if "prefixItems" in node:
-        kind = f"a list of {len(node['prefixItems'])} values, each {_allowed(node['prefixItems'][0])}"
-    return kind + (f", {' and '.join(bounds)}" if bounds else "")
-
-
-def _plain(number: float) -> str:
-    return str(int(number)) if number == int(number) else str(number)
-
-
-def _choices(node: Mapping[str, Any]) -> list[Any]:
-    if "anyOf" in node:
-        known = [each for each in node["anyOf"] if not _is_null(each)]
-        return _choices(known[0]) if len(known) == 1 else []
-    return node.get("enum") or ([node["const"]] if "const" in node else [])
-
-
-def _is_null(node: Mapping[str, Any]) -> bool:
-    return node.get("type") == "null"
-
-
-def _example(node: Mapping[str, Any]) -> str:
-    for found in (*node.get("examples", ()), node.get("default"), *_choices(node)):
-        if found is not None:
-            return in_yaml(found)
-    return ""
 
 
 def _schema_of(path: Path, source: Source) -> Mapping[str, Any]:

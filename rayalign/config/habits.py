@@ -1,75 +1,124 @@
-"""Keys that people bring from TRL, OpenRLHF and verl → what says the same here."""
+"""Keys that people bring from TRL, OpenRLHF and verl → what says the same here, and whose they are."""
 
 from __future__ import annotations
 
-HABITS = {
+from collections import Counter
+from collections.abc import Iterable
+
+TRL = {
     "model_name_or_path": "model.path",
-    "pretrain": "model.path",
     "torch_dtype": "model.dtype",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "dataset_name": "data.prompts",
-    "prompt_data": "data.prompts",
-    "train_files": "data.prompts",
-    "input_key": "data.prompt_column",
-    "prompt_key": "data.prompt_column",
-    "apply_chat_template": "data.chat_template",
+    "dataset_train_split": "data.split",
     "num_generations": "algorithm.samples",
-    "n_samples_per_prompt": "algorithm.samples",
-    "init_kl_coef": "algorithm.loss.beta",
-    "kl_coef": "algorithm.loss.beta",
-    "kl_loss_coef": "algorithm.loss.beta",
     "reward_funcs": "scorer",
     "reward_model_path": "scorer",
-    "reward_pretrain": "scorer",
-    "remote_rm_url": "scorer",
-    "custom_reward_function": "scorer",
+    "reward_model_name_or_path": "scorer",
     "max_completion_length": "sampling.max_tokens",
     "max_new_tokens": "sampling.max_tokens",
-    "generate_max_len": "sampling.max_tokens",
-    "max_response_length": "sampling.max_tokens",
-    "train_batch_size": "rollout.prompts",
-    "rollout_batch_size": "rollout.prompts",
     "per_device_train_batch_size": "rollout.prompts",
-    "micro_train_batch_size": "learner.micro_batch_tokens",
     "gradient_accumulation_steps": "learner.micro_batch_tokens",
-    "ppo_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
-    "ppo_mini_batch_size": "train.minibatches",
-    "ppo_epochs": "train.epochs",
     "num_iterations": "train.epochs",
     "max_steps": "train.steps",
     "num_train_epochs": "train.steps",
-    "total_epochs": "train.steps",
-    "num_episodes": "train.steps",
     "learning_rate": "optimizer.lr",
-    "actor_learning_rate": "optimizer.lr",
     "lr_scheduler_type": "optimizer.schedule",
     "warmup_ratio": "optimizer.warmup_steps",
+    "use_vllm": "engine.name",
+    "vllm_mode": "placement.colocate",
+    "vllm_tensor_parallel_size": "engine.tensor_parallel",
+    "vllm_gpu_memory_utilization": "engine.gpu_memory",
+    "vllm_max_model_length": "engine.max_context",
+    "max_prompt_length": "engine.max_context",
+    "eval_steps": "evaluation.every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "report_to": "trackers",
+    "output_dir": "run_dir",
+    "resume_from_checkpoint": "resume",
+}
+OPENRLHF = {
+    "pretrain": "model.path",
+    "prompt_data": "data.prompts",
+    "prompt_dataset": "data.prompts",
+    "input_key": "data.prompt_column",
+    "apply_chat_template": "data.chat_template",
+    "n_samples_per_prompt": "algorithm.samples",
+    "init_kl_coef": "algorithm.loss.beta",
+    "reward_pretrain": "scorer",
+    "remote_rm_url": "scorer",
+    "generate_max_len": "sampling.max_tokens",
+    "max_new_tokens": "sampling.max_tokens",
+    "train_batch_size": "rollout.prompts",
+    "rollout_batch_size": "rollout.prompts",
+    "micro_train_batch_size": "learner.micro_batch_tokens",
+    "num_episodes": "train.steps",
+    "actor_learning_rate": "optimizer.lr",
     "lr_warmup_ratio": "optimizer.warmup_steps",
     "adam_offload": "learner.offload",
-    "use_vllm": "engine.name",
     "vllm_num_engines": "engine.count",
     "vllm_tensor_parallel_size": "engine.tensor_parallel",
-    "tensor_model_parallel_size": "engine.tensor_parallel",
-    "tensor_parallel_size": "engine.tensor_parallel",
     "vllm_gpu_memory_utilization": "engine.gpu_memory",
-    "gpu_memory_utilization": "engine.gpu_memory",
-    "max_model_len": "engine.max_context",
-    "max_prompt_length": "engine.max_context",
-    "max_num_seqs": "engine.max_running",
     "colocate_all_models": "placement.colocate",
-    "vllm_mode": "placement.colocate",
-    "eval_steps": "evaluation.every",
-    "test_freq": "evaluation.every",
-    "save_steps": "checkpoint.every",
-    "save_freq": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
     "max_ckpt_num": "checkpoint.keep",
-    "report_to": "trackers",
     "use_wandb": "trackers",
-    "output_dir": "run_dir",
     "save_path": "run_dir",
-    "default_local_dir": "run_dir",
-    "resume_from_checkpoint": "resume",
     "load_checkpoint": "resume",
 }
+VERL = {
+    "train_files": "data.prompts",
+    "prompt_key": "data.prompt_column",
+    "kl_coef": "algorithm.loss.beta",
+    "kl_loss_coef": "algorithm.loss.beta",
+    "custom_reward_function": "scorer",
+    "max_response_length": "sampling.max_tokens",
+    "train_batch_size": "rollout.prompts",
+    "ppo_micro_batch_size_per_gpu": "learner.micro_batch_tokens",
+    "ppo_mini_batch_size": "train.minibatches",
+    "ppo_epochs": "train.epochs",
+    "total_epochs": "train.steps",
+    "total_training_steps": "train.steps",
+    "lr_warmup_ratio": "optimizer.warmup_steps",
+    "tensor_model_parallel_size": "engine.tensor_parallel",
+    "gpu_memory_utilization": "engine.gpu_memory",
+    "max_prompt_length": "engine.max_context",
+    "test_freq": "evaluation.every",
+    "save_freq": "checkpoint.every",
+    "default_local_dir": "run_dir",
+}
+VLLM = {"tensor_parallel_size": "engine.tensor_parallel", "max_model_len": "engine.max_context"} | {
+    "gpu_memory_utilization": "engine.gpu_memory",
+    "max_num_seqs": "engine.max_running",
+}
+LIBRARIES = {"TRL": TRL, "OpenRLHF": OPENRLHF, "verl": VERL, "vLLM": VLLM}
+HABITS = VLLM | VERL | OPENRLHF | TRL
+
+# Sections of other libraries whose keys are spread over several of ours.
+SECTIONS = {
+    "TRL": ("script_args", "training_args", "model_args"),
+    "OpenRLHF": ("actor", "ds", "vllm", "ckpt"),
+    "verl": ("actor_rollout_ref", "trainer", "critic", "reward_model", "kl_ctrl", "adv_estimator"),
+}
+
+
+def habit(key: str) -> str:
+    """Our key that says the same; "" where there is none."""
+    return HABITS.get(_plain(key), "")
+
+
+def libraries(key: str, beside: Iterable[str] = ()) -> list[str]:
+    """Whose key this is: of several, those that most of the keys beside it are of as well."""
+    own = _owners(key)
+    votes = Counter(library for each in beside for library in _owners(each) if library in own)
+    most = max(votes.values(), default=0)
+    return [library for library in own if votes[library] == most]
+
+
+def _owners(key: str) -> list[str]:
+    return [name for name, keys in LIBRARIES.items() if _plain(key) in keys or _plain(key) in SECTIONS.get(name, ())]
+
+
+def _plain(key: str) -> str:
+    return key.strip().lower().replace("-", "_")

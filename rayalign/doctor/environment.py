@@ -43,15 +43,15 @@ def variable_findings(environment: Mapping[str, str], *, gpu_machine: bool) -> l
 
 
 def proxy_findings(environment: Mapping[str, str]) -> list[Finding]:
-    """A proxy that also catches connections to this machine."""
-    proxies = [key for key in environment if key.lower() in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")]
+    """A proxy that `rayalign submit` would go through even to this machine: Ray's job server speaks HTTP."""
+    names = [key for key in environment if key.lower() in ("http_proxy", "all_proxy") and environment[key]]
     exempt = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     spared = {item.strip() for item in exempt.split(",")}
-    proxies = [key for key in proxies if environment[key]]
-    if not proxies or "*" in spared or {"127.0.0.1", "localhost"} <= spared:
+    if not names or "*" in spared or {"127.0.0.1", "localhost"} <= spared:
         return []
     remedy = "export no_proxy=127.0.0.1,localhost (and the addresses of the cluster's nodes)"
-    return [Finding("problem", sorted(proxies)[0], "catches connections to this machine's own ports as well", remedy)]
+    found = "`rayalign submit` to this machine would go through it; runs here do not"
+    return [Finding("note", sorted(names)[0], found, remedy)]
 
 
 def token_findings(environment: Mapping[str, str], path: str, modes: list[int]) -> list[Finding]:

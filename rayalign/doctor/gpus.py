@@ -12,18 +12,19 @@ from typing import Any
 from rayalign.doctor.finding import Finding, gib
 from rayalign.doctor.torch_facts import MARK
 from rayalign.selftest.child import Child
+from rayalign.selftest.devices import BFLOAT16_FROM, Gpu
 
 QUERY = ["nvidia-smi", "--query-gpu=index,driver_version,compute_mode", "--format=csv,noheader"]
 DEADLINE_S = 60.0
 
 
-def gpu_findings() -> tuple[list[Finding], list[float]]:
-    """The findings, and the memory in GiB of each GPU that torch can use."""
+def gpu_findings() -> tuple[list[Finding], list[Gpu]]:
+    """The findings, and each GPU that torch can use."""
     facts, trouble = torch_facts()
     if facts is None:
         remedy = "bash launch/demo.sh installs the locked versions into .venv"
         return [Finding("problem", "torch", f"cannot be imported: {trouble}", remedy)], []
-    usable = [gpu["total"] / 2**30 for gpu in facts["gpus"]] if facts["available"] else []
+    usable = [Gpu(gpu["total"] / 2**30, float(gpu["capability"])) for gpu in facts["gpus"] if facts["available"]]
     return device_findings(facts, driver_facts()), usable
 
 
@@ -31,7 +32,7 @@ def torch_facts() -> tuple[dict[str, Any] | None, str]:
     """What torch says in a process of its own, or None and why not."""
     with tempfile.TemporaryDirectory(prefix="rayalign-doctor-") as folder:
         child = Child(["rayalign.doctor.torch_facts"], deadline_s=DEADLINE_S, log=Path(folder) / "torch.log")
-        lines = [line for line in child.lines() if line.startswith(MARK)]
+        lines = [line for line in child.run() if line.startswith(MARK)]
         return (json.loads(lines[0].removeprefix(MARK)), "") if lines else (None, child.trouble())
 
 
@@ -88,7 +89,7 @@ def _device_notes(index: int, gpu: Mapping[str, Any]) -> list[Finding]:
         found = f"{gib(gpu['free'])} free of {gib(gpu['total'])}: another program holds the rest"
         remedy = "nvidia-smi shows which; end it, or lower engine.gpu_memory to the share that is free"
         findings.append(Finding("note", f"GPU {index} memory", found, remedy))
-    if float(gpu["capability"]) < 8.0:
+    if float(gpu["capability"]) < BFLOAT16_FROM:
         found = f"capability {gpu['capability']} has no bfloat16 in hardware (8.0 has)"
         findings.append(Finding("note", f"GPU {index} bfloat16", found, "model.dtype=float32 engine.dtype=float16"))
     return findings

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from rayalign.doctor.finding import Finding, gib
+from rayalign.memory import cgroup_folders, host_bytes, read_text
 
 GIB = 2**30
 DEMO_GIB = 9  # resident memory of launch/demo.sh
@@ -21,12 +22,11 @@ OPEN_FILES = 4096  # below it Ray warns of failing connections
 
 def machine_findings() -> list[Finding]:
     """Everything about this machine, GPUs apart."""
-    total, available = memory_info(Path("/proc/meminfo").read_text())
-    limit = cgroup_memory_limit()
+    total, available = host_bytes()
     findings = core_findings(len(os.sched_getaffinity(0)), cgroup_cores())
     findings += bfloat16_findings(Path("/proc/cpuinfo").read_text())
-    findings += memory_findings(total, available, limit)
-    findings += shm_findings(*shm_sizes(), memory=min(total, limit or total))
+    findings += memory_findings(total, available, machine=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    findings += shm_findings(*shm_sizes(), memory=total)
     for what, folder in (("disk of runs/", existing(Path("runs"))), ("temporary folder", Path(tempfile.gettempdir()))):
         usage = shutil.disk_usage(folder)
         findings += disk_findings(what, str(folder.resolve()), usage.free, usage.total)
@@ -54,21 +54,18 @@ def bfloat16_findings(cpuinfo: str) -> list[Finding]:
     return [Finding("note", "bfloat16 on the CPU", found, "model.dtype=float32 when the model runs on the CPU")]
 
 
-def memory_info(meminfo: str) -> tuple[int, int]:
-    """Bytes in total and available, from the text of /proc/meminfo."""
-    kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in meminfo.splitlines()) if rest}
-    return kib["MemTotal"] * 1024, kib.get("MemAvailable", kib["MemFree"]) * 1024
-
-
-def memory_findings(total: int, available: int, limit: int | None) -> list[Finding]:
-    """Bytes; `limit`: of the cgroup, None without one."""
-    limited = limit is not None and limit < total
-    most = min(available, limit) if limit is not None else available
-    found = f"{gib(available)} available of {gib(total)}" + (f", limited to {gib(limit or 0)}" if limited else "")
-    more = "raise the container's --memory" if limited else "end other programs, or use a larger machine"
-    if most < 3 * GIB:
+def memory_findings(total: int, available: int, *, machine: int) -> list[Finding]:
+    """Bytes; `total` and `available`: to this process; `machine`: of the machine, which a cgroup may limit."""
+    limited = total < 0.95 * machine
+    found = f"{gib(available)} available of {gib(total)}" + (f", a cgroup's limit on {gib(machine)}" * limited)
+    more = (
+        "raise the container's or the job's memory (--memory, --mem)"
+        if limited
+        else "end other programs, or use a larger machine"
+    )
+    if available < 3 * GIB:
         return [Finding("problem", "memory", f"{found}: too little for an engine and a learner", more)]
-    if most < DEMO_GIB * GIB:
+    if available < DEMO_GIB * GIB:
         return [Finding("note", "memory", f"{found}; launch/demo.sh needs {DEMO_GIB} GiB", more)]
     return [Finding("ok", "memory", found)]
 
@@ -129,23 +126,13 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of time that cgroup v2 or v1 grants, None without a limit."""
-    if text := _text(root / "cpu.max"):
-        quota, period = text.split()
-        return None if quota == "max" else int(quota) / int(period)
-    quota, period = _text(root / "cpu/cpu.cfs_quota_us"), _text(root / "cpu/cpu.cfs_period_us")
-    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
-
-
-def cgroup_memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes, None without a limit."""
-    text = _text(root / "memory.max") or _text(root / "memory/memory.limit_in_bytes")
-    return int(text) if text.isdigit() and int(text) < 2**60 else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+def cgroup_cores(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that this process's cgroups (versions 1 and 2) grant, None without a limit."""
+    grants = []
+    for folder in cgroup_folders("cpu", root):
+        quota, period, *_ = (read_text(folder / "cpu.max").split() or ["", ""]) + ["", ""]
+        quota = quota or read_text(folder / "cpu.cfs_quota_us")
+        period = period or read_text(folder / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit():  # "max" and -1 are none
+            grants.append(int(quota) / int(period))
+    return min(grants, default=None)

@@ -12,6 +12,8 @@ PORTS = {
     6379: "launch/ray_cluster.sh head; take another with RAYALIGN_RAY_PORT",
     8265: "Ray's dashboard and `rayalign submit`; take another with ray start --dashboard-port",
     10001: "ray:// clients; take another with ray start --ray-client-server-port",
+    52365: "Ray's dashboard agent, through which jobs start on this node; launch/ray_cluster.sh takes a free one, "
+    "else ray start --dashboard-agent-listen-port=52366",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayalign.build import check_training
 from rayalign.plan.advice import nearest_change
-from rayalign.plan.batches import prompt_lengths, tokens_of_a_step
+from rayalign.plan.batches import data_problems, prompt_lengths, tokens_of_a_step
 from rayalign.plan.differences import differences
 from rayalign.plan.fit import evaluate
 from rayalign.plan.learners import checkpoint_bytes
@@ -46,6 +46,7 @@ def make_plan(config: Config, *, nodes: str | None = None) -> Plan:
         lengths=lengths,
         tokens=tokens_of_a_step(config, lengths, fit.batches),
         disk=Disk(size, size * standing),
+        data_problems=data_problems(config, lengths),
         fit=fit,
         advice=None if fit.fits else nearest_change(config, shape, lengths, there),
     )

@@ -4,6 +4,7 @@ evaluated by the functions that make the plan."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
@@ -13,18 +14,30 @@ from rayalign.errors import ConfigError
 from rayalign.plan.engines import split_choices
 from rayalign.plan.fit import cannot_load, evaluate
 from rayalign.plan.records import Change, Fit, Lengths
-from rayalign.plan.several import Setting, several, thin_ranks
+from rayalign.plan.several import Setting, TryOut, several, thin_ranks
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node
 from rayalign.schema import Config
 
+NEAR = 16  # numbers of ranks on either side that are tried one by one
+
 
 def nearest_change(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node]) -> Change | None:
-    """None when nothing that is tried here helps."""
+    """None when nothing that is tried here helps. Where the memory of hosts is not known, nothing is offloaded into
+    it unless all else fails."""
     if cannot_load(config, shape, nodes):
         return None
     single = list(candidates(config, shape, nodes))
     try_out = partial(_try_out, config, shape, lengths)
+    found = None
+    if not all(node.memory_gib for node in nodes):
+        found = _nearest(config, nodes, [each for each in single if each[0] != "learner.offload"], try_out)
+    found = found or _nearest(config, nodes, single, try_out)
+    fit = found and try_out(found.settings, found.nodes or nodes)
+    return replace(found, loads=fit.loads) if found and fit else None
+
+
+def _nearest(config: Config, nodes: Sequence[Node], single: Sequence[Setting], try_out: TryOut) -> Change | None:
     few = thin_ranks(config, nodes)
     paired = [each for each in single if each[0] != "learner.ranks" or each[1] in few]
     for settings in [*((each,) for each in single), *_pairs(paired)]:
@@ -63,13 +76,14 @@ def candidates(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[
 
 
 def _ranks(config: Config, nodes: Sequence[Node]) -> list[int]:
-    """Fewer, nearest first; then more, where the learner can have more than one."""
+    """Fewer, nearest first; then more, where the learner can have more than one. Far off, only some."""
     now = config.learner.ranks
     if not hasattr(config.learner, "zero_stage"):
         return []
     slots = sum(node.gpus for node in nodes) or sum(node.cpus for node in nodes)
-    more = range(now + 1, min(slots, config.rollout.prompts) + 1)
-    return [*range(now - 1, 0, -1), *more]
+    fewer, more = range(now - 1, 0, -1), range(now + 1, min(slots, config.rollout.prompts) + 1)
+    far = [n for n in thin_ranks(config, nodes) if abs(n - now) > NEAR]
+    return [*fewer[:NEAR], *more[:NEAR], *far]
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

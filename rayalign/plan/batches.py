@@ -8,9 +8,9 @@ from typing import Any
 
 from rayalign.build import load_tokenizer, prompts_for
 from rayalign.data.rows import SUFFIXES, read_rows
-from rayalign.errors import RayalignError
+from rayalign.errors import DataError, RayalignError
 from rayalign.plan.learners import has_reference
-from rayalign.plan.records import Batches, Lengths, Micro, Tokens
+from rayalign.plan.records import Batches, Lengths, Micro, Problem, Tokens
 from rayalign.schema import Config
 from rayalign.sharding import lengths_of, split
 from rayalign.types import Completion, Example, Group, Prompt
@@ -18,24 +18,49 @@ from rayalign.types import Completion, Example, Group, Prompt
 
 def prompt_lengths(config: Config) -> Lengths:
     """Of the prompt file, with the model's tokenizer; bounds where one of the two is not at hand. Hub data sets
-    are not loaded."""
+    are not loaded. What a run could not read is a problem."""
     room = config.engine.max_context - config.sampling.max_tokens
     bound = f"bounds: prompts of up to {room} tokens (engine.max_context − sampling.max_tokens), because"
-    if Path(config.data.prompts).suffix not in SUFFIXES:
+    if _on_hub(config.data.prompts):
         return Lengths(room, room, None, None, 0, False, f"{bound} a plan loads no data from a hub")
+    rows = None
     try:
         rows = len(read_rows(config.data.prompts, split=config.data.split))
-    except RayalignError as error:
-        return Lengths(room, room, None, None, 0, False, f"{bound} {config.data.prompts}: {error.what}")
-    try:
         prompts = prompts_for(config, _tokenizer(config))
     except RayalignError as error:
-        held_out = _held_out(rows, config.data.held_out)
-        return Lengths(room, room, rows - held_out, held_out, 0, False, f"{bound} {error.what}")
+        held_out = None if rows is None else _held_out(rows, config.data.held_out)
+        training = None if rows is None or held_out is None else rows - held_out
+        problem = Problem.of(error) if isinstance(error, DataError) else None  # else there is no tokenizer
+        why = f"{config.data.prompts}: {error.what}" if problem else error.what
+        return Lengths(room, room, training, held_out, 0, False, f"{bound} {why}", problem)
     counts = [len(prompt.token_ids) for prompt in (*prompts.training, *prompts.held_out)]
     source = f"measured on {config.data.prompts}"
     mean = sum(counts) / len(counts)
     return Lengths(mean, max(counts), len(prompts.training), len(prompts.held_out), prompts.skipped, True, source)
+
+
+def data_problems(config: Config, lengths: Lengths) -> tuple[Problem, ...]:
+    """Prompts that cannot be read, or that do not fill one rollout: no memory and no number of nodes helps."""
+    if lengths.problem:
+        return (lengths.problem,)
+    if lengths.training is None or lengths.training >= config.rollout.prompts:
+        return ()
+    return (
+        Problem(
+            "there are not enough training prompts for one rollout",
+            "key rollout.prompts",
+            str(config.rollout.prompts),
+            f"at most {lengths.training}, the training prompts of {config.data.prompts}",
+            f"lower rollout.prompts to {lengths.training}, lower data.held_out, or use more prompts",
+        ),
+    )
+
+
+def _on_hub(prompts: str) -> bool:
+    """As `data.rows` tells a hub id from a file."""
+    path = Path(prompts).expanduser()
+    local = path.exists() or path.suffix in SUFFIXES or prompts.startswith((".", "/", "~")) or prompts.count("/") > 1
+    return not local
 
 
 def _tokenizer(config: Config) -> Any:

@@ -38,7 +38,7 @@ def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Nod
     )
     loads = _gpu_loads(config, places, memory) + _host_loads(config, shape, nodes, places, memory)
     problems += wrong + [_overfull(load) for load in loads if not load.fits]
-    problems += _loading_problems(config, shape, nodes) + _batch_problems(config, lengths)
+    problems += _loading_problems(config, shape, nodes)
     notes = _notes(config, cache, nodes, lengths)
     return Fit(places, batches, micro, memory, cache, loads, tuple(problems), notes)
 
@@ -149,20 +149,6 @@ def _loading_problems(config: Config, shape: Shape, nodes: Sequence[Node]) -> li
             f"{whole:.1f} GiB of weights, whole on each GPU before ZeRO-3 shares them out",
             f"at most {min(node.gpu_gib for node in nodes if node.gpus):.1f} GiB",
             f"GPUs with more than {whole:.0f} GiB: no number of ranks makes this smaller",
-        )
-    ]
-
-
-def _batch_problems(config: Config, lengths: Lengths) -> list[Problem]:
-    """A rollout that the prompt file cannot fill."""
-    if lengths.training is None or lengths.training >= config.rollout.prompts:
-        return []
-    return [
-        Problem(
-            "there are not enough training prompts for one rollout",
-            "key rollout.prompts",
-            str(config.rollout.prompts),
-            f"at most {lengths.training}, the training prompts of {config.data.prompts}",
         )
     ]
 

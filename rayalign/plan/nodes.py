@@ -10,7 +10,7 @@ from typing import Any
 
 from rayalign.errors import ConfigError
 from rayalign.memory import host_bytes
-from rayalign.registry import did_you_mean
+from rayalign.plan.meant import compact, probably_meant
 from rayalign.runtime.placement import Node
 
 # GiB that torch.cuda reports as the total of one device (the drivers keep a part of what the name promises).
@@ -51,6 +51,7 @@ RAY_NAMES = {  # where the accelerator type that Ray gives a node has another na
 RAY_SHORT = {"A100", "V100"}  # Ray cuts the size off these, and there are two, one twice the other
 CORES_A_GPU = 12  # of a node whose text does not say
 EXAMPLE = "2x8xH100, 2x8xH100/96cpu/1800GiB, 1x1x24GiB, 4x16cpu/64GiB, or parts joined by +"
+MOST_NODES, MOST_GPUS, MOST_CORES = 1024, 64, 4096  # of a text; GPUs and cores of one node
 
 PART = re.compile(
     r"(?P<count>\d+)x(?:(?P<gpus>\d+)x(?P<type>[\w-]+(?:\.\d+)?[\w-]*)|(?P<cores>\d+)cpu)(?P<host>(?:/[^/]+)*)",
@@ -91,21 +92,28 @@ def parse_nodes(text: str) -> tuple[Node, ...]:
     """
     nodes: list[Node] = []
     for part in text.split("+"):
-        found = PART.fullmatch("".join(part.split()).replace("×", "x"))
+        found = PART.fullmatch(compact(part))
         if not found:
             raise _malformed(part.strip() or text, EXAMPLE)
         cpus, memory = _host(found["host"], part)
-        count, gpus = int(found["count"]), int(found["gpus"] or 0)
+        count, gpus = _number(found["count"]), _number(found["gpus"] or "0")
         kind, gib = _gpu(found["type"], part) if found["type"] else ("", 0.0)
         if found["cores"]:
-            cpus = int(found["cores"])
+            cpus = _number(found["cores"])
         if not count or (found["type"] and not gpus) or (not found["type"] and not cpus):
             raise _malformed(part.strip(), "counts of at least 1")
+        if len(nodes) + count > MOST_NODES or gpus > MOST_GPUS or cpus > MOST_CORES:
+            raise _too_many(part.strip())
         for _ in range(count):
             number = len(nodes) + 1
             name = f"node-{number}"
             nodes.append(Node(name, cpus or CORES_A_GPU * gpus, gpus, name, memory, kind, gib))
     return tuple(nodes)
+
+
+def _number(digits: str) -> int:
+    """Never of thousands of digits, which Python refuses: what is too large stays too large."""
+    return int(digits[:9]) if len(digits) > 9 else int(digits)
 
 
 def write_nodes(nodes: Sequence[Node]) -> str:
@@ -150,7 +158,7 @@ def _host(text: str, part: str) -> tuple[int, float]:
     cpus, memory = 0, 0.0
     for item in filter(None, text.split("/")):
         if found := CPUS.fullmatch(item):
-            cpus = int(found[1])
+            cpus = _number(found[1])
         elif found := SIZE.fullmatch(item):
             memory = float(found[1])
         else:
@@ -161,16 +169,15 @@ def _host(text: str, part: str) -> tuple[int, float]:
 def _gpu(name: str, part: str) -> tuple[str, float]:
     if size := SIZE.fullmatch(name):
         return f"{float(size[1]):g}GiB", float(size[1])
-    known = {each.upper(): each for each in GPU_GIB}
-    if name.upper() not in known:
+    kind = {each.upper(): each for each in GPU_GIB}.get(name.upper())
+    if kind is None:
         raise ConfigError(
             "no GPU of this name is known",
             where="nodes",
             value=part.strip(),
             rule="a known GPU, or the memory of one as 80GiB",
-            remedy=did_you_mean(name.upper(), list(known)),
+            remedy=probably_meant(part, GPU_GIB) or f"choose one of: {', '.join(GPU_GIB)}",
         )
-    kind = known[name.upper()]
     return kind, GPU_GIB[kind]
 
 
@@ -180,5 +187,15 @@ def _malformed(value: str, rule: str) -> ConfigError:
         where="nodes",
         value=value,
         rule=rule if rule != EXAMPLE else "COUNTxGPUSxTYPE or COUNTxCPUScpu, then /CPUScpu and /MEMORYGiB of the host",
-        remedy=f"for instance {EXAMPLE}",
+        remedy=probably_meant(value, GPU_GIB) or f"for instance {EXAMPLE}",
+    )
+
+
+def _too_many(part: str) -> ConfigError:
+    return ConfigError(
+        "this is more than a plan is made for",
+        where="nodes",
+        value=part,
+        rule=f"at most {MOST_NODES:,} nodes in all, each with at most {MOST_GPUS} GPUs and {MOST_CORES:,} cores",
+        remedy="name the nodes that this run is to have, as in 2x8xH100",
     )

@@ -94,6 +94,7 @@ class Lengths:
     Attributes:
         training, held_out: number of prompts; None where not known.
         source: in words.
+        problem: why no run could read the prompts.
     """
 
     mean: float
@@ -103,6 +104,7 @@ class Lengths:
     skipped: int
     measured: bool
     source: str
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Change:
-    """A change under which everything fits: config keys with their new values, and other nodes."""
+    """A change under which everything fits.
+
+    Attributes:
+        settings: config keys with their new values.
+        nodes: other nodes.
+        loads: how full each place gets then.
+    """
 
     settings: tuple[tuple[str, Any], ...] = ()
     nodes: tuple[Node, ...] = ()
+    loads: tuple[Load, ...] = ()
 
     @property
     def overrides(self) -> list[str]:
@@ -222,7 +231,8 @@ class Plan:
         differs: keys whose value is not the default → (value, default); a key without default has None.
         defaults: all other keys of the resolved config → value.
         nodes_from: in words, where the nodes are from.
-        advice: the nearest change under which it fits; None where it fits, or where none was found.
+        data_problems: what is wrong with the prompts, which no machine changes.
+        advice: the nearest change of config or nodes under which it fits; None where it fits, or none was found.
     """
 
     model: str
@@ -234,13 +244,14 @@ class Plan:
     lengths: Lengths
     tokens: Tokens
     disk: Disk
+    data_problems: tuple[Problem, ...]
     fit: Fit
     advice: Change | None
 
     @property
     def fits(self) -> bool:
-        return self.fit.fits
+        return not self.problems
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        return self.fit.problems
+        return self.data_problems + self.fit.problems

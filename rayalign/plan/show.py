@@ -14,9 +14,11 @@ from rich.table import Table
 
 from rayalign.config.source import in_yaml
 from rayalign.plan.nodes import write_nodes
-from rayalign.plan.records import GIB, Bytes, Change, Plan, Problem
+from rayalign.plan.records import GIB, Bytes, Change, Load, Plan, Problem
+from rayalign.record import redacted
 
 WIDTH = 100  # of a pipe
+TOP = "(top level)"  # keys of no section
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "cache", "other")
 
 
@@ -36,15 +38,17 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def _config(plan: Plan, out: Console) -> None:
     table = _table("config: what differs from the defaults", "key", "value", "default")
+    table.columns[0].no_wrap = True
     for key, (value, default) in plan.differs.items():
-        table.add_row(escape(key), escape(_short(value)), "" if default is None else escape(_short(default)))
+        usual = "" if default is None else _short(default, key)
+        table.add_row(escape(key), escape(_short(value, key)), escape(usual))
     out.print(table)
     sections: dict[str, list[str]] = {}
     for key, value in plan.defaults.items():
         section, dot, name = key.rpartition(".")
-        sections.setdefault(section if dot else "run", []).append(f"{name}={_short(value)}")
+        sections.setdefault(section if dot else TOP, []).append(f"{name}={_short(value, key)}")
     _say(out, "as by default:")
-    for section, pairs in sections.items():
+    for section, pairs in sorted(sections.items(), key=lambda each: each[0] != TOP):
         _say(out, f"  {section}: {' '.join(pairs)}", indent=4)
 
 
@@ -156,20 +160,36 @@ def _places(plan: Plan, out: Console) -> None:
 def _verdict(plan: Plan, out: Console) -> None:
     for problem in plan.problems:
         _problem(problem, out)
-    if plan.fits:
-        _say(out, "this fits")
+    if plan.fit.fits:
+        _say(out, f"{'this' if plan.fits else 'all else'} fits{_given(plan.fit.loads)}")
     elif plan.advice is None:
         _say(out, "no change of the memory keys, and no number of such nodes, was found under which it would fit")
     else:
-        _advice(plan.advice, len(plan.nodes), out)
+        _advice(plan.advice, plan, out)
 
 
-def _advice(change: Change, before: int, out: Console) -> None:
-    line = " ".join(change.overrides)
+def _given(loads: Iterable[Load]) -> str:
+    """On which condition something fits: what is needed of memory whose size is not known."""
+    unknown: dict[bool, float] = {}
+    for load in loads:
+        if not load.has:
+            unknown[load.of_gpu] = max(load.needed, unknown.get(load.of_gpu, 0.0))
+    parts = [f"each GPU has {unknown[True]:.1f} GiB"] if True in unknown else []
+    parts += [f"each node has {unknown[False]:.1f} GiB of host memory"] if False in unknown else []
+    return f" if {' and '.join(parts)}, which was not checked" if parts else ""
+
+
+def _advice(change: Change, plan: Plan, out: Console) -> None:
+    line, given = " ".join(change.overrides), _given(change.loads)
     if not change.nodes:
-        _say(out, "the nearest change under which it fits:")
+        _say(out, f"the nearest change under which it fits{given}:")
     else:
-        _say(out, f"it fits on {len(change.nodes)} such nodes (now {before}){' with' if line else ''}:")
+        key = "learner.offload"
+        off = plan.defaults.get(key) == "none" and key not in dict(change.settings)
+        if off and not all(node.memory_gib for node in plan.nodes):
+            _say(out, f"with {key}=cpu it may need fewer nodes: give their host memory to have that tried")
+        it = f"it fits on {len(change.nodes)} such nodes (now {len(plan.nodes)})"
+        _say(out, f"{it}{given}{', with' if given and line else ' with' if line else ''}:")
         if all(node.gpu_gib for node in change.nodes if node.gpus):  # else text would say more than is known
             line = f"nodes={write_nodes(change.nodes)} {line}"
     out.print(f"  {line.strip()}", markup=False, soft_wrap=True)  # one line, to be pasted
@@ -204,7 +224,7 @@ def _n(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _short(value: Any) -> str:
-    """As a config would hold it, cut."""
-    text = in_yaml(value)
+def _short(value: Any, key: str) -> str:
+    """As a config would hold it, without secrets, cut."""
+    text = in_yaml(redacted(value, key))
     return text if len(text) <= 60 else text[:59] + "…"

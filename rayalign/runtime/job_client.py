@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from rayalign.errors import ConfigError
+from rayalign.errors import ConfigError, RayalignError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUTS_S = (5.0, 60.0)  # to connect, and to answer one request
@@ -21,26 +24,40 @@ for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.
     logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of every request
 
 
-class _Client(JobSubmissionClient):
-    """Ray's client, every request of which has a deadline."""
+class Client(JobSubmissionClient):
+    """Ray's client, every request of which has a deadline.
+
+    Attributes:
+        given: the address as the user wrote it; "" for this machine's.
+        sent: whether the request that submits a job has gone out.
+    """
+
+    given = ""
+    sent = False
+
+    def command(self, verb: str, *arguments: str) -> str:
+        """The command line that does this on the same cluster, as a shell takes it."""
+        return shlex.join(["rayalign", verb, *arguments, *(["--address", self.given] if self.given else [])])
 
     def _do_request(self, method: str, endpoint: str, **arguments: Any) -> Any:
+        self.sent = self.sent or (method, endpoint) == ("POST", "/api/jobs/")
         return super()._do_request(method, endpoint, **{"timeout": TIMEOUTS_S, **arguments})
 
 
-def connect(address: str | None) -> JobSubmissionClient:
+def connect(address: str | None) -> Client:
     """A client of the job server at this address, or RAY_ADDRESS, or on this machine.
 
     Raises:
         ConfigError: nothing answers there, or it does not take our token.
     """
-    url = _url(address or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS)
+    given = address or os.environ.get("RAY_ADDRESS") or ""
+    url = _url(given or DEFAULT_ADDRESS)
     token, place = _token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     outside = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # else RAY_ADDRESS would win over the address that is given
     try:
-        return _Client(url, headers=headers)
+        client = Client(url, headers=headers)
     except AuthenticationError:
         raise ConfigError(
             "the cluster does not take this token" if token else "the cluster wants a token, and there is none here",
@@ -64,6 +81,23 @@ def connect(address: str | None) -> JobSubmissionClient:
             del os.environ["RAY_API_SERVER_ADDRESS"]
         else:
             os.environ["RAY_API_SERVER_ADDRESS"] = outside
+    client.given = given
+    return client
+
+
+@contextmanager
+def answered(client: Client, what: str = "the cluster did not answer") -> Iterator[None]:
+    """Inside, a request that fails raises RayalignError."""
+    try:
+        yield
+    except (*LOST, AuthenticationError) as error:
+        raise RayalignError(
+            what,
+            where=client.get_address(),
+            value=f"{type(error).__name__}: {error}",
+            rule=f"a job server that takes each request within {TIMEOUTS_S[1]:g} s",
+            remedy="try it again; logs/dashboard.log in the folder of the cluster's session on the head node has more",
+        ) from error
 
 
 def _url(address: str) -> str:

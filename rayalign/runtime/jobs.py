@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from rayalign.errors import ConfigError, RayalignError
 from rayalign.runtime.actors import QUIET
-from rayalign.runtime.job_client import LOST, connect
+from rayalign.runtime.job_client import LOST, Client, answered, connect
 
 SILENCE_S = 20.0  # without a line of the log, after which the cluster is asked whether the job still runs
 RECONNECT_S = 300.0
@@ -31,34 +31,32 @@ ENVIRONMENT = {
 Say = Callable[[str], None]
 
 
-def start(client: JobSubmissionClient, folder: Path, arguments: Sequence[str], *, name: str, run_dir: str) -> str:
+def new_id(name: str) -> str:
+    """A job's id, which no other job has, begins with the name, and is one plain word of a shell."""
+    safe = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-") or "run"
+    return f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+
+
+def start(client: Client, folder: Path, arguments: Sequence[str], *, job_id: str, run_dir: str) -> None:
     """Upload a folder and run `rayalign …` in it, on the head node and without CPUs of its own.
 
-    Returns:
-        the job's id.
+    Raises:
+        RayalignError: the cluster does not take it.
     """
-    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     environment = dict(ENVIRONMENT)
     if sys.prefix != sys.base_prefix:  # where nodes share our folders, the same environment; else the node's own
         environment["PATH"] = f"{Path(sys.executable).parent}:${{PATH}}"
-    try:
-        return client.submit_job(
+    with answered(client, "the cluster did not take the job"):
+        client.submit_job(
             entrypoint=shlex.join(["python", "-m", "rayalign.cli", *arguments]),
-            submission_id=f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
+            submission_id=job_id,
             runtime_env={"working_dir": str(folder), "env_vars": environment},
-            metadata={"job_name": safe, "run_dir": run_dir},
+            metadata={"run_dir": run_dir},
             entrypoint_num_cpus=0,
         )
-    except LOST as error:
-        raise RayalignError(
-            "the cluster did not take the job",
-            where=client.get_address(),
-            value=str(error),
-            remedy="the log of the cluster's dashboard, in the session's folder on the head node, has more",
-        ) from error
 
 
-def follow_job(client: JobSubmissionClient, job_id: str, say: Say) -> int:
+def follow_job(client: Client, job_id: str, say: Say) -> int:
     """Show the job's log on stdout until the job ends; a connection that breaks is made again.
 
     Returns:
@@ -68,13 +66,30 @@ def follow_job(client: JobSubmissionClient, job_id: str, say: Say) -> int:
         RayalignError: no such job, or no answer for five minutes.
     """
     try:
-        _details(client, job_id)
+        with answered(client):
+            _details(client, job_id)
         asyncio.run(_print_log(client, job_id, say))
-        return _ended(_details(client, job_id), say)
+        with answered(client):
+            return _ended(_details(client, job_id), say)
     except KeyboardInterrupt:
-        hint = f"{job_id} --address {client.get_address()}"
-        say(f"the job goes on; rayalign logs {hint} follows it again, rayalign stop {hint} ends it")
-        return 130
+        return leave(client, job_id, say)
+
+
+def leave(client: Client, job_id: str, say: Say, *, known: bool = True) -> int:
+    """Say on Ctrl-C what becomes of the job. `known`: whether the cluster has said that it has it. Returns 130."""
+    say(
+        "the job goes on; to follow it again or end it:"
+        if known
+        else "the job may have been submitted; to see, or end it:"
+    )
+    say_commands(client, job_id, say, ("logs" if known else "status", "stop"))
+    return 130
+
+
+def say_commands(client: Client, job_id: str, say: Say, verbs: Sequence[str] = ("logs", "status", "stop")) -> None:
+    """Each on a line of its own, to be copied whole."""
+    for verb in verbs:
+        say(f"  {client.command(verb, job_id)}")
 
 
 def job_logs(address: str | None, job_id: str, *, follow: bool = True, say: Say = print) -> int:
@@ -82,14 +97,18 @@ def job_logs(address: str | None, job_id: str, *, follow: bool = True, say: Say 
     client = connect(address)
     if follow:
         return follow_job(client, job_id, say)
-    _details(client, job_id)
-    print(client.get_job_logs(job_id), end="")
+    with answered(client):
+        _details(client, job_id)
+        log = client.get_job_logs(job_id)
+    print(log, end="")
     return 0
 
 
 def job_status(address: str | None, job_id: str) -> str:
     """What is known of a job, in a few lines."""
-    job = _details(connect(address), job_id)
+    client = connect(address)
+    with answered(client):
+        job = _details(client, job_id)
     lines = [f"job     {job.submission_id}", f"status  {_status(job)}"]
     if run_dir := (job.metadata or {}).get("run_dir"):
         lines.append(f"run     {run_dir}")
@@ -101,7 +120,9 @@ def job_status(address: str | None, job_id: str) -> str:
 def list_jobs(address: str | None) -> str:
     """The cluster's jobs, newest first, a line each."""
     client = connect(address)
-    jobs = [job for job in client.list_jobs() if job.type == JobType.SUBMISSION]
+    with answered(client):
+        listed = client.list_jobs()
+    jobs = [job for job in listed if job.type == JobType.SUBMISSION]
     rows = [
         (str(job.submission_id), _status(job), (job.metadata or {}).get("run_dir", ""))
         for job in sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
@@ -121,7 +142,8 @@ def stop_job(address: str | None, job_id: str, *, say: Say = print) -> int:
         RayalignError: no such job, or it did not end.
     """
     client = connect(address)
-    job = _details(client, job_id)
+    with answered(client):
+        job = _details(client, job_id)
     if job.status.is_terminal():
         say(f"job {job_id} had ended before: {_status(job)}")
         return 0
@@ -134,7 +156,7 @@ def stop_job(address: str | None, job_id: str, *, say: Say = print) -> int:
                 where=job_id,
                 value=_status(job),
                 rule=f"at most {_span(STOP_S)} after it was asked to",
-                remedy=f"look at its log (rayalign logs {job_id}); end the cluster's Ray when nothing else helps",
+                remedy=f"look at its log: {client.command('logs', job_id)}; end the cluster's Ray if nothing helps",
             )
         time.sleep(0.5)
         with suppress(*LOST):  # said at the limit, if it lasts
@@ -144,7 +166,7 @@ def stop_job(address: str | None, job_id: str, *, say: Say = print) -> int:
     return 0
 
 
-async def _print_log(client: JobSubmissionClient, job_id: str, say: Say) -> None:
+async def _print_log(client: Client, job_id: str, say: Say) -> None:
     """Print what is new in the log until the job has ended."""
     printed, answered, lost = 0, time.monotonic(), False
     while True:
@@ -169,13 +191,14 @@ async def _print_log(client: JobSubmissionClient, job_id: str, say: Say) -> None
             raise RayalignError(
                 "the cluster does not answer",
                 where=client.get_address(),
-                value=f"for {_span(RECONNECT_S)}",
-                remedy=f"whether the job goes on is not known; rayalign logs {job_id} follows it again",
+                value=f"no answer for {_span(RECONNECT_S)}; whether the job goes on is not known",
+                rule="the log of a job comes from a cluster that can be reached",
+                remedy=f"follow it again when it can be: {client.command('logs', job_id)}",
             )
         await asyncio.sleep(1.0)
 
 
-async def _lines(client: JobSubmissionClient, job_id: str) -> AsyncIterator[str]:
+async def _lines(client: Client, job_id: str) -> AsyncIterator[str]:
     """Pieces of the log as they come, "" for every while in which none came and the cluster answered.
 
     Ray's own iterator would wait for ever on a connection whose other side is gone.
@@ -199,7 +222,7 @@ async def _lines(client: JobSubmissionClient, job_id: str) -> AsyncIterator[str]
         piece.cancel()
 
 
-def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
+def _details(client: Client, job_id: str) -> JobDetails:
     """Raises ConfigError when the cluster knows no such job."""
     try:
         return client.get_job_info(job_id)
@@ -211,7 +234,7 @@ def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
             where="JOB",
             value=job_id,
             rule=f"a job of the cluster at {client.get_address()}",
-            remedy="`rayalign status` lists its jobs; those of an earlier start of the cluster are gone",
+            remedy=f"{client.command('status')} lists its jobs; those of an earlier start of the cluster are gone",
         ) from None
 
 

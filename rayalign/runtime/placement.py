@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 from typing import Literal
 
 from pydantic import Field
@@ -92,6 +94,7 @@ def place(
             rule="one GPU a node and tensor_parallel=1: Ray places shares of a GPU without saying of which",
             remedy="set placement.colocate=false, so that each has GPUs of its own",
         )
+    _check_scorers(nodes, scorers)
     hosts = [node for node in nodes if node.gpus] if on_gpu else list(nodes)
     slots = {node.id: node.gpus if on_gpu else node.cpus for node in hosts}
     unit = "GPUs" if on_gpu else "CPU cores"
@@ -103,10 +106,11 @@ def place(
     share = 0.45 if shared else 1.0  # two kinds take turns, and the scorers fit beside them
     places = []
     for kind, chosen, width in (("engine", engine_slots, tensor_parallel), ("learner", learner_slots, 1)):
-        ids = [node.id for node in chosen]
+        on_nodes, before = Counter(node.id for node in chosen), Counter[str]()
         for index, node in enumerate(chosen):
-            on_node = ids.count(node.id)
-            cores = _cores(node, ids[:index].count(node.id), on_node)
+            on_node = on_nodes[node.id]
+            cores = _cores(node, before[node.id], on_node)
+            before[node.id] += 1
             gpus = width * share if on_gpu else 0.0
             cpus = 0.45 * node.cpus / on_node
             places.append(Place(f"{kind}-{index}", node, round(cpus, 3), gpus, cores))
@@ -119,12 +123,26 @@ def place(
     return tuple(places)
 
 
+def _check_scorers(nodes: Sequence[Node], scorers: int) -> None:
+    """They share a little of each node's cores; below a thousandth of a core that would be nothing."""
+    most = len(nodes) * min((90 * max(node.cpus, 1) for node in nodes), default=0)
+    if scorers > most:
+        raise ConfigError(
+            "the cluster cannot hold so many",
+            where="key scorer.count",
+            value=scorers,
+            rule=f"at most {most} here, so that each has a thousandth of a core",
+            remedy=f"lower scorer.count to {most}; one for a node is usual" if most else "use a cluster with nodes",
+        )
+
+
 def _spread(key: str, count: int, width: int, hosts: Sequence[Node], free: dict[str, int], unit: str) -> list[Node]:
     """`count` hosts with `width` slots each, always from the node with the most free ones."""
     total, chosen = sum(free.values()), []
+    most_free = [(-free[host.id], index) for index, host in enumerate(hosts)]
+    heapify(most_free)
     for _ in range(count):
-        node = max(hosts, key=lambda host: free[host.id], default=None)
-        if node is None or free[node.id] < width:
+        if not most_free or -most_free[0][0] < width:
             raise ConfigError(
                 "the cluster cannot hold so many",
                 where=f"key {key}",
@@ -132,8 +150,9 @@ def _spread(key: str, count: int, width: int, hosts: Sequence[Node], free: dict[
                 rule=f"{total} {unit} are there for them, {width} of one node for each",
                 remedy=f"lower {key} to {len(chosen)}" if chosen else "use a cluster with more of them",
             )
-        free[node.id] -= width
-        chosen.append(node)
+        taken, index = most_free[0]
+        heapreplace(most_free, (taken + width, index))
+        chosen.append(hosts[index])
     return chosen
 
 

@@ -4,98 +4,102 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rayalign.selftest.child import Child
-from rayalign.selftest.stage import CHECKPOINT, PUSH, PUSH_TP, RANKS, START, START_TP, WAKE, Stage, from_line
+from rayalign.selftest.devices import Gpu
+from rayalign.selftest.stage import PUSH, PUSH_TP, RANKS, START, START_TP, WAKE, Stage, Stages, from_child, side_by_side
 
-ENGINE_DEADLINE_S = 240.0
+DEADLINE_S = 240.0
 
 
-def selftest(*, gpus_gib: Sequence[float] = ()) -> Iterator[Stage]:
+def selftest(*, gpus: Sequence[Gpu] = ()) -> Generator[Stage, None, None]:
     """Train two steps on Ray actors, push weights each way there is, put an engine to sleep and wake it.
 
     Each part is a process of its own with a deadline, so that a crash is a finding and the next part still runs.
-    Takes under a minute on two CPU cores. When a stage fails, its logs stay in the temporary folder that it names.
+    Takes about 95 s of CPU time: under a minute on two quiet cores. When a stage fails, its logs stay in the temporary
+    folder that it names.
 
     Args:
-        gpus_gib: memory of each GPU; none: everything runs on the CPU.
+        gpus: that torch can use; none: everything runs on the CPU.
     """
-    folder = Path(tempfile.mkdtemp(prefix="rayalign-selftest-"))
-    whole = True
-    for done in _stages(folder, list(gpus_gib)):
-        whole &= done.outcome != "failed"
-        yield done
-    if whole:
-        shutil.rmtree(folder, ignore_errors=True)
+    return in_folder("rayalign-selftest-", lambda folder: _stages(folder, gpus))
 
 
-def engine_start(*, gpus_gib: Sequence[float] = ()) -> Iterator[Stage]:
+def engine_start(*, gpus: Sequence[Gpu] = ()) -> Generator[Stage, None, None]:
     """Only the start of vLLM, and some tokens sampled."""
     from rayalign.selftest.tiny_model import build_model
 
-    folder = Path(tempfile.mkdtemp(prefix="rayalign-start-"))
-    whole = True
-    for done in _engine(build_model(folder / "model"), folder, gpus_gib, weights=None):
-        whole &= done.outcome != "failed"
-        yield done
-    if whole:
-        shutil.rmtree(folder, ignore_errors=True)
+    return in_folder("rayalign-start-", lambda folder: engines(build_model(folder / "model"), folder, gpus=gpus))
 
 
-def _stages(folder: Path, gpus_gib: list[float]) -> Iterator[Stage]:
+def in_folder(prefix: str, try_in: Callable[[Path], Stages]) -> Generator[Stage, None, None]:
+    """The stages of what is tried in a temporary folder, which stays only when one failed, for its logs."""
+    folder, failed = Path(tempfile.mkdtemp(prefix=prefix)), False
+    try:
+        with closing(try_in(folder)) as stages:
+            for done in filter(None, stages):
+                failed |= done.outcome == "failed"
+                yield done
+    except BaseException:  # Ctrl-C, or nobody listens any more: the logs are of no use
+        failed = False
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stages(folder: Path, gpus: Sequence[Gpu]) -> Stages:
     from rayalign.selftest.tiny_model import build_model
-    from rayalign.selftest.training import STEPS, training_stages
 
-    model = build_model(folder / "model")
-    yield from training_stages(model, folder, gpus_gib=gpus_gib)
-    trained = folder / "run" / "checkpoints" / f"step-{STEPS}"
-    weights = trained if trained.is_dir() else build_model(folder / "other-model", seed=1)
-    yield from _engine(model, folder, gpus_gib, weights=weights)
-    if len(gpus_gib) < 2:
-        for name in (START_TP, PUSH_TP, RANKS):
-            yield Stage(name, "skipped", "not tried: needs 2 GPUs")
+    model, other = build_model(folder / "model"), build_model(folder / "other-model", seed=1)
+    if not gpus:
+        pushes = engines(model, folder, weights=other, ranks=(1, 2))
+        yield from side_by_side([_training_then_ranks(model, folder, gpus), pushes])
         return
-    yield from _engine(model, folder, gpus_gib, weights=weights, ranks=2)
-    yield from two_ranks(model, folder, gpus_gib=gpus_gib)
+    # One after the other: how much memory an engine frees asleep is seen only while nobody else uses the GPU. In
+    # processes of their own, because a process gives a GPU's memory back for certain only when it ends.
+    if len(gpus) > 1:
+        yield from _training_then_ranks(model, folder, gpus)
+        yield from engines(model, folder, gpus=gpus, weights=other)
+        yield from engines(model, folder, gpus=gpus, weights=other, ranks=(2,))
+        return
+    from rayalign.selftest.training import training_stages
+
+    yield from training_stages(model, folder, gpus=gpus)
+    yield from engines(model, folder, gpus=gpus, weights=other)
+    for name in (START_TP, PUSH_TP, RANKS):
+        yield Stage(name, "skipped", "not tried: needs 2 GPUs")
 
 
-def two_ranks(model: Path, folder: Path, *, gpus_gib: Sequence[float] = ()) -> Iterator[Stage]:
+def _training_then_ranks(model: Path, folder: Path, gpus: Sequence[Gpu]) -> Stages:
+    from rayalign.selftest.training import training_stages, written_checkpoint
+
+    yield from training_stages(model, folder, gpus=gpus)
+    yield from two_ranks(written_checkpoint(folder) or model, folder, gpus=gpus)
+
+
+def two_ranks(model: Path, folder: Path, *, gpus: Sequence[Gpu] = ()) -> Stages:
     """Two learner ranks in processes of their own."""
-    command = ["rayalign.selftest.ranks", str(model), *_gpus(gpus_gib)]
-    yield from _from_child(Child(command, deadline_s=ENGINE_DEADLINE_S, log=folder / "ranks.log"), (RANKS,))
+    command = ["rayalign.selftest.ranks", str(model), "--gpus", *map(str, gpus)]
+    return from_child(Child(command, deadline_s=DEADLINE_S, log=folder / "ranks.log"), (RANKS,))
 
 
-def _engine(
-    model: Path, folder: Path, gpus_gib: Sequence[float], *, weights: Path | None, ranks: int = 1
-) -> Iterator[Stage]:
-    command = ["rayalign.selftest.engine", str(model), "--ranks", str(ranks), *_gpus(gpus_gib)]
-    expected: tuple[str, ...] = (START if ranks == 1 else START_TP,)
-    if weights is not None:
-        command += ["--weights", str(weights)]
-        expected += (CHECKPOINT, PUSH, WAKE) if ranks == 1 else (CHECKPOINT, PUSH_TP)
-    log = folder / f"engine-{ranks}.log"
-    yield from _from_child(Child(command, deadline_s=ENGINE_DEADLINE_S, log=log), expected)
+def engines(
+    model: Path, folder: Path, *, gpus: Sequence[Gpu] = (), weights: Path | None = None, ranks: Sequence[int] = (1,)
+) -> Stages:
+    """An engine for each number of tensor parallel ranks, one after the other in one process.
 
-
-def _gpus(gpus_gib: Sequence[float]) -> list[str]:
-    return ["--gpus-gib", *(f"{size:.1f}" for size in gpus_gib)] if gpus_gib else []
-
-
-def _from_child(child: Child, expected: Sequence[str]) -> Iterator[Stage]:
-    """A child's stages as they come; those that it ended without are failed, or skipped after one that did."""
-    missing, failed, see = list(expected), False, f"see {child.log}"
-    for line in child.lines():
-        if (done := from_line(line)) is not None:
-            missing.remove(done.name)
-            if done.outcome == "failed":
-                failed, done = True, replace(done, remedy=f"{see}; {done.remedy}" if done.remedy else see)
-            yield done
-    for name in missing:
-        if failed:
-            yield Stage(name, "skipped", "not tried: a stage before it failed")
-        else:
-            yield Stage(name, "failed", child.trouble() or "the process ended before this stage", see)
-            failed = True
+    Args:
+        weights: of the same shapes, to push; none: the engines are only started.
+    """
+    command = ["rayalign.selftest.engine", str(model), "--ranks", *map(str, ranks), "--gpus", *map(str, gpus)]
+    command += ["--weights", str(weights)] if weights else []
+    expected: list[str] = []
+    for count in ranks:
+        expected += [START if count == 1 else START_TP]
+        expected += ([PUSH, WAKE] if count == 1 else [PUSH_TP]) if weights else []
+    log = folder / f"engine-{'-'.join(map(str, ranks))}.log"
+    return from_child(Child(command, deadline_s=DEADLINE_S, log=log), expected)

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
@@ -43,8 +44,14 @@ class Child:
         self.returncode: int | None = None
         self.late = False
 
-    def lines(self) -> Iterator[str]:
-        """The lines of its stdout. When they end, so has the process; leaving early ends it."""
+    def run(self) -> list[str]:
+        """All lines of its stdout."""
+        with closing(self.lines()) as lines:
+            return [line for line in lines if line is not None]
+
+    def lines(self) -> Generator[str | None, None, None]:
+        """The lines of its stdout, None while there is none. When they end, so has the process; closing it early, or
+        an exception in here (Ctrl-C), ends the process."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         limit = time.monotonic() + self.deadline_s
         with self.log.open("a") as log:
@@ -64,18 +71,18 @@ class Child:
             reader.start()
             try:
                 while True:
-                    ended = process.poll() is not None
+                    ended = _has_ended(process)
                     if ended:  # grandchildren may hold the pipe open: what the process wrote is there soon
                         reader.join(timeout=1.0)
-                    yield from _drained(arrived, log, wait_s=0.0 if ended else 0.2)
+                    yield from _drained(arrived, log, wait_s=0.0 if ended else 0.1)
                     if ended:
                         break
+                    yield None
                     if time.monotonic() > limit:
                         self.late = True
                         break
             finally:
-                if process.poll() is None:
-                    _end(process)
+                _end(process)
                 self.returncode = process.returncode
 
     def trouble(self) -> str:
@@ -129,11 +136,30 @@ def _drained(arrived: queue.SimpleQueue[str], log: IO[str], *, wait_s: float) ->
         yield line.rstrip("\n")
 
 
+def _has_ended(process: subprocess.Popen[str]) -> bool:
+    """Whether it has ended; it stays ours to wait for, so that its group is certainly this one."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def _end(process: subprocess.Popen[str]) -> None:
-    """The process is still ours to wait for, so that its group is certainly this one."""
-    os.killpg(process.pid, signal.SIGTERM)
+    """End it, unless it has, and whatever is left of its group: asked first, so that it can end its own children."""
     try:
-        process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
+        if not _has_ended(process):
+            os.killpg(process.pid, signal.SIGTERM)
+        limit = time.monotonic() + GRACE_S
+        while not _has_ended(process) and time.monotonic() < limit:
+            time.sleep(0.05)
+    finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        limit = time.monotonic() + 1.0
+        while _is_there(process.pid) and time.monotonic() < limit:  # a killed process needs a moment to go
+            time.sleep(0.01)
+
+
+def _is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

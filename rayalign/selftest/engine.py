@@ -1,4 +1,4 @@
-"""vLLM in this process: start, a push of weights, sleep and wake.
+"""vLLM in this process: start, a push of weights, sleep and wake; then, where asked for, the same tensor parallel.
 
 Run as a child: `python -m rayalign.selftest.engine`.
 """
@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayalign.selftest.stage import CHECKPOINT, PUSH, PUSH_TP, START, START_TP, WAKE, Note, stage
-from rayalign.selftest.training import MAX_GAP, dtype_for, engine_settings
+from rayalign.selftest.devices import MAX_GAP, Gpu, engine_dtype, engine_settings, learner_dtype
+from rayalign.selftest.stage import PUSH, PUSH_TP, START, START_TP, WAKE, Note, stage
 from rayalign.types import Completion, Request, Sampling
 
 GIB = 2**30
@@ -23,47 +23,46 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="rayalign.selftest.engine")
     parser.add_argument("model", type=Path)
     parser.add_argument("--weights", type=Path, help="checkpoint whose weights are pushed; none: only the start")
-    parser.add_argument("--ranks", type=int, default=1, help="tensor parallel")
-    parser.add_argument("--gpus-gib", type=float, nargs="*", default=[])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="tensor parallel, one engine for each")
+    parser.add_argument("--gpus", type=Gpu.parse, nargs="*", default=[])
     options = parser.parse_args(arguments)
-    tried = Engine(options.model, options.ranks, options.gpus_gib)
-    with stage(START if options.ranks == 1 else START_TP, "without vLLM there is engine.name=transformers") as note:
+    started = [_try(Engine(options.model, ranks, options.gpus), options.weights) for ranks in options.ranks]
+    return 0 if all(started) else 1
+
+
+def _try(tried: Engine, weights: Path | None) -> bool:
+    """All stages of one engine; whether it started."""
+    single = tried.ranks == 1
+    with stage(START if single else START_TP, "without vLLM there is engine.name=transformers") as note:
         tried.start(note)
     if tried.engine is None:
-        return 1
+        return False
     try:
-        if options.weights is not None:
-            learner = None
-            with stage(CHECKPOINT) as note:
-                learner = tried.learner(options.weights, note)
-            if learner is not None:
-                with stage(PUSH if options.ranks == 1 else PUSH_TP) as note:
-                    tried.push(learner, note)
-            if options.ranks == 1:
+        if weights is not None:
+            with stage(PUSH if single else PUSH_TP) as note:
+                tried.push(weights, note)
+            if single:
                 with stage(WAKE) as note:
                     tried.sleep_and_wake(note)
     finally:
         tried.engine.close()
-    return 0
+    return True
 
 
 class Engine:
     """One engine, and what is tried on it."""
 
-    def __init__(self, model: Path, ranks: int, gpus_gib: list[float]):
-        self.model, self.ranks, self.gpus_gib = model, ranks, gpus_gib
-        self.dtype = dtype_for(gpus_gib)
+    def __init__(self, model: Path, ranks: int, gpus: list[Gpu]):
+        self.model, self.ranks, self.gpus = model, ranks, gpus
         self.engine: Any = None
 
     def start(self, note: Note) -> None:
         from rayalign.engines.vllm import VLLMEngineConfig
 
-        settings = engine_settings(self.gpus_gib)
-        config = VLLMEngineConfig(**settings, dtype=self.dtype, tensor_parallel=self.ranks)
-        engine = config.build(model=str(self.model))
-        self.engine = engine
+        config = VLLMEngineConfig(**engine_settings(self.gpus), tensor_parallel=self.ranks)
+        self.engine = config.build(model=str(self.model))
         tokens = sum(len(completion.token_ids) for completion in self.sample())
-        note.found = f"{tokens} tokens sampled in {self.dtype} on {'a GPU' if self.gpus_gib else 'the CPU'}"
+        note.found = f"{tokens} tokens sampled in {config.dtype} on {'a GPU' if self.gpus else 'the CPU'}"
 
     def sample(self) -> list[Completion]:
         """Six completions, always of the same prompts and seeds."""
@@ -74,23 +73,22 @@ class Engine:
             done |= {completion.request_id: completion for completion in self.engine.poll()}
         return [done[request.id] for request in requests]
 
-    def learner(self, weights: Path, note: Note) -> Any:
-        """The checkpoint that the training left, loaded by transformers."""
+    def learner(self, weights: Path) -> Any:
         from rayalign.learners.settings import LearnerSpec
         from rayalign.learners.torch import TorchLearnerConfig
 
-        settings = TorchLearnerConfig(dtype=self.dtype)
+        settings = TorchLearnerConfig(dtype=learner_dtype(self.gpus))
         spec = LearnerSpec("policy", str(weights), trainable=False, settings=settings)
-        note.found = f"transformers loads {weights.name}"
         return settings.build([spec], rank=0, world_size=1, address=("127.0.0.1", 0))["policy"]
 
-    def push(self, learner: Any, note: Note) -> None:
+    def push(self, weights: Path, note: Note) -> None:
         """The weights arrive, change what the engine computes, and a corrupted push is noticed."""
         from rayalign.errors import SyncMismatch
         from rayalign.sync.handshake import push_weights
 
+        learner, max_gap = self.learner(weights), MAX_GAP[engine_dtype(self.gpus)]
         before = self.engine.logps([PROBE])[0]
-        push_weights(learner, self.engine, version=1, probe=[PROBE], max_gap=MAX_GAP[self.dtype])
+        push_weights(learner, self.engine, version=1, probe=[PROBE], max_gap=max_gap)
         moved = float(abs(self.engine.logps([PROBE])[0] - before).max())
         if not moved:
             raise RuntimeError("log-probs are the same before and after a push of other weights")
@@ -105,7 +103,7 @@ class Engine:
             pass
         else:
             raise RuntimeError("a push with a wrong bit was taken for a good one")
-        gap = push_weights(learner, self.engine, version=3, probe=[PROBE], max_gap=MAX_GAP[self.dtype])
+        gap = push_weights(learner, self.engine, version=3, probe=[PROBE], max_gap=max_gap)
         note.found = (
             f"{len(push.manifest)} tensors checksummed, a wrong bit noticed, "
             f"log-prob gap {gap['sync/logp_gap_mean']:.1e}"
@@ -120,7 +118,7 @@ class Engine:
         after = self.sample()
         if [completion.token_ids for completion in after] != [completion.token_ids for completion in before]:
             raise RuntimeError("samples with the same seeds differ after waking")
-        if not self.gpus_gib:
+        if not self.gpus:
             note.found = "called in order, the same samples after waking; on a CPU there is no memory to free"
             return
         if asleep - free < 0.5:
@@ -133,7 +131,7 @@ class Engine:
     def free_gib(self) -> float:
         import torch
 
-        return torch.cuda.mem_get_info()[0] / GIB if self.gpus_gib else 0.0
+        return torch.cuda.mem_get_info()[0] / GIB if self.gpus else 0.0
 
 
 if __name__ == "__main__":

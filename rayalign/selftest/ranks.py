@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+from rayalign.selftest.devices import Gpu, learner_dtype
 from rayalign.selftest.stage import RANKS, stage
-from rayalign.selftest.training import dtype_for
 
 WORLD = 2
 DEADLINE_S = 120.0
@@ -22,27 +21,26 @@ DEADLINE_S = 120.0
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="rayalign.selftest.ranks")
     parser.add_argument("model", type=Path)
-    parser.add_argument("--gpus-gib", type=float, nargs="*", default=[])
+    parser.add_argument("--gpus", type=Gpu.parse, nargs="*", default=[])
     options = parser.parse_args(arguments)
-    remedy = (
-        "NCCL_DEBUG=INFO shows which way nccl took; in a container, give it more /dev/shm" if options.gpus_gib else ""
-    )
+    remedy = "NCCL_DEBUG=INFO shows which way nccl took; in a container, give it more /dev/shm" if options.gpus else ""
     with stage(RANKS, remedy) as note:
-        from torch.multiprocessing import spawn
+        import transformers.models.llama.modeling_llama  # noqa: F401  once, before the ranks are forked
+        from torch.distributed.elastic.utils.distributed import get_free_port
+        from torch.multiprocessing import start_processes
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        spawn(
-            train_on_rank, args=(port, str(options.model), options.gpus_gib), nprocs=WORLD
-        )  # raises what a rank raises
-        note.found = f"an update over {'nccl' if options.gpus_gib else 'gloo'}, and the same log-probs on both"
+        import rayalign.learners.deepspeed  # noqa: F401
+
+        arguments_of_all = (get_free_port(), str(options.model), options.gpus)
+        method = "spawn" if options.gpus else "fork"  # what was begun with a GPU does not survive a fork
+        start_processes(train_on_rank, arguments_of_all, nprocs=WORLD, start_method=method)  # raises what a rank raises
+        note.found = f"an update over {'nccl' if options.gpus else 'gloo'}, and the same log-probs on both"
     return 0
 
 
-def train_on_rank(rank: int, port: int, model: str, gpus_gib: list[float]) -> None:
+def train_on_rank(rank: int, port: int, model: str, gpus: list[Gpu]) -> None:
     """One update of a DPO policy, after which both ranks have to hold the same, other weights."""
-    os.environ["LOCAL_RANK"] = str(rank if gpus_gib else 0)
+    os.environ["LOCAL_RANK"] = str(rank if gpus else 0)
     import numpy as np
     import torch
 
@@ -52,7 +50,7 @@ def train_on_rank(rank: int, port: int, model: str, gpus_gib: list[float]) -> No
     from rayalign.protocols import UpdatePlan
     from rayalign.types import Column, Example, Sequence
 
-    settings = DeepSpeedLearnerConfig(ranks=WORLD, zero_stage=2, dtype=dtype_for(gpus_gib), deadline_s=DEADLINE_S)
+    settings = DeepSpeedLearnerConfig(ranks=WORLD, zero_stage=2, dtype=learner_dtype(gpus), deadline_s=DEADLINE_S)
     spec = LearnerSpec("policy", model, optimizer=OptimizerConfig(lr=1e-2), settings=settings)
     policy = settings.build([spec], rank=rank, world_size=WORLD, address=("127.0.0.1", port))["policy"]
 

@@ -1,13 +1,16 @@
-"""How one stage of the self-test went, as it crosses from a child process to the one that reports it."""
+"""How one stage of the self-test went, as it crosses from a child process to the one that reports it, and the stages
+of several children together."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Literal
+
+from rayalign.selftest.child import Child
 
 MARK = "STAGE "  # libraries print to stdout too: only lines that begin so are ours
 
@@ -43,6 +46,42 @@ class Stage:
 def from_line(line: str) -> Stage | None:
     """The stage of a child's line, or None when the line is something else."""
     return Stage(**json.loads(line.removeprefix(MARK))) if line.startswith(MARK) else None
+
+
+# None: nothing new for a moment, so that what runs beside it gets its turn. Closing it ends its processes.
+Stages = Generator["Stage | None", None, None]
+
+
+def from_child(child: Child, expected: Sequence[str]) -> Stages:
+    """A child's stages as they come; those that it ended without are failed, or skipped after one that did."""
+    missing, failed, see = list(expected), False, f"see {child.log}"
+    with closing(child.lines()) as lines:
+        for line in lines:
+            if line is None or (done := from_line(line)) is None:
+                yield None
+                continue
+            missing.remove(done.name)
+            if done.outcome == "failed":
+                failed, done = True, replace(done, remedy=f"{see}; {done.remedy}" if done.remedy else see)
+            yield done
+    for name in missing:
+        if failed:
+            yield Stage(name, "skipped", "not tried: a stage before it failed")
+        else:
+            yield Stage(name, "failed", child.trouble() or "the process ended before this stage", see)
+            failed = True
+
+
+def side_by_side(chains: Sequence[Stages]) -> Stages:
+    """The stages of all chains, each as it comes. However this ends, all chains are closed."""
+    with ExitStack() as stack:
+        running = [stack.enter_context(closing(chain)) for chain in chains]
+        while running:
+            for chain in tuple(running):
+                try:
+                    yield next(chain)
+                except StopIteration:
+                    running.remove(chain)
 
 
 class Note:

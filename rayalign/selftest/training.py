@@ -4,45 +4,72 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from rayalign.selftest.child import Child
-from rayalign.selftest.stage import OBJECT_STORE, TRAINING, Stage
+from rayalign.selftest.devices import MAX_GAP, Gpu, engine_dtype, engine_settings, learner_dtype
+from rayalign.selftest.stage import CHECKPOINT, OBJECT_STORE, TRAINING, Stage, Stages
 
 DEADLINE_S = 300.0
 STEPS = 2
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.15}  # nats a token, as the training itself holds it
 
 
-def training_stages(model: Path, folder: Path, *, gpus_gib: Sequence[float]) -> Iterator[Stage]:
-    """Two steps of online DPO in `folder`/run; then what the run's files say about steps and pushes."""
+def training_stages(model: Path, folder: Path, *, gpus: Sequence[Gpu]) -> Stages:
+    """Two steps of online DPO in `folder`/run; then what the run's files say about steps, pushes and checkpoint."""
     started = perf_counter()
-    config = write_config(model, folder, gpus_gib=gpus_gib)
+    config, run = write_config(model, folder, gpus=gpus), folder / "run"
     child = Child(["rayalign.cli", "train", str(config)], deadline_s=DEADLINE_S, log=folder / "training.log")
-    for _ in child.lines():
-        pass
+    with closing(child.lines()) as lines:
+        yield from (None for _ in lines)
     seconds = perf_counter() - started
     if trouble := child.trouble():
-        yield Stage(TRAINING, "failed", trouble, f"see {child.log} and {folder / 'run' / 'log'}", seconds)
-        yield Stage(OBJECT_STORE, "skipped", "not tried: the training did not end well")
+        yield Stage(TRAINING, "failed", trouble, f"see {child.log} and {run / 'log'}", seconds)
+        for name in (OBJECT_STORE, CHECKPOINT):
+            yield Stage(name, "skipped", "not tried: the training did not end well")
         return
-    steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
-    log = f"see {folder / 'run'}"
-    problem = training_problem(steps)
-    found = problem or "{} steps of online DPO: vLLM, rules scorer, DeepSpeed; loss {:.3f} → {:.3f}".format(
-        STEPS, *(step["loss"] for step in steps)
-    )
-    yield Stage(TRAINING, "failed" if problem else "passed", found, log if problem else "", seconds)
-    problem = push_problem(steps, samples, max_gap=MAX_GAP[dtype_for(gpus_gib)])
-    gap = max(step.get("sync/logp_gap_mean", math.nan) for step in steps)
-    found = problem or f"{STEPS} pushes checksummed, samples carry their versions, log-prob gap {gap:.1e}"
-    yield Stage(OBJECT_STORE, "failed" if problem else "passed", found, log if problem else "")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+    def judged(name: str, problem: str, found: str, seconds: float = 0.0) -> Stage:
+        if problem:
+            return Stage(name, "failed", problem, f"see {run}", seconds)
+        return Stage(name, "passed", found, seconds=seconds)
+
+    losses = " → ".join(f"{step.get('loss', math.nan):.3f}" for step in steps)
+    found = f"{STEPS} steps of online DPO: vLLM, rules scorer, DeepSpeed; loss {losses}"
+    yield judged(TRAINING, training_problem(steps), found, seconds)
+    gap = max((step.get("sync/logp_gap_mean", math.nan) for step in steps), default=math.nan)
+    found = f"{STEPS} pushes checksummed, samples carry their versions, log-prob gap {gap:.1e}"
+    yield judged(OBJECT_STORE, push_problem(steps, samples, max_gap=MAX_GAP[engine_dtype(gpus)]), found)
+    found = f"step-{STEPS} holds each tensor of the model, in its shape"
+    yield judged(CHECKPOINT, checkpoint_problem(model, written_checkpoint(folder)), found)
+
+
+def written_checkpoint(folder: Path) -> Path | None:
+    """What the training in `folder` left, None when it left none."""
+    path = folder / "run" / "checkpoints" / f"step-{STEPS}"
+    return path if (path / "model.safetensors").is_file() else None
+
+
+def checkpoint_problem(model: Path, written: Path | None) -> str:
+    """What is wrong with the checkpoint of a training that began from `model`, or an empty string."""
+    if written is None:
+        return f"the training left no checkpoint of step {STEPS}"
+    began, ended = _shapes(model), _shapes(written)
+    differing = sorted(name for name in began.keys() | ended.keys() if began.get(name) != ended.get(name))
+    return f"{len(differing)} tensors are not those of the model, as {differing[0]}" if differing else ""
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(folder / "model.safetensors", "np") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def training_problem(steps: Sequence[dict[str, Any]]) -> str:
@@ -70,13 +97,13 @@ def push_problem(steps: Sequence[dict[str, Any]], samples: Sequence[dict[str, An
     return ""
 
 
-def write_config(model: Path, folder: Path, *, gpus_gib: Sequence[float]) -> Path:
+def write_config(model: Path, folder: Path, *, gpus: Sequence[Gpu]) -> Path:
     """The config of the run. On a single GPU engine and learner take turns, which is sleep and wake as well."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"one sentence about film {i}"}) + "\n" for i in range(8)))
     config = {
-        "model": {"path": str(model), "dtype": dtype_for(gpus_gib)},
+        "model": {"path": str(model), "dtype": learner_dtype(gpus)},
         "data": {"prompts": str(prompts), "chat_template": False},
         "algorithm": {"name": "online_preference", "samples": 4},
         "scorer": {"name": "rules", "rule": "brevity"},
@@ -84,9 +111,10 @@ def write_config(model: Path, folder: Path, *, gpus_gib: Sequence[float]) -> Pat
         "rollout": {"prompts": 4},
         "train": {"steps": STEPS},
         "optimizer": {"lr": 1e-3},
-        "engine": {"name": "vllm", **engine_settings(gpus_gib)},
+        "engine": {"name": "vllm", **engine_settings(gpus)},
         "learner": {"name": "deepspeed", "zero_stage": 2, "deadline_s": DEADLINE_S},
-        "placement": {"name": "ray", "object_store_gib": 0.1, "colocate": len(gpus_gib) == 1},
+        "placement": {"name": "ray", "object_store_gib": 0.1, "colocate": len(gpus) == 1},
+        "sync": {"max_gap": MAX_GAP[engine_dtype(gpus)]},
         "evaluation": {"prompts": 0},
         "trackers": [],
         "run_dir": str(folder / "run"),
@@ -94,19 +122,3 @@ def write_config(model: Path, folder: Path, *, gpus_gib: Sequence[float]) -> Pat
     path = folder / "selftest.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
-
-
-def dtype_for(gpus_gib: Sequence[float]) -> str:
-    return "bfloat16" if gpus_gib else "float32"  # attention kernels of GPUs have no float32
-
-
-def engine_settings(gpus_gib: Sequence[float]) -> dict[str, Any]:
-    """Of a tiny engine: about 3 GiB of a GPU, so that it fits beside others."""
-    share = min(0.9, max(0.05, 3 / min(gpus_gib))) if gpus_gib else 0.85
-    return {
-        "max_context": 128,
-        "max_running": 16,
-        "kv_cache_gib": 0.1,
-        "gpu_memory": round(share, 3),
-        "deadline_s": 120,
-    }

@@ -18,13 +18,13 @@ from rayalign.config import parse_config, save_config
 from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
+from rayalign.submit.environment import variables
 from rayalign.submit.sources import may_be_secret, size_in_words, sources
 
 CONFIG_NAME = "config.yaml"
 LIMIT_MIB = 100.0  # Ray's own is 500: what is larger belongs on a file system of the cluster
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # never uploaded, wherever they lie
 DOTTED = re.compile(r"([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class Upload:
         config: resolved, with paths as they are in the job.
         files: places in the job's folder → files here.
         stays: things that the config names and that have to be on the cluster, as "key value".
+        variables: of the environment that have to be set there, each with what it is for.
         left_out: files of the packages that travel which do not, a line for each package.
     """
 
     config: Config
     files: Mapping[str, Path]
     stays: tuple[str, ...]
+    variables: tuple[str, ...]
     left_out: tuple[str, ...]
 
     def size(self) -> int:
@@ -56,8 +58,18 @@ class Upload:
             sizes[top if top in packages else place] += path.stat().st_size
         return ", ".join(f"{piece} {size_in_words(size)}" for piece, size in sizes.most_common(count))
 
+    def lines(self) -> list[str]:
+        """What a user wants to know before it goes out."""
+        lines = [f"uploading {size_in_words(self.size())} in {len(self.files)} files, largest: {self.largest()}"]
+        lines += [f"left out of {line}" for line in self.left_out]
+        if self.stays:
+            lines.append(f"not uploaded, has to be on the cluster: {', '.join(self.stays)}")
+        if self.variables:
+            lines.append(f"not sent, to be set on the cluster's nodes before ray start: {', '.join(self.variables)}")
+        return [*lines, f"run directory on the cluster: {self.config.run_dir}"]
+
     def write(self, folder: Path) -> None:
-        """Copy everything into an empty folder. Raises ConfigError when it is too much."""
+        """Copy everything into an empty folder. Raises ConfigError when it is too much, or cannot be read."""
         if self.size() > LIMIT_MIB * 2**20:
             raise ConfigError(
                 "this is too much to upload for a job",
@@ -67,8 +79,17 @@ class Upload:
                 remedy="put the largest on a file system of the cluster and name it by its absolute path",
             )
         for place, path in self.files.items():
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / place)
+            try:
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / place)
+            except OSError as error:
+                raise ConfigError(
+                    "this cannot be uploaded",
+                    where="submit",
+                    value=f"{path}: {error.strerror or error}",
+                    rule="files that you may read, and room for a copy in the folder for temporary files",
+                    remedy="look at its permissions with ls -l; TMPDIR=FOLDER makes the copy in another folder",
+                ) from error
         save_config(self.config, folder / CONFIG_NAME)
 
 
@@ -84,7 +105,7 @@ def submit(
         say: takes our own lines.
 
     Returns:
-        the job's exit code; 0 when it is not followed.
+        the job's exit code; 0 when it is not followed; 130 on Ctrl-C, which leaves a job that was submitted running.
 
     Raises:
         RayalignError: the cluster does not answer, or the config cannot be run.
@@ -92,20 +113,25 @@ def submit(
     from rayalign.runtime import jobs
     from rayalign.runtime.job_client import connect
 
-    client = connect(address)
-    check(config)
-    upload = collect(config, name=name)
-    with tempfile.TemporaryDirectory(prefix="rayalign-") as folder:
-        upload.write(Path(folder))
-        say(f"uploading {size_in_words(upload.size())} in {len(upload.files)} files, largest: {upload.largest()}")
-        for line in upload.left_out:
-            say(f"left out of {line}")
-        if upload.stays:
-            say(f"not uploaded, has to be on the cluster: {', '.join(upload.stays)}")
-        say(f"run directory on the cluster: {upload.config.run_dir}")
-        job = jobs.start(client, Path(folder), ["train", CONFIG_NAME], name=name, run_dir=str(upload.config.run_dir))
-    say(f"job {job}; follow, look, end: rayalign logs|status|stop {job} --address {client.get_address()}")
-    return jobs.follow_job(client, job, say) if follow else 0
+    client = None
+    try:
+        client = connect(address)
+        check(config)
+        upload, job_id = collect(config, name=name), jobs.new_id(name)
+        with tempfile.TemporaryDirectory(prefix="rayalign-") as folder:
+            upload.write(Path(folder))
+            for line in upload.lines():
+                say(line)
+            arguments, run_dir = ["train", CONFIG_NAME], str(upload.config.run_dir)
+            jobs.start(client, Path(folder), arguments, job_id=job_id, run_dir=run_dir)
+    except KeyboardInterrupt:
+        if client is not None and client.sent:
+            return jobs.leave(client, job_id, say, known=False)
+        say("no job was submitted")
+        return 130
+    say(f"job {job_id}; to follow it, look at it, end it:")
+    jobs.say_commands(client, job_id, say)
+    return jobs.follow_job(client, job_id, say) if follow else 0
 
 
 def check(config: Config) -> None:
@@ -137,18 +163,12 @@ def collect(config: Config, *, name: str) -> Upload:
     if "address" in data["placement"]:
         data["placement"]["address"] = "auto"  # the cluster that the job runs on
     modules = ["rayalign", *(match[1] for text in _texts(data) if (match := DOTTED.fullmatch(text)))]
-    if variables := _variables(config, set(_texts(data)) - files.keys()):
-        stays.append(f"environment variables {', '.join(variables)}, which are set here")
     code, left_out = sources(modules)
-    return Upload(parse_config(data, source="the config of the job"), files | code, tuple(stays), tuple(left_out))
-
-
-def _variables(config: Config, texts: set[str]) -> list[str]:
-    """Those set here that are called after a tracker of the config, and the hub's token when a hub is named."""
-    trackers = [str(getattr(tracker, "name", "")).rpartition(":")[2] for tracker in config.trackers]
-    called = tuple(f"{name.upper()}_" for name in trackers if name)
-    on_hub = any(HUB_ID.fullmatch(text) for text in texts)
-    return sorted(name for name in os.environ if name.startswith(called) or (on_hub and name == "HF_TOKEN"))
+    job = parse_config(data, source="the config of the job")
+    named = [
+        text for key in ("model", "data", "algorithm", "scorer") for text in _texts(data[key]) if text not in files
+    ]
+    return Upload(job, files | code, tuple(stays), variables(job, named), tuple(left_out))
 
 
 def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> Any:

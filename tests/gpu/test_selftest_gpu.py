@@ -14,12 +14,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def test_every_stage_passes_and_sleep_frees_memory() -> None:
-    found, sizes = gpu_findings()
-    assert len(sizes) == torch.cuda.device_count(), found
-    done = {stage.name: stage for stage in selftest(gpus_gib=sizes)}
+    found, gpus = gpu_findings()
+    assert len(gpus) == torch.cuda.device_count(), found
+    done = {stage.name: stage for stage in selftest(gpus=gpus)}
     needs_two = (START_TP, PUSH_TP, RANKS)
     for name, stage in done.items():
-        skipped = name in needs_two and len(sizes) < 2
+        skipped = name in needs_two and len(gpus) < 2
         assert stage.outcome == ("skipped" if skipped else "passed"), stage
     assert "GiB of the GPU freed" in done[WAKE].found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rayalign.config import parse_config
+from rayalign.config import parse_config, save_config
 from rayalign.errors import ConfigError
 from rayalign.runtime.job_client import connect
 from rayalign.runtime.jobs import follow_job, job_logs, job_status, list_jobs, stop_job
@@ -52,12 +53,14 @@ class Length(ScorerConfig):
         Path(self.report, f"scorer-{os.getpid()}").write_text("\\n".join(lines))
         return score
 """
-WATCH = """
-import signal, sys
-from rayalign.runtime.jobs import job_logs
+IN_THE_JOB = {"placement": "local", "engine": {"name": "transformers", "max_context": 64}}  # one process, soon ready
+COMMAND = """
+import signal
+from rayalign.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
-sys.exit(job_logs(sys.argv[1], sys.argv[2]))
+main()
 """
+ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def cluster() -> Iterator[Cluster]:
     node += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
     head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     processes = []
+    url = f"http://127.0.0.1:{dashboard}"
     with pytest.MonkeyPatch.context() as patch, (folder / "log").open("w") as log:
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
@@ -86,8 +90,9 @@ def cluster() -> Iterator[Cluster]:
             for role in ([*head, f"--temp-dir={folder}/t"], [f"--address=127.0.0.1:{gcs}"]):
                 arguments = [str(Path(sys.executable).parent / "ray"), "start", *role, *node]
                 processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
-                wait_for(lambda: nodes_of(f"http://127.0.0.1:{dashboard}") == len(processes), "a node of the cluster")
-            yield Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}")
+                wait_for(lambda: takes_connections(gcs), "the cluster")  # which a second node may join then
+            wait_for(lambda: nodes_of(url) == len(processes), "both nodes")
+            yield Cluster(url, f"127.0.0.1:{gcs}")
         finally:
             family = [each for p in processes for each in psutil.Process(p.pid).children(recursive=True)]
             for process in reversed(processes):
@@ -103,6 +108,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def takes_connections(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def nodes_of(url: str) -> int:
@@ -145,69 +155,64 @@ def config(place, model):
     return lambda **changes: parse_config(tiny_config(place, model, **{**CLUSTER, "train__steps": 2, **changes}))
 
 
-def test_a_job_trains_on_two_nodes_with_only_what_it_needs(cluster, config, place, tmp_path, capfd):
-    scorer = {"name": "submit_rewards:Length", "count": 2, "report": str(tmp_path)}
+def test_the_jobs_exit_code_is_the_commands(cluster, config, place, capfd, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", cluster.gcs)  # the address that is given wins
     said: list[str] = []
-    code = submit(config(scorer=scorer), name="my run", address=cluster.url, say=said.append)
-    out, err = capfd.readouterr()
-    assert code == 0, out
-    assert [r["step"] for r in records(place / "runs" / "a")] == [1, 2]
+    brief = config(**IN_THE_JOB, run_dir="runs/brief")
+    assert submit(brief, name="my run", address=cluster.url, say=said.append) == 0
+    out = capfd.readouterr().out
+    assert [r["step"] for r in records(place / "runs" / "brief")] == [1, 2]
     assert "step 2/2" in out  # the log as it came
     assert "succeeded after" in said[-1]
-    assert any(line == f"run directory on the cluster: {place}/runs/a" for line in said)
-    reports = [path.read_text().splitlines() for path in tmp_path.glob("scorer-*")]
-    assert len({lines[-1] for lines in reports}) == 2  # nodes
-    for lines in reports:
-        here = Path(lines[-2]).parents[1]
-        assert "working_dir_files" in here.parts  # rayalign as it is here, and not what the nodes have installed
-        arrived = {str(Path(line).relative_to(here)) for line in lines[:-2]}
-        assert {name for name in arrived if not name.startswith("rayalign/") and "__pycache__" not in name} == {
-            "config.yaml",
-            "prompts.jsonl",
-            "submit_rewards.py",
-            "submit_helper.py",
-        }
-    assert TOKEN not in out + err + "".join(said)
-    assert not [path for path in (place / "runs" / "a").rglob("*") if path.is_file() and TOKEN in read(path)]
-    # Once more into the same folder: the run itself refuses, and its code is ours.
-    assert submit(config(scorer=scorer), name="again", address=cluster.url, say=said.append) == 2
+    assert f"run directory on the cluster: {place}/runs/brief" in said
+    # Once more into the same folder: the run itself refuses, and its code is ours. Another, whose scorer raises,
+    # starts meanwhile.
+    broken = config(**IN_THE_JOB, scorer={"name": "tests.parts:Raises", "when": "start"}, run_dir="runs/broken")
+    assert submit(broken, name="broken", address=cluster.url, say=said.append, follow=False) == 0
+    job = job_of(said)
+    assert submit(brief, name="again", address=cluster.url, say=said.append) == 2
     assert "this run directory exists" in capfd.readouterr().out
     assert "failed with exit code 2 after" in said[-1]
+    assert job_logs(cluster.url, job, say=said.append) == 1
+    assert "FileNotFoundError: no lexicon here" in capfd.readouterr().out
+    assert "failed with exit code 1 after" in said[-1]
 
 
-def read(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", errors="replace")
+def job_of(said: list[str]) -> str:
+    """The job that was submitted last: its commands are told a line each, to be copied whole."""
+    lines = [shlex.split(line) for line in said if line.startswith("  rayalign ")][-3:]
+    assert [words[1] for words in lines] == ["logs", "status", "stop"]
+    return lines[0][2]
 
 
-def test_a_scorer_that_raises_gives_the_jobs_exit_code(cluster, config, capfd, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", cluster.gcs)  # the address that is given wins
-    broken = config(scorer={"name": "tests.parts:Raises", "when": "start"}, run_dir="runs/broken")
-    assert submit(broken, name="broken", address=cluster.url, say=print) == 1
-    out = capfd.readouterr().out
-    assert "FileNotFoundError: no lexicon here" in out
-    assert "failed with exit code 1 after" in out
-
-
-def test_a_long_job_is_followed_left_followed_again_and_stopped(cluster, config, place, capsys):
-    said: list[str] = []
-    endless = config(train__steps=100_000, run_dir="runs/long", scorer={"name": "rules", "rule": "brevity"})
-    assert submit(endless, name="long", address=cluster.url, follow=False, say=said.append) == 0
-    job = said[-1].split()[1].rstrip(";")
-    metrics = place / "runs" / "long" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size, "the first step")
-
-    watcher = subprocess.Popen([sys.executable, "-c", WATCH, cluster.url, job], stdout=subprocess.PIPE, text=True)
-    assert any("step      1/100000" in line for line in watcher.stdout)
-    watcher.send_signal(signal.SIGINT)
-    out, _ = watcher.communicate(timeout=60)
-    assert watcher.returncode == 130
-    assert "the job goes on; rayalign logs " in out
-    assert "Traceback" not in out
+def test_a_long_job_is_followed_left_followed_again_and_stopped(cluster, config, place, tmp_path, capsys):
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    scorer = {"name": "submit_rewards:Length", "count": 2, "report": str(reports)}
+    save_config(config(train__steps=100_000, run_dir="runs/long", scorer=scorer), place / "long.yaml")
+    command = [sys.executable, "-c", COMMAND, "submit", "long.yaml", "--address", cluster.url]
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": ROOT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    followed = subprocess.Popen(command, env=environment, **pipes)
+    out = ""
+    for line in followed.stdout:
+        out += line
+        if "step      1/100000" in line:
+            break
+    followed.send_signal(signal.SIGINT)
+    rest, err = followed.communicate(timeout=60)
+    assert followed.returncode == 130, out + err
+    told, left = err.split("the job goes on; ")
+    job = job_of(told.splitlines())
+    assert left.splitlines()[1:] == [f"  rayalign {verb} {job} --address {cluster.url}" for verb in ("logs", "stop")]
+    assert "Traceback" not in out + rest + err
+    check_what_arrived(reports)
     assert "running for" in job_status(cluster.url, job)
     assert any(line.split()[:3] == [job, "running", "for"] for line in list_jobs(cluster.url).splitlines())
     assert job_logs(cluster.url, job, follow=False) == 0
     assert "step      1/100000" in capsys.readouterr().out
 
+    said: list[str] = []
     with Relay(cluster.url) as relay:
         codes: list[int] = []
         again = threading.Thread(target=lambda: codes.append(follow_job(connect(relay.url), job, said.append)))
@@ -227,12 +232,48 @@ def test_a_long_job_is_followed_left_followed_again_and_stopped(cluster, config,
     assert "stopped after" in job_status(cluster.url, job)
     assert stop_job(cluster.url, job, say=said.append) == 0
     assert "had ended before: stopped" in said[-1]
+    assert TOKEN not in out + rest + err + "".join(said)
+    assert not [path for path in (place / "runs" / "long").rglob("*") if path.is_file() and TOKEN in read(path)]
+
+
+def check_what_arrived(folder: Path) -> None:
+    """Two scorers on two nodes, beside rayalign as it is here, and not what the nodes have installed."""
+    reports = [path.read_text().splitlines() for path in folder.glob("scorer-*")]
+    assert len({lines[-1] for lines in reports}) == 2  # nodes
+    for lines in reports:
+        here = Path(lines[-2]).parents[1]
+        assert "working_dir_files" in here.parts
+        arrived = {str(Path(line).relative_to(here)) for line in lines[:-2]}
+        assert {name for name in arrived if not name.startswith("rayalign/") and "__pycache__" not in name} == {
+            "config.yaml",
+            "prompts.jsonl",
+            "submit_rewards.py",
+            "submit_helper.py",
+        }
+
+
+def read(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace")
+
+
+def test_ctrl_c_while_a_job_goes_out(cluster, config):
+    said: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for path, words in ((b"PUT /api/packages/", "no job was submitted"), (b"POST /api/jobs/", "may have been")):
+            with Relay(cluster.url, interrupt=path) as relay:
+                assert submit(config(), name="cut", address=relay.url, say=said.append) == 130
+            assert any(words in line for line in said[-3:])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not [line for line in list_jobs(cluster.url).splitlines() if line.startswith("cut-")]
 
 
 class Relay:
-    """A connection to the cluster that can be cut."""
+    """A connection to the cluster that can be cut, and that sends Ctrl-C instead of requests that begin so."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, interrupt: bytes = b""):
+        self._interrupt = interrupt
         self._target = url.removeprefix("http://").split(":")
         self._open: list[socket.socket] = []
         self._up, self.carried = True, 0
@@ -272,6 +313,9 @@ class Relay:
     def _carry(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                if self._interrupt and data.startswith(self._interrupt):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    continue
                 sink.sendall(data)
                 self.carried += len(data)
         shut(sink)

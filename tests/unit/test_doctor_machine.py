@@ -36,23 +36,13 @@ def test_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "available", "limit", "level"),
-    [
-        (24, 20, None, "ok"),
-        (24, 20, 12, "ok"),
-        (24, 20, 8, "note"),
-        (8, 7, None, "note"),
-        (24, 20, 2, "problem"),
-        (24, 1, None, "problem"),
-    ],
+    ("total", "available", "whole", "level"),
+    [(24, 20, 24, "ok"), (12, 10, 256, "ok"), (8, 7, 24, "note"), (24, 2, 24, "problem"), (16, 1, 256, "problem")],
 )
-def test_memory(total, available, limit, level) -> None:
-    assert only(machine.memory_findings(total * GIB, available * GIB, limit and limit * GIB)).level == level
-
-
-def test_meminfo() -> None:
-    text = "MemTotal:       24000 kB\nMemFree:  1000 kB\nMemAvailable:   20000 kB\nHugePages_Total:  0\n"
-    assert machine.memory_info(text) == (24000 * 1024, 20000 * 1024)
+def test_memory(total, available, whole, level) -> None:
+    found = only(machine.memory_findings(total * GIB, available * GIB, machine=whole * GIB))
+    assert found.level == level and ("cgroup" in found.found) == (total < whole)
+    assert f"{available:.1f} GiB available of {total:.1f} GiB" in found.found
 
 
 @pytest.mark.parametrize(
@@ -87,21 +77,23 @@ def test_open_files(soft, hard, level) -> None:
     assert found.level == level and "-1" not in found.found
 
 
-def test_cgroups(tmp_path: Path) -> None:
-    assert machine.cgroup_cores(tmp_path) is None and machine.cgroup_memory_limit(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.cgroup_cores(tmp_path) == 1.5 and machine.cgroup_memory_limit(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("1073741824\n")
-    assert machine.cgroup_cores(tmp_path) is None and machine.cgroup_memory_limit(tmp_path) == GIB
-    first = tmp_path / "first"
-    (first / "cpu").mkdir(parents=True)
-    (first / "cpu/cpu.cfs_quota_us").write_text("-1")
-    (first / "cpu/cpu.cfs_period_us").write_text("100000")
-    assert machine.cgroup_cores(first) is None
-    (first / "cpu/cpu.cfs_quota_us").write_text("250000")
-    assert machine.cgroup_cores(first) == 2.5
+@pytest.mark.parametrize(
+    ("group", "files", "cores"),
+    [
+        ("0::/", {}, None),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3.0),
+        ("3:cpu,cpuacct:/j", {"cpu/j/cpu.cfs_quota_us": "250000", "cpu/j/cpu.cfs_period_us": "100000"}, 2.5),
+        ("3:cpu:/j", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_cgroup_cores(tmp_path: Path, group, files, cores) -> None:
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()} | {"proc/self/cgroup": group}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert machine.cgroup_cores(tmp_path) == cores
 
 
 def test_ports() -> None:
@@ -109,6 +101,8 @@ def test_ports() -> None:
     taken = only(network.port_findings({6379: False, 8265: True}, ray_runs=False))
     assert taken.level == "note" and "another program" in taken.found and "RAYALIGN_RAY_PORT" in taken.remedy
     assert "Ray runs here" in only(network.port_findings({6379: False}, ray_runs=True)).found
+    agent = only(network.port_findings({52365: False}, ray_runs=True))
+    assert 52365 in network.PORTS and "ray start --dashboard-agent-listen-port=" in agent.remedy
     with socket.create_server(("", 0)) as server:
         assert not network.port_is_free(server.getsockname()[1])
     assert network.loopback_error() == ""
@@ -135,14 +129,18 @@ def test_names_and_what_runs(tmp_path: Path) -> None:
         ({"CUDA_VISIBLE_DEVICES": "0"}, ["environment"]),
         ({"RAY_ADDRESS": "auto", "LD_PRELOAD": "x.so"}, ["RAY_ADDRESS", "LD_PRELOAD"]),
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, ["PYTORCH_CUDA_ALLOC_CONF"]),
-        ({"https_proxy": "http://proxy:3128"}, ["https_proxy"]),
-        ({"https_proxy": "http://proxy:3128", "no_proxy": "localhost, 127.0.0.1,.lan"}, ["environment"]),
+        ({"http_proxy": "http://proxy:3128"}, ["http_proxy"]),
+        ({"ALL_PROXY": "http://proxy:3128", "no_proxy": "localhost"}, ["ALL_PROXY"]),
+        ({"https_proxy": "http://proxy:3128", "grpc_proxy": "http://proxy:3128"}, ["environment"]),
+        ({"http_proxy": "http://proxy:3128", "no_proxy": "localhost, 127.0.0.1,.lan"}, ["environment"]),
         ({"HTTP_PROXY": "http://proxy:3128", "NO_PROXY": "*"}, ["environment"]),
         ({"http_proxy": ""}, ["environment"]),
     ],
 )
 def test_variables(variables, topics) -> None:
-    assert [finding.topic for finding in environment.variable_findings(variables, gpu_machine=True)] == topics
+    found = environment.variable_findings(variables, gpu_machine=True)
+    assert [finding.topic for finding in found] == topics
+    assert all(finding.level != "problem" for finding in found)  # a run works with any of them
 
 
 def test_an_empty_device_list_says_nothing_without_a_gpu() -> None:

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from rayalign.doctor.startup import stage_findings
-from rayalign.selftest import _from_child
+from rayalign.selftest import in_folder
 from rayalign.selftest.child import Child
-from rayalign.selftest.stage import Stage
-from rayalign.selftest.training import push_problem, training_problem
+from rayalign.selftest.devices import MAX_GAP, Gpu, engine_dtype, engine_settings, learner_dtype
+from rayalign.selftest.stage import Stage, from_child, side_by_side
+from rayalign.selftest.tiny_model import build_model
+from rayalign.selftest.training import checkpoint_problem, push_problem, training_problem, written_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 # In front of every import of the children: as if these were not installed.
@@ -37,7 +40,7 @@ def module(folder: Path, text: str) -> dict[str, str]:
 
 def run(folder: Path, text: str, *, deadline_s: float = 60) -> list[Stage]:
     child = Child(["trial"], deadline_s=deadline_s, log=folder / "log", environment=module(folder, text))
-    return list(_from_child(child, ("one", "two", "three")))
+    return list(filter(None, from_child(child, ("one", "two", "three"))))
 
 
 STAGES = "from rayalign.selftest.stage import stage\nwith stage('one') as note:\n    note.found = 'fine'\n"
@@ -61,7 +64,7 @@ def test_a_crash_is_the_next_stage_s_failure(tmp_path: Path) -> None:
 def test_a_hanging_child_is_ended_with_its_own_children(tmp_path: Path) -> None:
     text = "import subprocess, time\nprint(subprocess.Popen(['sleep', '600']).pid, flush=True)\ntime.sleep(600)\n"
     child = Child(["trial"], deadline_s=3, log=tmp_path / "log", environment=module(tmp_path, text))
-    pid = next(iter(list(child.lines())))
+    pid = child.run()[0]
     assert child.late and child.trouble() == "no end within 3 s"
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "zombie" in status.read_text()
@@ -74,9 +77,95 @@ def test_a_grandchild_that_holds_the_pipe_does_not_hold_us(tmp_path: Path) -> No
     assert done[1].found == "the process ended before this stage"
 
 
+def alive(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "zombie" not in status.read_text()
+
+
+def test_leaving_early_ends_a_child_and_what_it_started(tmp_path: Path) -> None:
+    """Also a grandchild that does not end when asked."""
+    inner = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    )
+    text = f"""
+import subprocess, sys, time
+inner = subprocess.Popen([sys.executable, "-c", {inner!r}], stdout=subprocess.PIPE)
+inner.stdout.readline()
+print(inner.pid, flush=True)
+time.sleep(600)
+"""
+    child = Child(["trial"], deadline_s=60, log=tmp_path / "log", environment=module(tmp_path, text))
+    lines = child.lines()
+    pid = next(filter(None, lines))
+    assert alive(pid)
+    lines.close()
+    assert not alive(pid) and child.returncode == -15
+
+
+def test_side_by_side_each_stage_comes_when_it_is_there(tmp_path: Path) -> None:
+    """The first child waits for what the second one leaves, so one after the other would never end."""
+    mark = tmp_path / "mark"
+    texts = {
+        "waits": f"import time, pathlib\nwhile not pathlib.Path({str(mark)!r}).exists():\n    time.sleep(0.05)\n"
+        + STAGES,
+        "leaves": STAGES.replace("one", "two") + f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n",
+    }
+    chains = []
+    for (name, text), stage in zip(texts.items(), ("one", "two"), strict=True):
+        (tmp_path / f"{name}.py").write_text(text)
+        environment = {"PYTHONPATH": str(tmp_path)}
+        child = Child([name], deadline_s=60, log=tmp_path / f"{name}.log", environment=environment)
+        chains.append(from_child(child, (stage,)))
+    assert [(done.name, done.outcome) for done in filter(None, side_by_side(chains))] == [
+        ("two", "passed"),
+        ("one", "passed"),
+    ]
+
+
+@pytest.mark.parametrize(("outcome", "early", "stays"), [("passed", 0, 0), ("failed", 0, 1), ("failed", 1, 0)])
+def test_only_a_failure_leaves_its_folder(tmp_path, monkeypatch, outcome, early, stays) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    stages = in_folder("trial-", lambda folder: iter_of(Stage("a", outcome, str(folder))))
+    found = next(stages)
+    assert Path(found.found).parent == tmp_path and Path(found.found).is_dir()
+    stages.close() if early else list(stages)
+    assert len(list(tmp_path.iterdir())) == stays
+
+
+def iter_of(*stages: Stage):
+    yield from stages
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "learner"),
+    [
+        ([], "float32", "float32"),
+        ([Gpu(80, 9.0), Gpu(40, 8.0)], "bfloat16", "bfloat16"),
+        ([Gpu(80, 9.0), Gpu(16, 7.5)], "float16", "float32"),  # vLLM refuses bfloat16 below 8.0
+    ],
+)
+def test_dtypes_follow_the_oldest_gpu(gpus, engine, learner) -> None:
+    assert (engine_dtype(gpus), learner_dtype(gpus)) == (engine, learner)
+    assert engine_settings(gpus)["dtype"] == engine and engine in MAX_GAP
+    assert [Gpu.parse(str(gpu)) for gpu in gpus] == gpus
+
+
+def test_a_checkpoint_has_to_hold_the_model_s_tensors(tmp_path: Path) -> None:
+    model = build_model(tmp_path / "model")
+    assert written_checkpoint(tmp_path) is None and "no checkpoint" in checkpoint_problem(model, None)
+    written = build_model(tmp_path / "run" / "checkpoints" / "step-2", seed=1)
+    assert checkpoint_problem(model, written_checkpoint(tmp_path)) == ""
+    tensors = load_file(written / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, written / "model.safetensors")
+    assert "1 tensors" in checkpoint_problem(model, written) and "model.norm.weight" in checkpoint_problem(
+        model, written
+    )
+
+
 def test_the_cause_is_the_last_error_of_the_log(tmp_path: Path) -> None:
     child = Child(["trial"], deadline_s=60, log=tmp_path / "log", environment=module(tmp_path, "import nothing_here\n"))
-    assert list(child.lines()) == []
+    assert child.run() == []
     assert child.trouble() == "ModuleNotFoundError: No module named 'nothing_here'"
 
 
@@ -86,7 +175,7 @@ def test_stages_become_findings() -> None:
         Stage("b", "failed", "why", "do"),
         Stage("c", "skipped", "not tried"),
     ]
-    found = list(stage_findings(stages))
+    found = list(stage_findings(stage for stage in stages))
     assert [finding.level for finding in found] == ["ok", "problem", "note"]
     assert found[0].found == "fine, 2.0 s" and found[1].remedy == "do"
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from rayalign.algorithms.online_preference import OnlinePreference
+from rayalign.plan import make_plan
 from rayalign.plan.batches import count_batches, examples_of_a_prompt, prompt_lengths, tokens_of_a_step
 from rayalign.plan.learners import learner_memory
 from rayalign.plan.records import Lengths, Tokens
@@ -93,3 +94,28 @@ def test_a_missing_prompt_file_gives_bounds(make, tmp_path):
     write_prompts(tmp_path / "there.jsonl")
     found = prompt_lengths(make(data={"prompts": str(tmp_path / "not-there.jsonl")}))
     assert (found.measured, found.training, found.longest) == (False, None, 56) and "not-there" in found.source
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "what"),
+    [
+        ("not-there.jsonl", None, "there is no such file"),
+        ("not/there/at-all", None, "there is no such file"),
+        ("broken.jsonl", '{"prompt": ', "this line is not JSON"),
+        ("prompts.txt", "hello", "this kind of file is not read"),
+        ("other.jsonl", '{"question": "why?"}\n' * 20, "there is no column 'prompt'"),
+    ],
+)
+def test_prompts_that_a_run_could_not_read_are_a_problem(make, tmp_path, name, written, what):
+    path = tmp_path / name
+    if written is not None:
+        path.write_text(written)
+    plan = make_plan(make(data={"prompts": str(path)}), nodes="1x2cpu/64GiB")
+    (problem,) = plan.problems
+    assert not plan.fits and plan.fit.fits and plan.advice is None
+    assert what in problem.what and name in problem.where and problem.value and problem.rule and problem.remedy
+
+
+def test_too_few_prompts_for_a_rollout_are_a_problem_with_a_remedy(make):
+    (problem,) = (plan := make_plan(make(rollout__prompts=17), nodes="1x2cpu/64GiB")).problems
+    assert plan.advice is None and problem.where == "key rollout.prompts" and "to 16" in problem.remedy

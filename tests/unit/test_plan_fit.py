@@ -7,16 +7,19 @@ import itertools
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from rayalign.config import load_config
+from rayalign.config.source import in_yaml
 from rayalign.errors import ConfigError
 from rayalign.plan import make_plan, print_plan
 from rayalign.plan.advice import apply
 from rayalign.plan.batches import prompt_lengths
 from rayalign.plan.fit import evaluate
-from rayalign.plan.nodes import parse_nodes
+from rayalign.plan.nodes import parse_nodes, write_nodes
 from rayalign.plan.shapes import read_shape
+from rayalign.trackers import TensorBoard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = Path(__file__).parent / "shapes"
@@ -162,10 +165,93 @@ def test_a_local_plan_is_one_process(nodes, make):
     assert "engine-0, learner-0, scorer-0" in printed(plan, 100)
 
 
+def test_more_scorers_than_cores_can_be_shared_out_to_are_refused():
+    plan = make_plan(demo("SmolLM2-135M-Instruct", "scorer.count=99999999"), nodes="2x2cpu/32GiB")
+    assert plan.problems[0].where == "key scorer.count" and "to 360" in plan.problems[0].remedy
+    assert make_plan(demo("SmolLM2-135M-Instruct", "scorer.count=4"), nodes="2x2cpu/32GiB").fits
+
+
 def test_what_is_not_known_is_said():
     plan = make_plan(demo("SmolLM2-135M-Instruct"), nodes="1x2xH100")
     text = " ".join(printed(plan).split())
     assert "host memory is not known" in text and "bounds" in text and "not checked" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "overrides"),
+    [
+        ("Llama-3.1-8B", "1x8xA100", ("learner.ranks=2", "learner.gradient_checkpointing=true")),
+        ("Llama-3.1-70B", "1x8xB200", ("learner.ranks=6",)),
+        ("Llama-3.1-70B", "4x8xB200", ("learner.ranks=8", "engine.tensor_parallel=8")),
+    ],
+)
+def test_nothing_is_offloaded_into_memory_that_is_not_known(model, nodes, overrides):
+    config = demo(model, *LARGE, *overrides)
+    plan = make_plan(config, nodes=nodes)
+    assert plan.advice and "learner.offload" not in dict(plan.advice.settings)
+    ranks = dict(plan.advice.settings)["learner.ranks"]
+    assert ranks > config.learner.ranks
+    text = " ".join(printed(plan, 100).split())
+    changed = make_plan(apply(config, plan.advice.settings), nodes=write_nodes(plan.advice.nodes or plan.nodes))
+    needed = max(load.needed for load in changed.fit.loads if not load.of_gpu)
+    assert f"if each node has {needed:.1f} GiB of host memory, which was not checked" in text
+    assert ("may need fewer nodes" in text) == bool(plan.advice.nodes)
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "overrides"),
+    [
+        ("Llama-3.1-8B", "2x1xH100", ("learner.ranks=1", "rollout.prompts=1")),  # one prompt is for one rank
+        ("Llama-3.1-70B", "4x8xH200", ("learner.ranks=8", "engine.tensor_parallel=8")),  # loading fills each GPU
+    ],
+)
+def test_offloading_is_advised_where_nothing_else_helps_and_the_memory_is_said(model, nodes, overrides):
+    plan = make_plan(demo(model, *LARGE, *overrides), nodes=nodes)
+    assert dict(plan.advice.settings)["learner.offload"] == "cpu"
+    assert "GiB of host memory, which was not checked" in " ".join(printed(plan).split())
+
+
+def test_a_verdict_says_what_it_did_not_check():
+    config = demo("SmolLM2-135M-Instruct")
+    text = " ".join(printed(make_plan(config, nodes="1x2xH100")).split())
+    assert "this fits if each node has 3.9 GiB of host memory, which was not checked" in text
+    assert printed(make_plan(config, nodes="1x2xH100/64GiB")).splitlines()[-1] == "this fits"
+
+
+def test_prompts_that_are_missing_are_the_only_problem_said():
+    plan = make_plan(demo("SmolLM2-135M-Instruct", "data.prompts=configs/prompts/nope.jsonl"), nodes="1x2cpu/64GiB")
+    text = " ".join(printed(plan).split())
+    assert "problem: configs/prompts/nope.jsonl: there is no such file" in text and "all else fits" in text
+
+
+def test_the_config_is_shown_as_a_config_would_hold_it():
+    trackers = "[{name: tensorboard}, {name: wandb, project: x}]"
+    plan = make_plan(demo("SmolLM2-135M-Instruct", f"trackers={trackers}", "seed=3"), nodes="1x2cpu/64GiB")
+    text = printed(plan, 140)
+    assert trackers in text and "(top level): run_dir=null resume=false" in text
+    for values in (plan.defaults, {key: value for key, (value, _) in plan.differs.items()}):
+        for value in values.values():
+            assert yaml.safe_load(in_yaml(value)) == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_secrets_are_not_shown():
+    tracker = "{name: 'tests.unit.test_plan_fit:Tracker', api_key: abc123}"
+    plan = make_plan(demo("SmolLM2-135M-Instruct", f"trackers=[{tracker}]"), nodes="1x2cpu/64GiB")
+    assert "abc123" not in printed(plan, 140) and "***" in printed(plan, 140)
+
+
+class Tracker(TensorBoard):
+    name: str = "tests.unit.test_plan_fit:Tracker"  # type: ignore[assignment]
+    api_key: str = ""
+
+
+def test_keys_stand_on_one_line_and_offload_is_spoken_of_where_it_is_off():
+    overrides = ["learner.ranks=6", "learner.gradient_checkpointing=true", "engine.kv_cache_gib=0.75"]
+    trackers = "trackers=[{name: tensorboard}, {name: wandb, project: a-name-that-is-long}]"
+    text = printed(make_plan(demo("Llama-3.1-70B", *LARGE, *overrides, trackers), nodes="1x8xB200"))
+    assert " learner.gradient_checkpointing " in text and "with learner.offload=cpu" in text
+    text = printed(make_plan(demo("Llama-3.1-70B", *LARGE, *overrides, "learner.offload=cpu"), nodes="1x1xB200"))
+    assert "such nodes" in text and "with learner.offload=cpu" not in text
 
 
 def test_a_config_that_no_machine_can_run_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from ray._private.accelerators.amd_gpu import AMDGPUAcceleratorManager
@@ -43,9 +44,8 @@ def test_parts_are_joined_and_written_back():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("8xH100", ["8xH100", "COUNTxGPUSxTYPE", "for instance 2x8xH100"]),
-        ("2x8xH10", ["no GPU of this name", "2x8xH10", "did you mean H100?"]),
-        ("2x8xPotato", ["as 80GiB", "MI300X"]),
+        ("2x8", ["2x8", "COUNTxGPUSxTYPE", "for instance 2x8xH100"]),
+        ("2x8xPotato", ["no GPU of this name", "as 80GiB", "MI300X"]),
         ("2x8xH100+", ["these nodes cannot be read"]),
         ("0x8xH100", ["counts of at least 1"]),
         ("2x0xH100", ["counts of at least 1"]),
@@ -57,6 +57,54 @@ def test_malformed_text_is_explained(text, expected):
         parse_nodes(text)
     for part in expected:
         assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("1xL4", ["1x1xL4"]),
+        ("L4", ["1x1xL4"]),
+        ("4xRTX4090", ["1x4xRTX4090", "4x1xRTX4090"]),
+        ("4xrtx-4090", ["1x4xRTX4090", "4x1xRTX4090"]),
+        ("8xh100", ["1x8xH100", "8x1xH100"]),
+        ("8xH100/1800GB", ["1x8xH100/1800GiB", "8x1xH100/1800GiB"]),
+        ("64cpu", ["1x64cpu"]),
+        ("64 CPUs / 256 GB", ["1x64cpu/256GiB"]),
+        ("2x8xH10", ["2x8xH100"]),
+        ("1x8x80GB", ["1x8x80GiB"]),
+        ("1x8xH100/96cpus/1800", ["1x8xH100/96cpu/1800GiB"]),
+    ],
+)
+def test_what_was_probably_meant_is_shown_and_can_be_read(text, meant):
+    with pytest.raises(ConfigError) as error:
+        parse_nodes(f"1x16cpu + {text}")
+    assert error.value.value == text
+    shown = re.findall(r"\d+x[^\s,?]+", error.value.remedy)
+    assert error.value.remedy.startswith("did you mean") and shown == meant
+    for each in shown:
+        assert parse_nodes(each)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("99999999x8xH100", "at most 1,024 nodes"),
+        (f"{'9' * 5000}x8xH100", "at most 1,024 nodes"),
+        ("1000x8xH100 + 25x16cpu", "at most 1,024 nodes"),
+        ("1x99999999xH100", "at most 64 GPUs"),
+        ("1x99999999cpu", "4,096 cores"),
+        ("1x8xH100/99999999cpu", "4,096 cores"),
+    ],
+)
+def test_more_than_any_cluster_has_is_refused_before_it_is_made(text, rule):
+    with pytest.raises(ConfigError) as error:
+        parse_nodes(text)
+    found = error.value
+    assert found.where == "nodes" and found.value == text.split(" + ")[-1] and rule in found.rule and found.remedy
+
+
+def test_the_largest_cluster_can_be_planned():
+    assert len(parse_nodes("1024x64xH100/4096cpu")) == 1024
 
 
 def test_without_text_or_cluster_it_is_this_machine(monkeypatch):

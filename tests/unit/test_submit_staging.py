@@ -252,19 +252,40 @@ def test_a_key_that_the_config_names_has_to_be_on_the_cluster(config, place):
 def test_variables_that_trackers_and_hubs_read_are_named_and_stay_here(config, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "HF_TOKEN", "TENSORBOARD_DEBUG"):
         monkeypatch.setenv(name, f"hunter2-{name}")
-    plain = collect(config(), name="my")
-    assert not [each for each in plain.stays if "environment" in each]
+    assert collect(config(), name="my").variables == ()
     changes = {"trackers": ["wandb", {"name": "mlflow", "experiment": "a"}], "model__path": "org/on-a-hub"}
     upload = collect(config(**changes), name="my")
-    assert (
-        "environment variables HF_TOKEN, MLFLOW_TRACKING_URI, WANDB_API_KEY, WANDB_MODE, which are set here"
-        in upload.stays
+    assert upload.variables == (
+        "HF_TOKEN (org/on-a-hub, unless public)",
+        "MLFLOW_TRACKING_URI (mlflow; else mlflow.db beside the run directory)",
+        "WANDB_API_KEY (wandb)",
+        "WANDB_MODE (wandb; set here)",
     )
     assert "hunter2" not in str(upload)
-    assert (
-        "environment variables HF_TOKEN, which are set here"
-        in collect(config(data__prompts="org/prompts-on-a-hub"), name="my").stays
-    )
+    upload = collect(config(data__prompts="org/prompts-on-a-hub"), name="my")
+    assert upload.variables == ("HF_TOKEN (org/prompts-on-a-hub, unless public)",)
+
+
+def test_variables_that_are_not_set_here_are_named_in_one_line_as_well(config, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "HF_TOKEN"))]:
+        monkeypatch.delenv(name)
+    upload = collect(config(trackers=["wandb", "mlflow"], model__path="org/on-a-hub"), name="my")
+    (line,) = [line for line in upload.lines() if "WANDB_API_KEY" in line]
+    assert line.startswith("not sent, to be set on the cluster's nodes before ray start: HF_TOKEN (org/on-a-hub")
+    assert "MLFLOW_TRACKING_URI" in line and "\n" not in line
+    given = [{"name": "wandb", "mode": "offline"}, {"name": "mlflow", "tracking_uri": "http://mlflow:5000"}]
+    upload = collect(config(trackers=given), name="my")
+    assert upload.variables == ()
+    assert not [line for line in upload.lines() if line.startswith("not sent")]
+
+
+def test_a_file_that_cannot_be_copied_is_said(config, place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "prompts.jsonl").mkdir()  # in the way, as a full disk or a file of another user would be
+    with pytest.raises(ConfigError) as error:
+        collect(config(), name="my").write(folder)
+    assert [line[:10] for line in str(error.value).splitlines()[1:]] == ["  found:  ", "  rule:   ", "  remedy: "]
+    assert "prompts.jsonl: Is a directory" in str(error.value)
 
 
 def test_installed_packages_stay_where_they_are(config, place, monkeypatch):
