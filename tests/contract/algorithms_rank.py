@@ -1,0 +1,79 @@
+"""What one rank does in test_algorithms_ranks: two steps of every algorithm, by DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayalign.algorithms.cringe import Cringe
+from rayalign.algorithms.kto import KTO
+from rayalign.algorithms.preference import Preference
+from rayalign.algorithms.reward_model import RewardModel
+from rayalign.algorithms.sft import SFT
+from rayalign.learners.base import LearnerSpec, merge_annotations, merge_metrics
+from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
+from rayalign.protocols import UpdatePlan, needs_reference
+from rayalign.types import Example, Group
+from tests.contract.learner_cases import OPTIMIZER, weights
+from tests.unit.algorithm_cases import random_groups
+
+PAIRS = random_groups(5, (1.0, 0.0))
+LABELS = [*random_groups(3, (1.0,)), *random_groups(2, (0.0,), seed=7)]
+RANKED = random_groups(3, (-2.0, 0.0, -1.0), seed=3)
+MIX = {"name": "mix", "parts": [{"loss": "ipo"}, {"loss": {"name": "slic_hf", "target": "best"}, "weight": 0.5}]}
+CASES: dict[str, tuple[Any, list[Group]]] = {
+    "sft": (SFT(token_accuracy=True), RANKED),
+    "mix": (Preference(loss=MIX, nll_weight=0.2, kl_weight=0.1), RANKED),
+    "kto": (KTO(weight_undesirable="auto", kl_weight=0.1), LABELS),
+    "kto of one prompt": (KTO(), PAIRS[:1]),
+    "kto paired": (KTO(paired=True), PAIRS),
+    "binary cringe": (Cringe(variant="binary"), LABELS),
+    "pairwise cringe": (Cringe(), PAIRS),
+    "bradley-terry": (RewardModel(), RANKED),
+    "plackett-luce": (RewardModel(loss="plackett_luce"), RANKED),
+}
+
+
+def specs(folder: str, algorithm: Any, settings: Any) -> list[LearnerSpec]:
+    """The policy, and where one is needed the reference, of a folder with both models."""
+    common = dict(settings=settings, total_steps=5)
+    found = [LearnerSpec("policy", f"{folder}/policy", optimizer=OPTIMIZER, network=algorithm.network, **common)]
+    reference = LearnerSpec("reference", f"{folder}/reference", trainable=False, **common)
+    return found + ([reference] if needs_reference(algorithm) else [])
+
+
+def main(rank: int, world_size: int, port: int, model: str, out: str) -> None:
+    torch.set_num_threads(1)
+    for name, (algorithm, groups) in CASES.items():
+        config = DeepSpeedLearnerConfig(zero_stage=2, dtype="float32", deadline_s=120, micro_batch_tokens=24)
+        roles = config.build(
+            specs(model, algorithm, config), rank=rank, world_size=world_size, address=("127.0.0.1", port)
+        )
+        metrics = two_steps(roles, algorithm, groups, everywhere=lambda value: _everywhere(value, world_size))
+        tensors = weights(roles["policy"])
+        if rank == 0:
+            torch.save({"metrics": metrics, "weights": tensors}, Path(out) / f"{name}.pt")
+        for learner in list(roles.values()):
+            learner.close()
+    torch.distributed.barrier()
+
+
+def two_steps(roles: Any, algorithm: Any, groups: list[Group], *, everywhere: Any) -> list[dict[str, float]]:
+    """What a run does with groups, twice; then the metrics of the same examples without learning."""
+    examples, _ = algorithm.examples(groups)
+    for role, column in algorithm.needs:
+        examples = merge_annotations(examples, everywhere(roles[role].annotate_shard(examples, (column,))))
+    examples: list[Example] = algorithm.credit(examples)
+    found = [
+        merge_metrics(everywhere(roles["policy"].update_shard(examples, algorithm, UpdatePlan(step=step))))
+        for step in (1, 2)
+    ]
+    return [*found, merge_metrics(everywhere(roles["policy"].measure_shard(examples, algorithm)))]
+
+
+def _everywhere(value: Any, world_size: int) -> list[Any]:
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, value)
+    return found
