@@ -20,7 +20,8 @@ from rayalign.learners.base import merge_annotations, merge_metrics
 from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
 from rayalign.protocols import UpdatePlan
 from rayalign.sync.flat import unpack
-from tests.contract.learner_cases import PROBES, Broken, Centred, pairs, specs, train, weights
+from rayalign.types import Column
+from tests.contract.learner_cases import DPO, PROBES, Broken, Centred, Compared, Distilled, pairs, specs, train, weights
 
 TRAINING = {  # name → settings, examples, plan
     "whole": ({}, 5, {}),
@@ -29,6 +30,11 @@ TRAINING = {  # name → settings, examples, plan
     "one": ({}, 1, {}),
     "statistics": ({"micro_batch_tokens": 40}, 5, {"algorithm": Centred()}),
     "statistics of one": ({}, 1, {"algorithm": Centred()}),
+    "distilled": ({"micro_batch_tokens": 40, "logprob_chunk": 4}, 5, {"algorithm": Distilled()}),
+    "distilled of one": ({}, 1, {"algorithm": Distilled()}),
+    "packed": ({"micro_batch_tokens": 40, "packing": True}, 5, {"algorithm": Distilled()}),
+    "score": ({"micro_batch_tokens": 40, "network": "score"}, 5, {"algorithm": Compared()}),
+    "score of one": ({"network": "score", "packing": True}, 1, {"algorithm": Compared()}),
 }
 OFFLOAD = {"offloaded": ({"offload": "cpu", "micro_batch_tokens": 60}, 5, {})}
 
@@ -41,6 +47,7 @@ def main(rank: int, world_size: int, port: int, stages: list[int], model: str, o
         for name, case in (TRAINING | (OFFLOAD if stage else {})).items():
             ranks.training(name, *case)
         ranks.weights_travel()
+        ranks.scores_travel()
         ranks.resumed("float32")
         ranks.resumed("bfloat16")
         ranks.moving_average_in_bfloat16()
@@ -54,12 +61,15 @@ class Ranks:
         self.stage, self.model, self.out = stage, model, out
         out.mkdir(parents=True, exist_ok=True)
 
-    def build(self, dtype: str = "float32", stage: int | None = None, **settings):
+    def build(self, dtype: str = "float32", stage: int | None = None, network: str = "causal", **settings):
         config = DeepSpeedLearnerConfig(
             zero_stage=self.stage if stage is None else stage, dtype=dtype, deadline_s=120, **settings
         )
         return config.build(
-            specs(self.model, config), rank=self.rank, world_size=self.world_size, address=("127.0.0.1", self.port)
+            specs(self.model, config, network),
+            rank=self.rank,
+            world_size=self.world_size,
+            address=("127.0.0.1", self.port),
         )
 
     def everywhere(self, value) -> list:
@@ -85,6 +95,9 @@ class Ranks:
     def training(self, name: str, settings: dict, count: int, plan: dict) -> None:
         roles = self.build(**settings)
         metrics = self.train(roles, pairs(count), **plan)
+        annotated = self.annotate(roles["reference"], pairs(count), [Column.LOGPS])
+        measured = roles["policy"].measure_shard(annotated, plan.get("algorithm", DPO))
+        metrics.append(merge_metrics(self.everywhere(measured)))
         self.write(name, metrics=metrics, weights=weights(roles["policy"]))
         close(roles)
 
@@ -110,6 +123,22 @@ class Ranks:
         export.mkdir(exist_ok=True)
         policy.export(export)
         self.write("travel", version=push.version, **found)
+        close(roles)
+
+    def scores_travel(self) -> None:
+        """A score network's values, those of one that was restored, and an export."""
+        roles = self.build(network="score")
+        self.train(roles, pairs(3), algorithm=Compared())
+        saved, export = self.out / "scores", self.out / "reward"
+        for folder in (saved, export):
+            folder.mkdir(exist_ok=True)
+        roles["policy"].save(saved)
+        roles["policy"].export(export)
+        values = self.annotate(roles["policy"], pairs(4), [Column.VALUES])
+        close(roles)
+        roles = self.build(network="score")
+        roles["policy"].restore(saved)
+        self.write("scores", values=values, again=self.annotate(roles["policy"], pairs(4), [Column.VALUES]))
         close(roles)
 
     def resumed(self, dtype: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from rayalign.algorithms.online_preference import OnlinePreference
 from rayalign.learners.base import LearnerSettings, LearnerSpec, OptimizerConfig
 from rayalign.protocols import UpdatePlan
-from rayalign.types import Batch, Column, Example, Terms
+from rayalign.types import Batch, Column, Example, Terms, TopLogits
 from rayalign.types import Sequence as Row
 
 DPO = OnlinePreference()
@@ -38,11 +38,11 @@ def pairs(count: int, seed: int = 0) -> list[Example]:
 PROBES = [row.prompt_ids + row.completion_ids for example in pairs(2, seed=5) for row in example.sequences] + [(7,)]
 
 
-def specs(model: Path, settings: LearnerSettings, **changes) -> list[LearnerSpec]:
-    """A policy and its reference."""
+def specs(model: Path, settings: LearnerSettings, network: str = "causal", **changes) -> list[LearnerSpec]:
+    """A policy, or a score network in its place, and its reference."""
     common = dict(settings=settings, total_steps=5, temperature=0.8) | changes
     return [
-        LearnerSpec("policy", str(model), optimizer=OPTIMIZER, **common),
+        LearnerSpec("policy", str(model), optimizer=OPTIMIZER, network=network, **common),
         LearnerSpec("reference", str(model), trainable=False, **common),
     ]
 
@@ -96,6 +96,41 @@ class Centred:
         gap, mean = self._gap(batch, columns), statistics["gap"] / statistics["count"]
         entropy = batch.by_example(torch.where(batch.mask > 0, columns["policy/entropy"], 0.0).sum(1)).sum(1)
         return Terms((gap - mean - 1.0) ** 2 - 0.01 * entropy, {"mean": torch.full_like(gap, float(mean))})
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The exact KL to the reference, and logits of other tokens: only right when the reference's part is."""
+
+    columns = (Column.LOGPS, Column.REFERENCE_KL, TopLogits(2))
+    statistics = None
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        return float(len(examples))
+
+    def loss(self, batch: Batch, columns, statistics) -> Terms:
+        kl = columns["policy/reference_kl"]
+        top = columns["policy/top_logits"]
+        tokens = torch.nn.functional.softplus(top[..., 0] - top[..., 2]) - 0.1 * columns["policy/logps"]
+        tokens = torch.where(batch.mask > 0, kl + 0.1 * tokens, 0.0)
+        return Terms(tokens, {"kl": batch.by_example(kl.detach()).sum((1, 2))})
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Bradley-Terry on the scores of pairs."""
+
+    columns = (Column.VALUES,)
+    statistics = None
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        return float(len(examples))
+
+    def loss(self, batch: Batch, columns, statistics) -> Terms:
+        last = (batch.mask.sum(1) - 1).unsqueeze(1)
+        scores = batch.by_example(columns["policy/values"].gather(1, last)[:, 0])
+        gap = scores[:, 0] - scores[:, 1]
+        return Terms(-torch.nn.functional.logsigmoid(gap), {"margin": gap.detach()})
 
 
 @dataclass(frozen=True)

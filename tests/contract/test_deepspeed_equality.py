@@ -7,12 +7,13 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
 from rayalign.learners.torch import TorchLearnerConfig
+from rayalign.types import Column
 from tests.contract.deepspeed_rank import OFFLOAD, TRAINING, launch
-from tests.contract.learner_cases import PROBES, pairs, smooth, specs, train, weights
+from tests.contract.learner_cases import DPO, PROBES, pairs, smooth, specs, train, weights
 from tests.tiny_models import build_tiny_llama
 
 STAGES = (0, 1, 2, 3)
@@ -31,7 +32,7 @@ def out(request, model, tmp_path_factory):
     done = FOLDERS.get(ranks)
     if done is None:
         done = FOLDERS[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
-        launch(ranks, list(STAGES), model, done, timedelta(seconds=240))
+        launch(ranks, list(STAGES), model, done, timedelta(seconds=420))
     return done / f"stage{stage}"
 
 
@@ -42,9 +43,10 @@ FOLDERS: dict[int, object] = {}
 def wanted(model):
     """Metrics and weights of TorchLearner with one big batch, by number of examples and plan."""
     found = {}
-    for name, (_, count, plan) in (TRAINING | OFFLOAD).items():
+    for name, (settings, count, plan) in (TRAINING | OFFLOAD).items():
         config = TorchLearnerConfig()
-        roles = config.build(specs(model, config), rank=0, world_size=1, address=("", 0))
+        network = settings.get("network", "causal")
+        roles = config.build(specs(model, config, network), rank=0, world_size=1, address=("", 0))
         metrics = train(
             roles,
             pairs(count),
@@ -52,6 +54,8 @@ def wanted(model):
             update=lambda role, *rest: role.update(*rest),
             **plan,
         )
+        annotated = roles["reference"].annotate(pairs(count), [Column.LOGPS])
+        metrics.append(roles["policy"].measure(annotated, plan.get("algorithm", DPO)))
         found[name] = metrics, weights(roles["policy"])
     return found
 
@@ -90,6 +94,18 @@ def test_refresh_push_and_export_carry_the_weights(out):
         with torch.no_grad():
             plain = loaded(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         assert np.allclose(logps, plain.gather(1, torch.tensor(ids[1:])[:, None].long())[:, 0], atol=1e-5)
+
+
+def test_scores_survive_checkpoint_and_export(out):
+    found = torch.load(out / "scores.pt", weights_only=False)
+    loaded = AutoModelForSequenceClassification.from_pretrained(out / "reward").eval()
+    for example, other in zip(found["values"], found["again"], strict=True):
+        for row, same in zip(example.sequences, other.sequences, strict=True):
+            values = row.columns["policy/values"]
+            assert np.allclose(values, same.columns["policy/values"], atol=1e-6) and np.ptp(values) > 0
+            with torch.no_grad():
+                score = loaded(torch.tensor([row.prompt_ids + row.completion_ids])).logits[0, 0]
+            assert float(score) == pytest.approx(values[-1], abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

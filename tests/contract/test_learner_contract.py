@@ -16,8 +16,21 @@ from rayalign.learners.base import learning_rate, merge_annotations, merge_metri
 from rayalign.learners.torch import TorchLearnerConfig
 from rayalign.protocols import UpdatePlan
 from rayalign.sync.flat import checksum, unpack
-from rayalign.types import Column
-from tests.contract.learner_cases import DPO, OPTIMIZER, PROBES, Broken, pairs, smooth, specs, train, weights
+from rayalign.types import Column, TopLogits
+from tests.contract.learner_cases import (
+    DPO,
+    OPTIMIZER,
+    PROBES,
+    Broken,
+    Centred,
+    Compared,
+    Distilled,
+    pairs,
+    smooth,
+    specs,
+    train,
+    weights,
+)
 from tests.tiny_models import build_tiny_llama
 
 ADDRESS = ("127.0.0.1", 1)
@@ -29,7 +42,7 @@ def model(tmp_path_factory):
 
 
 def build(model, **settings):
-    changes = {name: settings.pop(name) for name in ("dtype",) if name in settings}
+    changes = {name: settings.pop(name) for name in ("dtype", "network") if name in settings}
     config = TorchLearnerConfig(**settings)
     return config.build(specs(model, config, **changes), rank=0, world_size=1, address=ADDRESS)
 
@@ -131,6 +144,99 @@ def test_logps_are_those_of_the_model_at_temperature_one(model):
     assert [len(array) for array in found] == [len(ids) - 1 for ids in PROBES]
     for ids, array in zip(PROBES[:-1], found[:-1], strict=True):
         assert array.dtype == np.float32 and np.allclose(array, plain_logps(plain, ids), atol=1e-5)
+
+
+def test_the_exact_kl_and_its_gradient_are_those_of_plain_torch(model):
+    roles = build(model, micro_batch_tokens=40, logprob_chunk=3)
+    run(roles, pairs(4))
+    policy, reference = (roles[name].policy.model for name in ("policy", "reference"))
+
+    def wanted(row):
+        ids = torch.tensor([row.prompt_ids + row.completion_ids])
+        with torch.no_grad():
+            log_p = (reference(ids).logits[0, len(row.prompt_ids) - 1 : -1] / 0.8).log_softmax(-1)
+        log_q = (policy(ids).logits[0, len(row.prompt_ids) - 1 : -1] / 0.8).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    found = roles["policy"].annotate(pairs(4), [Column.REFERENCE_KL])
+    for row in (row for example in found for row in example.sequences):
+        kl = row.columns["policy/reference_kl"]
+        assert kl.min() > 0 and np.allclose(kl, wanted(row).detach().numpy(), atol=1e-5)
+    learner = roles["policy"]
+    batch = learner.batch(pairs(3), [0, 1, 2])
+    learner.columns(batch, [Column.REFERENCE_KL])["reference_kl"].sum().backward()
+    got = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    policy.zero_grad()
+    sum(wanted(row).sum() for example in pairs(3) for row in example.sequences).backward()
+    for name, parameter in policy.named_parameters():
+        assert torch.allclose(got[name], parameter.grad, atol=1e-4, rtol=1e-4), name
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    alone = build(model)["policy"]
+    alone.peers.pop("reference")
+    with pytest.raises(ConfigError, match="no reference"):
+        alone.annotate(pairs(1), [Column.REFERENCE_KL])
+
+
+@pytest.mark.parametrize("algorithm", [DPO, Centred(), Distilled(), Compared()])
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_tokens": 30, "logprob_chunk": 4, "packing": True}])
+def test_measuring_gives_what_the_next_update_gives_and_changes_nothing(model, algorithm, settings):
+    roles = build(model, network="score" if isinstance(algorithm, Compared) else "causal")
+    parts = build(model, network="score" if isinstance(algorithm, Compared) else "causal", **settings)
+    run(roles, pairs(4), algorithm=algorithm)
+    run(parts, pairs(4), algorithm=algorithm)
+    examples = roles["reference"].annotate(pairs(5, seed=2), [Column.LOGPS])
+    before = weights(roles["policy"])
+    measured = roles["policy"].measure(examples, algorithm)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(roles["policy"]).items())
+    assert smooth(parts["policy"].measure(examples, algorithm)) == pytest.approx(smooth(measured), abs=1e-5)
+    updated = roles["policy"].update(examples, algorithm, UpdatePlan(step=2))
+    assert set(updated) - set(measured) == {"lr", "grad_norm", "padding"}
+    assert {name: updated[name] for name in measured} == pytest.approx(measured, abs=1e-6)
+    with pytest.raises(DataError):
+        roles["policy"].measure([], algorithm)
+
+
+def test_padding_is_the_share_of_positions_without_a_token(model):
+    examples = build(model)["reference"].annotate(pairs(3), [Column.LOGPS])
+    rows = [len(row) for example in examples for row in example.sequences]
+    for settings, padding in (({}, 1 - sum(rows) / (6 * max(rows))), ({"packing": True}, 0.0)):
+        found = build(model, **settings)["policy"].update(examples, DPO, UpdatePlan(step=0))
+        assert found["padding"] == pytest.approx(padding)
+
+
+def test_columns_of_several_numbers_are_annotated_and_batched(model):
+    roles = build(model, micro_batch_tokens=30)
+    found = roles["policy"].annotate(pairs(3), [TopLogits(4), Column.LOGPS])
+    for row in (row for example in found for row in example.sequences):
+        assert row.columns["policy/top_logits"].shape == (len(row.completion_ids), 5)
+    batch = roles["policy"].batch(found, [0, 1])
+    assert batch.columns["policy/top_logits"].shape == (*batch.labels.shape, 5)
+
+
+def test_policy_and_reference_have_one_vocabulary(model, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(model)
+    other.resize_token_embeddings(170)
+    other.save_pretrained(tmp_path)
+    config = TorchLearnerConfig()
+    policy, reference = specs(model, config)
+    with pytest.raises(ConfigError, match="different vocabularies") as caught:
+        config.build([policy, replace(reference, model=str(tmp_path))], rank=0, world_size=1, address=ADDRESS)
+    assert "160" in caught.value.value and "170" in caught.value.value
+    policy = replace(policy, network="score")
+    config.build([policy, replace(reference, model=str(tmp_path))], rank=0, world_size=1, address=ADDRESS)
+
+
+def test_a_score_network_resumes_bit_for_bit(model, tmp_path):
+    straight, halved = build(model, network="score"), build(model, network="score")
+    for roles in (straight, halved):
+        run(roles, pairs(4), algorithm=Compared())
+    halved["policy"].save(tmp_path)
+    resumed = build(model, network="score")
+    resumed["policy"].restore(tmp_path)
+    want, got = (run(roles, pairs(4), start=2, algorithm=Compared()) for roles in (straight, resumed))
+    assert want == got and want[0]["loss"] > want[1]["loss"]
+    theirs = weights(resumed["policy"])
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(straight["policy"]).items())
 
 
 def test_refresh_replaces_or_averages(model):
