@@ -17,6 +17,8 @@ from rayalign.types import AnyColumn, Batch, Column, Example, Metrics, Sampling,
 class Offline(Record):
     """The verbs of a method that samples nothing, weighs all examples the same, and has no reference."""
 
+    name: str  # first of the keys, wherever they are listed
+
     rows: ClassVar[Sequence[str]] = ()
     network: ClassVar[str] = "causal"
     needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
