@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -159,19 +158,20 @@ def csv_table(path: Path) -> Any:
     from pyarrow import ArrowInvalid, Table
     from pyarrow import csv as arrow
 
-    text = _decoded(path.read_bytes(), str(path))
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
     width = began = 0
     try:
-        for cells in reader:
-            width = width or len(cells)
-            if cells and len(cells) != width:
-                raise csv.Error(f"{len(cells)} columns here, {width} there")
-            began = reader.line_num
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                width = width or len(cells)
+                if cells and len(cells) != width:
+                    raise csv.Error(f"{len(cells)} columns here, {width} there")
+                began = reader.line_num
         began = 0
         return arrow.read_csv(path, parse_options=arrow.ParseOptions(newlines_in_values=True))
-    except (csv.Error, ArrowInvalid) as error:
+    except (UnicodeDecodeError, csv.Error, ArrowInvalid) as error:
+        text = _decoded(path.read_bytes(), str(path))
         if not width:
             return Table.from_pylist([])
         raise DataError(

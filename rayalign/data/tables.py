@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import tempfile
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,14 +88,11 @@ def open_table(source: SourceConfig) -> Table:
         return JsonLines(path)
     if path.suffix == ".json":
         return Rows(json_list(path), source.path, _digest(path))
-    with quiet_datasets() as datasets:
-        if path.suffix == ".csv":
-            return Rows(datasets.Dataset(csv_table(path)), source.path, _digest(path))
-        if path.suffix == ".parquet":
-            with parquet_errors(path) as parquet:
-                parquet.ParquetFile(path).close()
-            return Rows(_loaded(source, "parquet", data_files=str(path)), source.path, _digest(path))
-        return _dataset(_of_split(_hub(source), source), source.path)
+    if path.suffix == ".csv":
+        return Rows(_mapped(path), source.path, _digest(path))
+    if path.suffix == ".parquet":
+        return Rows(_parquet(source, path), source.path, _digest(path))
+    return _dataset(_of_split(_hub(source), source), source.path)
 
 
 def open_stream(source: SourceConfig) -> Iterator[tuple[int, str, Row]]:
@@ -106,12 +104,7 @@ def open_stream(source: SourceConfig) -> Iterator[tuple[int, str, Row]]:
             yield index, table.where(index), table.row(index)
         return
     check_path(path, source.path, KEY)
-    if path.suffix == ".parquet":
-        with parquet_errors(path) as parquet:
-            parquet.ParquetFile(path).close()
-        rows = _loaded(source, "parquet", data_files=str(path), streaming=True)
-    else:
-        rows = _hub(source, streaming=True)
+    rows = _parquet(source, path, streaming=True) if path.suffix == ".parquet" else _hub(source, streaming=True)
     for index, row in enumerate(rows):
         yield index, f"{source.path}, row {index + 1}", row
 
@@ -136,6 +129,12 @@ def _hub(source: SourceConfig, *, streaming: bool = False) -> Any:
     )
 
 
+def _parquet(source: SourceConfig, path: Path, *, streaming: bool = False) -> Any:
+    with parquet_errors(path) as parquet:
+        parquet.ParquetFile(path).close()
+    return _loaded(source, "parquet", data_files=str(path), streaming=streaming)
+
+
 def _loaded(source: SourceConfig, *names: str | None, split: str = "train", **arguments: Any) -> Any:
     """By `datasets.load_dataset`; a file is one split, which is called train."""
     with quiet_datasets() as datasets:
@@ -143,6 +142,35 @@ def _loaded(source: SourceConfig, *names: str | None, split: str = "train", **ar
             return datasets.load_dataset(*names, split=split, **arguments).with_format(None)
         except Exception as error:  # datasets raises a different class for every way of not finding something
             raise not_loaded(source.path, error, KEY) from error
+        finally:
+            _free()
+
+
+def _mapped(path: Path) -> Any:
+    """A .csv file as a `datasets.Dataset`: converted once, into the cache of `datasets`, and mapped into memory."""
+    import pyarrow
+
+    with quiet_datasets() as datasets:
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "rayalign_csv"
+        file = folder / f"{_digest(path)}.arrow"
+        if not file.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = csv_table(path)
+            with tempfile.TemporaryDirectory(dir=folder) as apart:
+                written = Path(apart) / file.name
+                with pyarrow.OSFile(str(written), "wb") as sink, pyarrow.ipc.new_stream(sink, rows.schema) as writer:
+                    writer.write_table(rows, max_chunksize=1000)
+                written.replace(file)
+            del rows
+            _free()
+        return datasets.Dataset.from_file(str(file))
+
+
+def _free() -> None:
+    """Give back what Arrow's allocator keeps of a conversion: as much as the file."""
+    import pyarrow
+
+    pyarrow.default_memory_pool().release_unused()
 
 
 def _is_saved(path: Path) -> bool:
