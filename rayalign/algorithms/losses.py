@@ -274,22 +274,12 @@ AnyPairLoss = Annotated[SerializeAsAny[Record], Tagged("loss", PAIR_LOSSES, "of"
 SinglePairLoss = Annotated[SerializeAsAny[Record], Tagged("loss", SINGLE_LOSSES, "of")]
 
 
-class Part(Record):
-    """One loss of several."""
-
-    loss: SinglePairLoss = Field(description="a pair loss")
-    weight: float = Field(1.0, gt=0, description="its factor in the sum")
-
-
 class Mix(PairLoss):
     """Several pair losses, weighted and added."""
 
     name: Literal["mix"] = Field("mix", description="which loss")
-    parts: tuple[Part, ...] = Field(min_length=1, description="the losses and their weights")
-
-    @property
-    def losses(self) -> list[PairLoss]:
-        return [part.loss for part in self.parts]  # type: ignore[misc]
+    losses: tuple[SinglePairLoss, ...] = Field(min_length=1, description="pair losses, each of its own kind")
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field((), description="their factors in the sum; none: all 1")
 
     @property
     def reference(self) -> bool:  # type: ignore[override]
@@ -300,25 +290,34 @@ class Mix(PairLoss):
         return any(loss.takes_best for loss in self.losses)
 
     def of(self, pair: Pair) -> Tensor:
-        return torch.stack([part.weight * part.loss.of(pair) for part in self.parts]).sum(0)  # type: ignore[attr-defined]
+        weights = self.weights or (1.0,) * len(self.losses)
+        terms = [weight * loss.of(pair) for weight, loss in zip(weights, self.losses, strict=True)]
+        return torch.stack(terms).sum(0)
 
     def rewards(self, pair: Pair) -> Tensor:
         """The first loss's."""
         return self.losses[0].rewards(pair)
 
     def metrics(self, pair: Pair) -> dict[str, Tensor]:
-        found = {f"loss/{loss.name}": loss.of(pair) for loss in self.losses}  # type: ignore[attr-defined]
+        found = {f"loss/{loss.name}": loss.of(pair) for loss in self.losses}
         return {name: value for loss in self.losses for name, value in loss.metrics(pair).items()} | found
 
     @model_validator(mode="after")
-    def _parts_agree(self) -> Mix:
-        names = [loss.name for loss in self.losses]  # type: ignore[attr-defined]
+    def _fit(self) -> Mix:
+        names = [loss.name for loss in self.losses]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise Unfit(
-                "one loss stands in the mix twice",
-                key="parts",
+                f"{twice} stands in the mix twice",
+                key="losses",
                 rule="different losses, each once",
-                remedy=f"keep one of the {twice} parts, with the sum of their weights",
+                remedy="keep one of them, with the sum of their weights",
+            )
+        if self.weights and len(self.weights) != len(names):
+            raise Unfit(
+                f"{len(self.weights)} weights for {len(names)} losses",
+                key="weights",
+                rule="one weight a loss, or none at all",
+                remedy=f"write weights: [{', '.join(['1.0'] * len(names))}], say",
             )
         return self

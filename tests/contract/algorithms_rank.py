@@ -22,7 +22,7 @@ from tests.unit.algorithm_cases import random_groups
 PAIRS = random_groups(5, (1.0, 0.0))
 LABELS = [*random_groups(3, (1.0,)), *random_groups(2, (0.0,), seed=7)]
 RANKED = random_groups(3, (-2.0, 0.0, -1.0), seed=3)
-MIX = {"name": "mix", "parts": [{"loss": "ipo"}, {"loss": {"name": "slic_hf", "target": "best"}, "weight": 0.5}]}
+MIX = {"name": "mix", "losses": ["ipo", {"name": "slic_hf", "target": "best"}], "weights": [1.0, 0.5]}
 CASES: dict[str, tuple[Any, list[Group]]] = {
     "sft": (SFT(token_accuracy=True), RANKED),
     "mix": (Preference(loss=MIX, nll_weight=0.2, kl_weight=0.1), RANKED),

@@ -160,7 +160,9 @@ def test_an_answer_that_is_good_and_bad_is_dropped(algorithm):
         (Cringe, {"samples": 1}, "makes no pair"),
         (Cringe, {"samples": 2, "kl_weight": 0.1, "reference": {"cached": True}}, "needs the reference itself"),
         (KTO, {"weight_desirable": -1.0}, "greater than or equal to 0"),
-        (Preference, {"loss": {"name": "mix", "parts": [{"loss": "dpo"}, {"loss": "dpo"}]}}, "twice"),
+        (Preference, {"loss": {"name": "mix", "losses": ["dpo", {"name": "dpo", "beta": 0.2}]}}, "twice"),
+        (Preference, {"loss": {"name": "mix", "losses": ["dpo", "ipo"], "weights": [1.0]}}, "1 weights for 2 losses"),
+        (Preference, {"loss": {"name": "mix", "losses": ["dpo", "mix"]}}, "no loss is called mix"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(record, settings, message):

@@ -79,7 +79,7 @@ def test_implicit_rewards_of_dpo_are_beta_times_the_log_ratios():
 
 
 def test_a_mix_is_the_weighted_sum_of_its_parts_and_says_each():
-    mix = {"name": "mix", "parts": [{"loss": {"name": "ipo", "tau": 0.2}, "weight": 0.5}, {"loss": "simpo"}]}
+    mix = {"name": "mix", "losses": [{"name": "ipo", "tau": 0.2}, "simpo"], "weights": [0.5, 1.0]}
     loss, metrics = whole(Preference(loss=mix), PAIRS)
     ipo, simpo = WANTED["ipo"][1].mean(), WANTED["simpo"][1].mean()
     assert loss == pytest.approx(float(0.5 * ipo + simpo), rel=1e-5)
@@ -90,8 +90,8 @@ def test_a_mix_is_the_weighted_sum_of_its_parts_and_says_each():
 def test_only_losses_with_a_reference_ask_for_one():
     needs = {name: bool(Preference(loss={"name": name}).needs) for name in WANTED}
     assert {name for name, needed in needs.items() if not needed} == {"slic_hf", "simpo", "orpo"}
-    assert Preference(loss={"name": "mix", "parts": [{"loss": "simpo"}, {"loss": "ipo"}]}).needs
-    assert not Preference(loss={"name": "mix", "parts": [{"loss": "simpo"}, {"loss": "orpo"}]}).needs
+    assert Preference(loss={"name": "mix", "losses": ["simpo", "ipo"]}).needs
+    assert not Preference(loss={"name": "mix", "losses": ["simpo", "orpo"]}).needs
 
 
 def test_the_chosen_nll_is_added_as_a_mean():
