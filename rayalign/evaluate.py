@@ -106,7 +106,7 @@ def measure(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> Metric
     if examples:
         for role, column in algorithm.needs:
             examples = roles[role].annotate(examples, (column,))
-        metrics |= roles.policy.measure(algorithm.credit(examples), algorithm)
+        metrics |= algorithm.summarise(roles.policy.measure(algorithm.credit(examples), algorithm))
     return {f"held_out/{name}": value for name, value in metrics.items()}
 
 

@@ -175,6 +175,9 @@ class Algorithm(Protocol):
         """`columns`: "policy/logps" [R, T] and what else `self.columns` names, with gradients; annotated ones
         are in `batch.columns`. `statistics`: the sums over the whole step; empty where none are asked for."""
 
+    def summarise(self, metrics: Metrics) -> Metrics:
+        """Metrics of all examples together, as `update` or `measure` gave them → those to be written down."""
+
     def refresh(self, step: int) -> float | None:
         """After this step (counted from 1): the decay with which the reference follows the policy,
         0.0 to replace it, None to leave it."""

@@ -57,7 +57,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"choose one of: {', '.join(words)}" if len(words) != 1 else f"use {words[0]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: typing compares annotations of unions
 class Tagged:
     """Validates `{name: …, …}` into the record that the name selects from the table, or by dotted path.
 

@@ -114,7 +114,7 @@ class Run:
     def update(self, examples: Sequence[Example], step: int) -> Metrics:
         """The optimiser steps of one training step."""
         plan = UpdatePlan(step, self.training.epochs, self.training.minibatches, seed=self.seed + step)
-        return self.roles.policy.update(examples, self.algorithm, plan)
+        return self.algorithm.summarise(self.roles.policy.update(examples, self.algorithm, plan))
 
     def refresh(self, step: int) -> None:
         """The reference follows the policy when the algorithm says so."""

@@ -1,0 +1,178 @@
+"""Training on data sets: no engine, no scorer, the same loop; held-out rows are measured, runs resume exactly."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from rayalign.api import run_evaluation, run_training
+from rayalign.config import parse_config
+from rayalign.errors import ConfigError
+from tests.loop.conftest import records, timeless
+from tests.parts import PowerCut, tiny_config
+
+WORDS = "calm plain green early bright round quiet warm small fresh".split()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Rows of each kind, 24 of them; the better answer is the one about tea."""
+    prompts = [f"say something {word} about {thing}" for word in WORDS for thing in ("rain", "bread", "chess")][:24]
+    answers = [(f"tea is {WORDS[i % 10]}", f"no {WORDS[(i + 3) % 10]} idea at all") for i in range(24)]
+    both = list(zip(prompts, answers, strict=True))
+    return {
+        "completion": write(tmp_path / "sft.jsonl", [{"prompt": p, "completion": a} for p, (a, _) in both]),
+        "pair": write(tmp_path / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, (a, b) in both]),
+        "label": write(
+            tmp_path / "labels.jsonl",
+            [{"prompt": p, "completion": pair[k], "label": k == 0} for p, pair in both for k in (0, 1)],
+        ),
+        "ranked": write(
+            tmp_path / "ranked.jsonl",
+            [{"prompt": p, "completions": [b, a, f"{a} or not"], "ranks": [3, 1, 2]} for p, (a, b) in both],
+        ),
+    }
+
+
+@pytest.fixture
+def config(tmp_path, model, data):
+    """A tiny config of an offline algorithm: no prompts, no scorer, nothing that samples."""
+
+    def build(algorithm, kind, **changes):
+        base = tiny_config(tmp_path, model)
+        for key in ("scorer", "sampling", "engine"):
+            del base[key]
+        base |= {
+            "algorithm": algorithm,
+            "data": {"examples": data[kind], "chat_template": False, "held_out": 0.25, "max_tokens": 48},
+            "rollout": {"prompts": 6},
+            "optimizer": {"lr": 3e-3},
+            "evaluation": {},
+            "train": {"steps": 12},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            base[section] = {**base[section], name: value} if name else value
+        return parse_config(base)
+
+    return build
+
+
+CASES = {
+    "sft": ({"name": "sft"}, "completion", "held_out/nll", "falls"),
+    "sft on pairs": ({"name": "sft"}, "pair", "held_out/nll", "falls"),
+    "dpo": ({"name": "preference"}, "pair", "held_out/rewards/margins", "rises"),
+    "several losses": (
+        {"name": "preference", "loss": {"name": "mix", "parts": [{"loss": "ipo"}, {"loss": "hinge", "weight": 0.5}]}},
+        "ranked",
+        "held_out/rewards/margins",
+        "rises",
+    ),
+    "orpo": ({"name": "preference", "loss": {"name": "orpo"}}, "pair", "held_out/nll", "falls"),
+    "kto": ({"name": "kto"}, "label", "held_out/rewards/accuracies", "rises"),
+    "paired kto": ({"name": "kto", "paired": True}, "pair", "held_out/rewards/margins", "rises"),
+    "binary cringe": ({"name": "cringe", "variant": "binary"}, "label", "held_out/nll/good", "falls"),
+    "pairwise cringe": ({"name": "cringe"}, "pair", "held_out/logps/margins", "rises"),
+    "reward model": ({"name": "reward_model"}, "pair", "held_out/rewards/accuracies", "rises"),
+    "ranked reward model": (
+        {"name": "reward_model", "loss": {"name": "plackett_luce"}},
+        "ranked",
+        "held_out/rewards/accuracies",
+        "rises",
+    ),
+    "regularised": ({"name": "preference", "kl_weight": 0.01}, "pair", "held_out/rewards/margins", "rises"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_objective_is_learned_from_its_data(config, case):
+    algorithm, kind, metric, direction = CASES[case]
+    result = run_training(config(algorithm, kind))
+    before, after = (result.evaluations[step].metrics[metric] for step in (0, 12))
+    assert (after > before) == (direction == "rises"), (before, after)
+    last = records(result.run_dir)[-1]
+    assert last["step"] == 12 and {"loss", "completion/length_mean", "memory/peak_gib", "padding"} <= last.keys()
+    assert "reward/mean" not in last and records(result.run_dir, "samples") == []
+    assert (result.run_dir / "report.html").is_file()
+
+
+@pytest.mark.parametrize("case", ["dpo", "kto", "pairwise cringe", "reward model"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(config, tmp_path, case):
+    algorithm, kind, *_ = CASES[case]
+    settings = {"checkpoint__every": 1, "checkpoint__keep": 9, "train__steps": 4}
+    whole = run_training(config(algorithm, kind, **settings, run_dir=str(tmp_path / "whole"))).run_dir
+    killed = {**settings, "run_dir": str(tmp_path / "killed")}
+    with pytest.raises(PowerCut):
+        run_training(config(algorithm, kind, **killed, trackers=[{"name": "tests.parts:Stop", "step": 3}]))
+    resumed = run_training(config(algorithm, kind, **killed, resume=True)).run_dir
+    assert [timeless(r) for r in records(resumed)] == [timeless(r) for r in records(whole)]
+    assert records(resumed, "evaluations") == records(whole, "evaluations")
+
+
+def test_cached_log_probs_of_the_reference_are_those_of_a_live_one(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    live = run_training(config({"name": "preference"}, "pair", run_dir=str(tmp_path / "live"))).run_dir
+    cached = {"name": "preference", "reference": {"cached": True}}
+    for name in ("cached", "again"):  # the second run reads what the first has written
+        run_dir = run_training(config(cached, "pair", run_dir=str(tmp_path / name))).run_dir
+        for old, new in zip(records(live), records(run_dir), strict=True):
+            assert new["loss"] == pytest.approx(old["loss"], abs=1e-6)
+        assert not (run_dir / "checkpoints/step-12/trainer/reference/learner.json").exists()
+    assert len(list((tmp_path / "home").rglob("*.npz"))) == 1
+
+
+def test_prompts_beside_a_data_set_are_sampled_in_evaluations(config, tmp_path, model):
+    base = tiny_config(tmp_path, model)
+    whole = config({"name": "preference"}, "pair").to_dict()
+    whole |= {key: base[key] for key in ("scorer", "sampling", "engine")}
+    whole["data"]["prompts"] = base["data"]["prompts"]
+    whole["evaluation"] = {"prompts": 3, "samples": 2}
+    result = run_training(parse_config(whole))
+    evaluated = result.evaluations[12]
+    assert len(evaluated.samples) == 6 and evaluated.metrics["kl/k3"] > 0
+    assert "held_out/rewards/margins" in evaluated.metrics
+    assert records(result.run_dir)[-1]["sync/version"] == 12
+
+
+def test_a_reward_model_is_a_checkpoint_of_transformers(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_training(config({"name": "reward_model"}, "pair"))
+    model = AutoModelForSequenceClassification.from_pretrained(result.run_dir / "checkpoints/step-12")
+    assert model.config.num_labels == 1
+    found = run_evaluation(
+        config({"name": "reward_model"}, "pair"), model=str(result.run_dir / "checkpoints/step-12")
+    ).metrics
+    assert found["held_out/rewards/accuracies"] == pytest.approx(
+        result.evaluations[12].metrics["held_out/rewards/accuracies"]
+    )
+
+
+def test_a_reward_model_is_no_policy(config):
+    trained = run_training(config({"name": "reward_model"}, "pair", train__steps=1)).run_dir / "checkpoints/step-1"
+    with pytest.raises(ConfigError, match="reward model|scalar head|language model"):
+        wrong = {"path": str(trained), "dtype": "float32"}
+        run_training(config({"name": "preference"}, "pair", model=wrong, run_dir=str(trained / "run")))
+
+
+def test_fewer_rows_than_one_step_takes(config):
+    with pytest.raises(ConfigError, match="fewer rows than one step"):
+        run_training(config({"name": "preference"}, "pair", rollout__prompts=20))
+
+
+def test_each_epoch_takes_every_row_once(config, tmp_path):
+    settings = config({"name": "sft"}, "completion")
+    from rayalign.build import examples_for, load_tokenizer
+
+    examples = examples_for(settings, load_tokenizer(settings))
+    for epoch in range(2):
+        seen = [g.prompt.index for step in range(3) for g in examples.step(3 * epoch + step, 6)]
+        assert len(set(seen)) == 18
+    assert np.array_equal([g.prompt.index for g in examples.step(4, 6)], [g.prompt.index for g in examples.step(4, 6)])
