@@ -80,7 +80,7 @@ def read_columns(found: Sequence[str], given: Mapping[str, str], kinds: Sequence
     if len(wanted) > 1:
         raise _ambiguous(found, wanted, names, where)
     if not wanted:
-        raise _unfit(found, forms, kinds, where)
+        raise _unfit(found, forms, kinds, names, where)
     form = wanted[0]
     columns = {}
     for role in (*form.needs, *form.may):
@@ -90,7 +90,7 @@ def read_columns(found: Sequence[str], given: Mapping[str, str], kinds: Sequence
         if here:
             columns[role] = here[0]
     if "prompt" not in columns and form.kind != "pair" and form.needs != ("messages",):
-        raise _unfit(found, [], kinds, where)
+        raise _unfit(found, [], kinds, names, where)
     if {"votes", "probability"} <= columns.keys() and form.kind == "pair":
         given_so = {"votes", "probability"} & given.keys()
         if len(given_so) != 1:
@@ -165,21 +165,25 @@ def _two_names(found: Sequence[str], role: str, here: Sequence[str], where: str)
     )
 
 
-def _unfit(found: Sequence[str], forms: Sequence[Form], kinds: Sequence[str], where: str) -> DataError:
+def _unfit(
+    found: Sequence[str], forms: Sequence[Form], kinds: Sequence[str], names: Mapping[str, list[str]], where: str
+) -> DataError:
     known = [form for form in FORMS if form.kind in kinds]
     rule = f"the algorithm learns from {', or '.join(map(str, known))}"
     value = f"columns {', '.join(found)}" if found else "no column"
     if forms:
         inner = [form for form in known if set(form.needs) < set(forms[0].needs)]
-        remedy = "choose an algorithm that learns from such rows"
+        remedy = "choose an algorithm that learns from such rows (`rayalign algorithms` lists them)"
         if inner:
             remedy += f", or set columns: {{{', '.join(f'{r}: {r}' for r in inner[0].needs)}}} to leave the rest out"
         return DataError(f"these rows are {forms[0]}", where=where, value=value, rule=rule, remedy=remedy)
-    need = known[0].needs[0] if known else "completion"
+    nearest = max(known, key=lambda form: sum(bool(names.get(role)) for role in form.needs))
+    needs = nearest.needs if nearest.kind == "pair" or "messages" in nearest.needs else ("prompt", *nearest.needs)
+    missing = ", ".join(f"{role}: …" for role in needs if not names.get(role))
     return DataError(
         "the columns of this data make no row to learn from",
         where=where,
         value=value,
         rule=rule,
-        remedy=f"name them by columns: {{{need}: …}}",
+        remedy=f"say which they are: columns: {{{missing}}}, with the names that they have here",
     )

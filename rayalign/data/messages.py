@@ -111,7 +111,7 @@ def _conversation(value: Any, where: str) -> list[Message]:
         where=where,
         value="nothing (null)" if value is None else json.dumps(value, ensure_ascii=False, default=str),
         rule="a text that is not empty, or a list of messages, each with role and content as texts",
-        remedy="correct or drop this row",
+        remedy="correct or drop this row, or set data.on_bad_row=skip",
     )
 
 

@@ -179,7 +179,7 @@ def _list(value: Any, what: str, where: str, *, length: int | None = None) -> li
     if not isinstance(value, list):
         raise _bad(f"the {what} are not a list", value, "a list of numbers", where)
     if length is not None and len(value) != length:
-        raise _bad(f"there are not as many {what} as answers", value, f"{length} of them", where)
+        raise _bad(f"there are not as many {what} as answers", value, f"{length} {what}, one for each answer", where)
     return value
 
 

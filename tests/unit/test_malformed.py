@@ -1,7 +1,7 @@
 """Mistakes that people make, each with the whole message that they get. See tests/malformed/expected.yaml.
 
-A case: `file` (a config, or a data file that base.yaml is tried with), `with` (overrides), and `says`. {model} stands
-for the folder of a tiny model, {models} for the folder around it, {here} for tests/malformed.
+A case: `file` (a config, or a data file that base.yaml or pairs.yaml is tried with), `with` (overrides), and `says`.
+{model} stands for the folder of a tiny model, {models} for the folder around it, {here} for tests/malformed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rayalign.schema import json_schema
 
 HERE = Path(__file__).resolve().parents[1] / "malformed"
 ROOT = HERE.parents[1]
+BASES = {"data": ("base.yaml", "data.prompts"), "examples": ("pairs.yaml", "data.examples")}
 CASES = yaml.safe_load((HERE / "expected.yaml").read_text("utf-8"))
 PLACE = re.compile(r"error: (command line|[^:]+(:\d+|, row \d+)?)?(, )?(key [^:]+)?: .+")
 
@@ -36,9 +37,10 @@ def filled(text: str, model: Path) -> str:
 def command(case: dict, model: Path) -> list[str]:
     """The arguments of `rayalign` for a case."""
     file = case["file"]
-    data = [f"data.prompts={file}", f"model.path={model}"] if file.startswith("data/") else []
+    base, key = BASES.get(file.partition("/")[0], (file, ""))
+    data = [f"{key}={file}", f"model.path={model}"] if key else []
     given = [filled(each, model) for each in case.get("with", ())]
-    return [case.get("verb", "train"), "base.yaml" if data else file, *data, *given]
+    return [case.get("verb", "train"), base, *data, *given]
 
 
 def run(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -77,7 +79,7 @@ def test_every_message_has_place_value_rule_and_remedy(case):
 def test_there_are_many_and_each_file_is_used():
     assert len({name(case) for case in CASES}) == len(CASES) >= 60
     files = {str(path.relative_to(HERE)) for path in HERE.glob("*/*") if "__pycache__" not in path.parts}
-    assert files - {case["file"] for case in CASES} == {"data/good.jsonl"}
+    assert files - {case["file"] for case in CASES} == {"data/good.jsonl", "examples/good.jsonl"}
 
 
 @pytest.mark.parametrize("index", [0, len(CASES) - 1])
