@@ -24,7 +24,7 @@ from rayalign.schema import json_schema
 
 HERE = Path(__file__).resolve().parents[1] / "malformed"
 ROOT = HERE.parents[1]
-BASES = {"data": ("base.yaml", "data.prompts"), "examples": ("pairs.yaml", "data.examples")}
+BASES = {"data/": ("base.yaml", "data.prompts"), "examples/": ("pairs.yaml", "data.examples")}
 CASES = yaml.safe_load((HERE / "expected.yaml").read_text("utf-8"))
 PLACE = re.compile(r"error: (command line|[^:]+(:\d+|, row \d+)?)?(, )?(key [^:]+)?: .+")
 
@@ -37,7 +37,7 @@ def filled(text: str, model: Path) -> str:
 def command(case: dict, model: Path) -> list[str]:
     """The arguments of `rayalign` for a case."""
     file = case["file"]
-    base, key = BASES.get(file.partition("/")[0], (file, ""))
+    base, key = BASES.get("".join(file.partition("/")[:2]), (file, ""))
     data = [f"{key}={file}", f"model.path={model}"] if key else []
     given = [filled(each, model) for each in case.get("with", ())]
     return [case.get("verb", "train"), base, *data, *given]
