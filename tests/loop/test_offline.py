@@ -71,7 +71,7 @@ CASES = {
     "sft on pairs": ({"name": "sft"}, "pair", "held_out/nll", "falls"),
     "dpo": ({"name": "preference"}, "pair", "held_out/rewards/margins", "rises"),
     "several losses": (
-        {"name": "preference", "loss": {"name": "mix", "parts": [{"loss": "ipo"}, {"loss": "hinge", "weight": 0.5}]}},
+        {"name": "preference", "loss": {"name": "mix", "losses": ["ipo", "hinge"], "weights": [1, 0.5]}},
         "ranked",
         "held_out/rewards/margins",
         "rises",
