@@ -64,6 +64,12 @@ class Reading:
     columns: Mapping[str, str]
 
 
+def texts_of(given: Mapping[str, str]) -> list[str]:
+    """Names of columns that hold texts, whatever they look like: in a .csv file an answer may be a number."""
+    roles = ("prompt", "completion", "chosen", "rejected", "real", "generated")
+    return sorted({name for role in roles for name in (*NAMES[role], given.get(role, role))})
+
+
 def read_columns(found: Sequence[str], given: Mapping[str, str], kinds: Sequence[str], where: str) -> Reading:
     """The one reading of these columns that is of one of the kinds.
 

@@ -64,6 +64,8 @@ class Reader:
         messages = prompt_messages(prompt, self._system, where)
         used = {self._columns[role] for role in self._columns if role not in ("margin", "images")}
         extra = {name: value for name, value in row.items() if name not in used}
+        if "images" in self._columns:
+            extra["images"] = extra.pop(self._columns["images"], None)
         if "margin" in self._columns:
             extra["margin"] = _number(self._cell(row, "margin", where), "a margin", where)
         said = getattr(self, f"_{self.kind}")(row, answers, where)

@@ -6,7 +6,7 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,9 +153,13 @@ def json_list(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def csv_table(path: Path) -> Any:
-    """By Arrow, which finds out what is a number, once every line has as many columns as the first."""
-    from pyarrow import ArrowInvalid, Table
+def csv_table(path: Path, *, texts: Sequence[str] = ()) -> Any:
+    """By Arrow, which finds out what is a number, once every line has as many columns as the first.
+
+    Args:
+        texts: columns that are texts even where they look like numbers.
+    """
+    from pyarrow import ArrowInvalid, Table, string
     from pyarrow import csv as arrow
 
     csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
@@ -169,7 +173,11 @@ def csv_table(path: Path) -> Any:
                     raise csv.Error(f"{len(cells)} columns here, {width} there")
                 began = reader.line_num
         began = 0
-        return arrow.read_csv(path, parse_options=arrow.ParseOptions(newlines_in_values=True))
+        return arrow.read_csv(
+            path,
+            parse_options=arrow.ParseOptions(newlines_in_values=True),
+            convert_options=arrow.ConvertOptions(column_types=dict.fromkeys(texts, string())),
+        )
     except (UnicodeDecodeError, csv.Error, ArrowInvalid) as error:
         text = _decoded(path.read_bytes(), str(path))
         if not width:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from rayalign.data.config import DataConfig, SourceConfig
 from rayalign.data.groups import Tokeniser
 from rayalign.data.order import held_out_places, uniform
 from rayalign.data.readers import Reader, Row, counted
-from rayalign.data.tables import open_stream, open_table
+from rayalign.data.tables import Numbered, Stream, open_table
 from rayalign.errors import DataError
 from rayalign.types import Group
 
@@ -114,7 +113,7 @@ class TableSource(Source):
         for index in range(self.rows):
             where = self._table.where(index)
             try:
-                raw = self._table.row(index)
+                raw = self._table.row(index, light=self._reader is not None)
             except DataError as error:
                 self._refuse(error)
                 continue
@@ -166,16 +165,12 @@ class StreamSource(Source):
     ):
         super().__init__(source, data, kinds, tokeniser, place)
         self._seed, self._position, self._open = seed, 0, iter(())
-        first = next(self._raw(), None)
+        self._rows = Stream(source)
+        self.fingerprint = self._rows.fingerprint
+        first = next((row for _, _, row in self._rows if not isinstance(row, DataError)), None)
         if first is None:
-            raise DataError(
-                "there is not one row in this data",
-                where=source.path,
-                value="0 rows",
-                rule="at least one row",
-                remedy="write rows, or name another data set",
-            )
-        reading = self._start(first[2])
+            raise self._nothing("there is not one row in this data")
+        reading = self._start(first)
         if reading.form.needs[-1] == "ratings":
             raise DataError(
                 "the classes of a stream's ratings are not known",
@@ -184,10 +179,9 @@ class StreamSource(Source):
                 rule="the lowest and the highest rating of all rows, which nobody knows before the end",
                 remedy="write votes (how many annotators chose each class), or take stream out",
             )
-        self.fingerprint = json.dumps([source.path, source.split, source.subset, source.revision, "stream"])
 
     def held_out(self) -> Iterator[Group]:
-        for index, where, raw in itertools.islice(self._raw(), HELD_OUT_OF):
+        for index, where, raw in itertools.islice(self._rows, HELD_OUT_OF):
             if self._is_held_out(index) and (group := self._read(index, where, raw, "held", noisy=False)):
                 yield group
 
@@ -199,19 +193,16 @@ class StreamSource(Source):
             self._position += 1
             if self._position > position:
                 return self._read(index, where, raw, str(epoch), noisy=True)
-        return None
+        raise AssertionError("a stream has no end")
 
     def _is_held_out(self, index: int) -> bool:
         return index < HELD_OUT_OF and bool(uniform(self._data.shuffle_seed, index) < self._data.held_out)
 
-    def _raw(self) -> Iterator[tuple[int, str, dict[str, object]]]:
-        return itertools.islice(open_stream(self.source), self.source.limit)
-
-    def _endless(self) -> Iterator[tuple[int, tuple[int, str, dict[str, object]]]]:
+    def _endless(self) -> Iterator[tuple[int, Numbered]]:
         for epoch in itertools.count():
             random = np.random.default_rng([self._seed, self.place, epoch])
-            buffer: list[tuple[int, str, dict[str, object]]] = []
-            for each in self._raw():
+            buffer: list[Numbered] = []
+            for each in self._rows:
                 if self._is_held_out(each[0]):
                     continue
                 if len(buffer) < self._data.shuffle_buffer:
@@ -220,19 +211,30 @@ class StreamSource(Source):
                 slot = int(random.integers(len(buffer)))
                 yield epoch, buffer[slot]
                 buffer[slot] = each
-            if not buffer and epoch == 0:
-                return
+            if not buffer:
+                raise self._nothing("no row of this stream is left to learn from")
             for slot in random.permutation(len(buffer)):
                 yield epoch, buffer[slot]
 
-    def _read(self, index: int, where: str, raw: dict[str, object], name: str, *, noisy: bool) -> Group | None:
+    def _nothing(self, what: str) -> DataError:
+        return DataError(
+            what,
+            where=self.source.path,
+            value="0 rows",
+            rule="at least one row that is not held out",
+            remedy="write rows, name another data set, or lower data.held_out",
+        )
+
+    def _read(
+        self, index: int, where: str, raw: dict[str, object] | DataError, name: str, *, noisy: bool
+    ) -> Group | None:
         first = index not in self._dropped
         try:
-            row = self._reader.read(raw, where)
-            group = self._group(row, index, where, name, noisy=noisy)
+            if isinstance(raw, DataError):
+                raise raw
+            return self._group(self._reader.read(raw, where), index, where, name, noisy=noisy)
         except DataError as error:
             self._dropped.add(index)
             if first or self._data.on_bad_row == "error":
                 self._refuse(error)
             return None
-        return group

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import mmap
+import re
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayalign.data.columns import texts_of
 from rayalign.data.config import SourceConfig
 from rayalign.data.rows import check_path, csv_table, json_list, json_row, not_loaded, parquet_errors
 from rayalign.errors import DataError
 
 Row = dict[str, Any]
+Numbered = tuple[int, str, Row | DataError]
 KEY = "data.examples"
+_MEDIA = re.compile(r"\b(Image|Audio|Video)\(")  # features that are decoded whenever a row is looked at
 
 
 class Table(Protocol):
@@ -26,8 +32,8 @@ class Table(Protocol):
 
     def __len__(self) -> int: ...
 
-    def row(self, index: int) -> Row:
-        """Raises DataError when this row is not readable."""
+    def row(self, index: int, *, light: bool = False) -> Row:
+        """Light: without images and the like. Raises DataError when this row is not readable."""
 
     def where(self, index: int) -> str:
         """File and row, for messages."""
@@ -54,7 +60,7 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int, *, light: bool = False) -> Row:
         raw = self._bytes[self._starts[index] : self._starts[index + 1]]
         return json_row(raw, self.where(index))
 
@@ -67,15 +73,52 @@ class Rows:
 
     def __init__(self, rows: Any, name: str, fingerprint: str):
         self._rows, self._name, self.fingerprint = rows, name, fingerprint
+        media = [name for name, kind in getattr(rows, "features", {}).items() if _MEDIA.search(repr(kind))]
+        self._light = rows.remove_columns(media) if media else rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def row(self, index: int) -> Row:
-        return self._rows[index]
+    def row(self, index: int, *, light: bool = False) -> Row:
+        return (self._light if light else self._rows)[index]
 
     def where(self, index: int) -> str:
         return f"{self._name}, row {index + 1}"
+
+
+class Stream:
+    """Rows in order, as often as they are asked for."""
+
+    def __init__(self, source: SourceConfig):
+        path = Path(source.path).expanduser()
+        self._name, self._limit = source.path, source.limit
+        self._table = self._rows = None
+        if path.is_dir() or path.suffix in (".jsonl", ".json", ".csv"):
+            self._table = open_table(source)
+            self.fingerprint = self._table.fingerprint
+            return
+        check_path(path, source.path, KEY)
+        if path.suffix == ".parquet":
+            self._rows, self.fingerprint = _parquet(source, path, streaming=True), _digest(path)
+        else:
+            self._rows = _hub(source, streaming=True)
+            self.fingerprint = json.dumps([source.path, source.subset, source.split, source.revision])
+
+    def __iter__(self) -> Iterator[Numbered]:
+        """(number, file and row, row, or why it cannot be read)."""
+        return itertools.islice(self._all(), self._limit)
+
+    def _all(self) -> Iterator[Numbered]:
+        if self._table is None:
+            for index, row in enumerate(self._rows):
+                yield index, f"{self._name}, row {index + 1}", row
+            return
+        for index in range(len(self._table)):
+            where = self._table.where(index)
+            try:
+                yield index, where, self._table.row(index)
+            except DataError as error:
+                yield index, where, error
 
 
 def open_table(source: SourceConfig) -> Table:
@@ -89,24 +132,10 @@ def open_table(source: SourceConfig) -> Table:
     if path.suffix == ".json":
         return Rows(json_list(path), source.path, _digest(path))
     if path.suffix == ".csv":
-        return Rows(_mapped(path), source.path, _digest(path))
+        return Rows(_mapped(path, texts_of(source.columns)), source.path, _digest(path))
     if path.suffix == ".parquet":
         return Rows(_parquet(source, path), source.path, _digest(path))
     return _dataset(_of_split(_hub(source), source), source.path)
-
-
-def open_stream(source: SourceConfig) -> Iterator[tuple[int, str, Row]]:
-    """(number, file and row, row) of all rows in order. Raises DataError."""
-    path = Path(source.path).expanduser()
-    if path.is_dir() or path.suffix in (".jsonl", ".json", ".csv"):
-        table = open_table(source)
-        for index in range(len(table)):
-            yield index, table.where(index), table.row(index)
-        return
-    check_path(path, source.path, KEY)
-    rows = _parquet(source, path, streaming=True) if path.suffix == ".parquet" else _hub(source, streaming=True)
-    for index, row in enumerate(rows):
-        yield index, f"{source.path}, row {index + 1}", row
 
 
 @contextmanager
@@ -146,16 +175,17 @@ def _loaded(source: SourceConfig, *names: str | None, split: str = "train", **ar
             _free()
 
 
-def _mapped(path: Path) -> Any:
+def _mapped(path: Path, texts: Sequence[str]) -> Any:
     """A .csv file as a `datasets.Dataset`: converted once, into the cache of `datasets`, and mapped into memory."""
     import pyarrow
 
     with quiet_datasets() as datasets:
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "rayalign_csv"
-        file = folder / f"{_digest(path)}.arrow"
+        known = hashlib.blake2b(json.dumps([_digest(path), texts]).encode(), digest_size=16).hexdigest()
+        file = folder / f"{known}.arrow"
         if not file.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            rows = csv_table(path)
+            rows = csv_table(path, texts=texts)
             with tempfile.TemporaryDirectory(dir=folder) as apart:
                 written = Path(apart) / file.name
                 with pyarrow.OSFile(str(written), "wb") as sink, pyarrow.ipc.new_stream(sink, rows.schema) as writer:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from rayalign.errors import DataError
@@ -145,6 +146,25 @@ def test_every_kind_of_file_gives_the_same(tokenizer, tmp_path):
     with pytest.raises(DataError, match="there is no such split") as error:
         ids(str(tmp_path / "splits"))
     assert "set split: test" in str(error.value)
+
+
+def test_answers_of_a_csv_file_may_be_numbers(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,best,rejected,margin\n1+1,2,007,0.5\n2+2,4,5,1\n")
+    loaded = load(tokenizer, {"path": str(tmp_path / "a.csv"), "columns": {"chosen": "best"}})
+    found = sorted((group.prompt.text, *group.texts, group.prompt.extra["margin"]) for group in loaded.step(0, 2))
+    assert found == [("1+1", "2", "007", 0.5), ("2+2", "4", "5", 1.0)]
+
+
+def test_images_are_decoded_when_a_row_is_taken(tokenizer, tmp_path):
+    from datasets import Dataset, Features, Image, Value
+
+    pixel = np.full((2, 2, 3), 7, np.uint8)
+    rows = [row | {"image": pixel} for row in PAIRS[:4]] + [PAIRS[4] | {"image": None}]
+    features = Features({name: Value("string") for name in PAIRS[0]} | {"image": Image()})
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    groups = {group.prompt.index: group for group in load(tokenizer, str(tmp_path / "saved")).step(0, 5)}
+    assert np.array_equal(np.asarray(groups[1].prompt.extra["images"]), pixel)
+    assert groups[4].prompt.extra == {"images": None}
 
 
 def test_limit_takes_the_first_rows(tokenizer, tmp_path):

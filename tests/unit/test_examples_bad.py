@@ -194,9 +194,21 @@ def test_a_stream_meets_bad_rows_as_it_goes(tokenizer, tmp_path):
     assert loaded.counts["skipped"] == loaded.counts["skipped: the two answers are the same"] == 1
     with pytest.raises(DataError, match="a.jsonl:21: the two answers are the same"):
         load(tokenizer, {"path": path, "stream": True}).step(0, 42)
+    (tmp_path / "b.jsonl").write_text('{"prompt": \n' + (tmp_path / "a.jsonl").read_text())
+    assert (
+        len(load(tokenizer, {"path": str(tmp_path / "b.jsonl"), "stream": True}, on_bad_row="skip").step(0, 22)) == 20
+    )
+    with pytest.raises(DataError, match="b.jsonl:1: this line is not JSON"):
+        load(tokenizer, {"path": str(tmp_path / "b.jsonl"), "stream": True}).step(0, 22)
     ratings = str(write(tmp_path / "r.jsonl", [SAID | {"ratings": [1]}]))
     with pytest.raises(DataError, match="classes of a stream's ratings"):
         load(tokenizer, {"path": ratings, "stream": True})
+
+
+def test_a_stream_of_which_all_rows_are_held_out_is_refused(tokenizer, tmp_path):
+    path = str(write(tmp_path / "a.jsonl", PAIRS[:2]))
+    with pytest.raises(DataError, match="no row of this stream is left"):
+        load(tokenizer, {"path": path, "stream": True}, held_out=0.999).step(0, 1)
 
 
 def test_the_spellings_of_sources():
