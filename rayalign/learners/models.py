@@ -72,12 +72,14 @@ class CausalPolicy(Network):
         from transformers import AutoModelForCausalLM
 
         model, missing = load_pretrained(AutoModelForCausalLM, spec, dtype, "causal language model")
-        if missing:
-            kind = ", ".join(model.config.architectures or []) or "unknown"
+        kinds = model.config.architectures or []
+        # With tied embeddings nothing of a reward model is missing, and yet it is no language model any more.
+        if missing or any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            without = f", without {', '.join(missing[:3])}" if missing else ""
             raise ConfigError(
                 f"the {spec.role} model is not a whole language model",
                 where=f"{spec.role}.model",
-                value=f"{spec.model}: saved as {kind}, without {', '.join(missing[:3])}",
+                value=f"{spec.model}: saved as {', '.join(kinds) or 'unknown'}{without}",
                 rule="the checkpoint of a causal language model, its output head included",
                 remedy="a reward model cannot be a policy: give the language model that it was trained from",
             )

@@ -129,6 +129,10 @@ def load_pretrained(auto: Any, spec: LearnerSpec, dtype: torch.dtype, what: str,
     Raises:
         ConfigError: the folder holds nothing that can be read as one.
     """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is the caller's to judge, and to say
     try:
         model, found = auto.from_pretrained(
             spec.model,
@@ -146,4 +150,6 @@ def load_pretrained(auto: Any, spec: LearnerSpec, dtype: torch.dtype, what: str,
             rule=f"the folder of a Hugging Face {what}",
             remedy=f"{type(error).__name__}: {error}",
         ) from error
+    finally:
+        logging.set_verbosity(before)
     return model, sorted(found["missing_keys"])

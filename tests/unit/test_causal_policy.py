@@ -155,14 +155,21 @@ def test_an_architecture_that_scales_its_logits_otherwise_is_refused(tmp_path):
         CausalPolicy(model)
 
 
-def test_a_reward_models_checkpoint_is_no_policy(tmp_path):
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(
-        AutoModelForCausalLM.from_pretrained(build_tiny_llama(tmp_path / "causal")).config
-    ).save_pretrained(tmp_path / "reward")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_models_checkpoint_is_no_policy(tmp_path, tied):
+    plain = AutoModelForCausalLM.from_pretrained(build_tiny_llama(tmp_path / "causal", tied=tied))
+    AutoModelForSequenceClassification.from_config(plain.config).save_pretrained(tmp_path / "reward")
     with pytest.raises(ConfigError, match="not a whole language model") as caught:
         load(tmp_path / "reward")
-    assert "LlamaForSequenceClassification" in caught.value.value and "lm_head.weight" in caught.value.value
+    assert "LlamaForSequenceClassification" in caught.value.value
+    assert ("lm_head.weight" in caught.value.value) != tied
+
+
+def test_a_language_model_without_its_head_is_no_policy(tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(build_tiny_llama(tmp_path / "causal"))
+    plain.base_model.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ConfigError, match="lm_head.weight"):
+        load(tmp_path / "backbone")
 
 
 def test_a_folder_without_a_model_is_a_config_error(tmp_path):
