@@ -56,6 +56,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, weight: Sequence[float]
         values={name: _values(examples, name) for name in _value_names(examples)},
         weight=torch.ones(len(examples)) if weight is None else torch.tensor(list(weight), dtype=torch.float32),
         rows=per_example,
+        images=tuple(row.images for row in rows) if any(row.images for row in rows) else (),
     )
 
 

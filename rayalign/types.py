@@ -16,6 +16,22 @@ import torch
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One image of a prompt, as it travels: the bytes of its file. It is decoded where the network is.
+
+    Attributes:
+        data: of a PNG or JPEG file, say; shared by the rows that look at the same image.
+        size: (width, height) in pixels, upright.
+        box: the part that is looked at, (left, top, right, bottom) as shares of width and height; resized to
+            `size`, so that it is as many tokens. None: all of it.
+    """
+
+    data: bytes = field(repr=False)
+    size: tuple[int, int]
+    box: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One row of a prompt file, with the chat template already applied.
 
@@ -24,12 +40,14 @@ class Prompt:
         text: the user's words, as in the file (what scorers and reports show).
         token_ids: what an engine continues.
         extra: the row's other columns, for scorers.
+        images: in the order in which their tokens stand in `token_ids`.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,12 +150,14 @@ class Sequence:
         rollout_logps: as the engine gave them; empty when the completion comes from a data set.
         columns: "role/column" → float32 array with one number (or one row of them) a completion token, as
             filled in by `Learner.annotate`, for instance "reference/logps".
+        images: of the prompt, in the order of their tokens.
     """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     rollout_logps: tuple[float, ...] = ()
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    images: tuple[Picture, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -174,6 +194,8 @@ class Batch:
         values: name → [B] float32, or [B, n].
         weight: [B] 1.0 for a real example, 0.0 for one that only keeps ranks in step.
         rows: n.
+        images: [R] the images of each row. Empty: no row of the whole step has one; all rows without one: another
+            micro-batch of the step has.
     """
 
     input_ids: torch.Tensor
@@ -186,6 +208,7 @@ class Batch:
     values: Mapping[str, torch.Tensor]
     weight: torch.Tensor
     rows: int
+    images: tuple[tuple[Picture, ...], ...] = ()
 
     def by_example(self, per_row: torch.Tensor) -> torch.Tensor:
         """[R, …] → [B, n, …]."""

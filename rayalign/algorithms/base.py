@@ -21,6 +21,7 @@ class Offline(Record):
 
     rows: ClassVar[Sequence[str]] = ()
     network: ClassVar[str] = "causal"
+    images: ClassVar[bool] = False  # whether each row has to have an image
     needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
     statistics: ClassVar = None
 

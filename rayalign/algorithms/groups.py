@@ -17,7 +17,7 @@ from rayalign.types import Sequence as Row
 def row(group: Group, index: int) -> Row:
     """The prompt with one of its completions."""
     completion = group.completions[index]
-    return Row(group.prompt.token_ids, completion.token_ids, completion.logps)
+    return Row(group.prompt.token_ids, completion.token_ids, completion.logps, images=group.prompt.images)
 
 
 def scored(group: Group) -> list[int]:

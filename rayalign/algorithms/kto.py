@@ -134,6 +134,6 @@ def _mismatched(rows: Sequence[Row], place: int) -> Row | None:
     here = rows[place]
     for step in range(1, len(rows)):
         other = rows[(place + step) % len(rows)]
-        if other.prompt_ids != here.prompt_ids:
-            return Row(here.prompt_ids, other.completion_ids)
+        if (other.prompt_ids, other.images) != (here.prompt_ids, here.images):
+            return Row(here.prompt_ids, other.completion_ids, images=here.images)
     return None
