@@ -56,7 +56,16 @@ def _listed(value: Any) -> Any:
     if value is None:
         return ()
     several = list(value) if isinstance(value, list | tuple) else [value]
-    return [{"path": each} if isinstance(each, str) else each for each in several]
+    return [_mapping(each) for each in several]
+
+
+def _mapping(source: Any) -> Any:
+    if isinstance(source, str):
+        return {"path": source}
+    if isinstance(source, dict) and "name" in source and "path" not in source:
+        # What a text becomes when an override adds a key beside it: data.examples.columns.chosen=good_answer.
+        return {"path" if key == "name" else key: value for key, value in source.items()}
+    return source
 
 
 class DataConfig(Record):

@@ -40,12 +40,12 @@ class Turns:
     def answer(self, messages: Messages, text: str, where: str) -> tuple[int, ...]:
         """An answer to these messages, the token that ends it included."""
         if not self.chat_template:
-            return (*self._ids(text), *self.end)
+            return self._ended(text)
         before = self._render(messages, where, add_generation_prompt=True)
         whole = self._render([*messages, {"role": "assistant", "content": text}], where)
         if whole.startswith(before) and whole.endswith(self._closing) and len(whole) >= len(before + self._closing):
             text = whole[len(before) : len(whole) - len(self._closing)]
-        return (*self._ids(text), *self.end)
+        return self._ended(text)
 
     @cached_property
     def end(self) -> tuple[int, ...]:
@@ -81,6 +81,11 @@ class Turns:
         known = [type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template]
         text = json.dumps([*known, self.chat_template], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def _ended(self, text: str) -> tuple[int, ...]:
+        """With the end token, once: some data sets write it themselves."""
+        ids = self._ids(text)
+        return ids if self.end and ids[-len(self.end) :] == self.end else (*ids, *self.end)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

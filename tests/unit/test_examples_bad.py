@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from jsonschema import Draft202012Validator
 
+from rayalign.config import load_config
 from rayalign.data.config import DataConfig
 from rayalign.errors import DataError
+from rayalign.schema import record_schema
 from tests.tiny_models import build_tokenizer
 from tests.unit.examples_data import KINDS, PAIRS, load, write
 
@@ -228,3 +231,29 @@ def test_the_spellings_of_sources():
     ):
         with pytest.raises(ValueError, match=rule):
             DataConfig(examples=wrong)
+
+
+def test_an_override_adds_to_a_source_that_is_a_text(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "{model: {path: m}, algorithm: preference, data: {examples: a.jsonl}, "
+        "learner: torch, placement: local, trackers: []}"
+    )
+    (found,) = load_config(
+        path, ["data.examples.columns.chosen=good", "data.examples.label_noise.prob=0.2"]
+    ).data.examples
+    assert (found.path, found.columns, found.label_noise.prob) == ("a.jsonl", {"chosen": "good"}, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("examples", "valid"),
+    [
+        ("a.jsonl", True),
+        ({"path": "a.jsonl", "label_noise": {"prob": 0.2}}, True),
+        (["a.jsonl", {"path": "b.csv", "stream": True}], True),
+        ({"pth": "a.jsonl"}, False),
+        ([7], False),
+    ],
+)
+def test_the_json_schema_knows_the_spellings(examples, valid):
+    assert Draft202012Validator(record_schema(DataConfig)).is_valid({"examples": examples}) is valid

@@ -51,6 +51,13 @@ def test_without_template_prompt_and_answer_are_tokenised_apart(tmp_path):
     assert texts(tokenizer, with_begin)[0] == "<s>hi"
 
 
+def test_an_end_token_that_the_data_bring_is_not_doubled(tmp_path):
+    tokenizer = bytes_tokenizer()
+    assert texts(tokenizer, one(tokenizer, tmp_path, ROW | {"completion": "yes<|im_end|>"}))[1] == "yes<|im_end|>"
+    with_end = ROW | {"completion": "yes</s>"}
+    assert texts(tokenizer, one(tokenizer, tmp_path, with_end, chat_template=False))[1] == "yes</s>"
+
+
 def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tmp_path):
     from tokenizers import processors
 
