@@ -79,6 +79,8 @@ def _right_key(path: Path, record: type[BaseModel], source: Source, *, of_others
     """Which key was meant: another library's, the same elsewhere, one of another part, or one spelt alike."""
     word = str(path[-1])
     if ours := habit(word):
+        if ours == "data.prompts" and getattr(_owner(("algorithm", ""), source.data), "rows", ()):
+            ours = "data.examples"
         purpose = _schema_of(tuple(ours.split(".")), source).get("description", "")
         return f"here this is {ours}" + (f": {purpose}" if purpose else "")
     if of_others:
@@ -86,11 +88,12 @@ def _right_key(path: Path, record: type[BaseModel], source: Source, *, of_others
     everywhere = list(_keys(Config, source.data))
     if word in everywhere:
         return f"write it nested, one level a dot: {word.replace('.', ': {')}: …{'}' * word.count('.')}"
-    parts = _parts_with(path, source)
-    if parts:
-        return f"it is a key of {parts}; take it out, or use that"
     same = [key for key in everywhere if key.rpartition(".")[2] == word and word != "name"]
-    if same:
+    inside = [key for key in same if path[:-1] and key.startswith(".".join(map(str, (*path[:-1], ""))))]
+    parts = _parts_with(path, source)
+    if parts and not inside:
+        return f"it is a key of {parts}; take it out, or use that"
+    if same := inside or same:
         return f"it belongs elsewhere: {' or '.join(same[:3])}"
     here = did_you_mean(word, _names(record))
     if here.startswith("did"):
@@ -112,27 +115,35 @@ def _parts_with(path: Path, source: Source) -> str:
 
 def _missing(path: Path, section: Any, source: Source, also: str) -> ConfigError:
     key, node = str(path[-1]), _schema_of(path, source)
-    there = ", ".join(map(str, section)) if isinstance(section, Mapping) else in_yaml(section)
     example = example_of(node)
     above = ".".join(map(str, path[:-1]))
     return ConfigError(
         f"this key is missing{also}",
         where=source.place(path),
-        value=f"only {there}" if there else "nothing",
+        value=_only(section),
         rule=f"{rule_of(node)}; it has no default",
         remedy=f"add {key}: {example or '…'}" + (f" under {above}" if above else "") + (", say" if example else ""),
     )
 
 
+def _only(section: Any) -> str:
+    """What stands where a key is missing."""
+    there = ", ".join(map(str, section)) if isinstance(section, Mapping) else in_yaml(section)
+    return f"only {there}" if there else "nothing"
+
+
 def _unfit(cause: Unfit, path: Path, value: Any, source: Source, also: str) -> ConfigError:
-    if cause.key and isinstance(value, Mapping):
-        field = _names(_owner((*path, cause.key), source.data)).get(cause.key)
-        path = (*path, cause.key)
-        value = value.get(cause.key, field.default if field else None)
+    """Of a record, or of the key that the cause names, dotted where it is one of a record below."""
+    written = ""
+    for part in cause.key.split(".") if cause.key and isinstance(value, Mapping) else ():
+        field = _names(_owner((*path, part), source.data)).get(part)
+        path, section, value = (*path, part), value, _get(value, part, field)
+        there = isinstance(section, Mapping) and part in section
+        written = "" if there or value is not None else _only(section)
     return ConfigError(
         f"{cause.what}{also}",
         where=source.place(path),
-        value=source.written(path, value),
+        value=written or source.written(path, value),
         rule=cause.rule,
         remedy=cause.remedy,
     )
@@ -237,6 +248,8 @@ def _below(annotation: Any, metadata: Sequence[Any], value: Any) -> type[BaseMod
     """The record that an annotation stands for; where a name selects it, the one that the value selects."""
     tag = _tag(metadata)
     if tag is not None:
+        if isinstance(value, BaseModel):  # a default
+            return type(value)
         try:
             return tag.select(value)
         except Unfit:

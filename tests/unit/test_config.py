@@ -55,8 +55,8 @@ def test_wrong_key_or_value_is_explained(data, tmp_path, override, expected):
 
 
 def test_missing_key_says_so(data):
-    del data["scorer"]
-    with pytest.raises(ConfigError, match="key scorer: this key is missing"):
+    del data["algorithm"]
+    with pytest.raises(ConfigError, match="key algorithm: this key is missing"):
         parse_config(data)
 
 

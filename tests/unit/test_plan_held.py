@@ -45,16 +45,16 @@ def storages() -> Iterator[tuple[int, int, torch.Tensor]]:
 def held(learner, before: set[int]) -> int:
     """Bytes of tensors that were not there before, when the second optimiser step begins."""
     found = {}
-    step = learner._step
+    step = learner.step
 
     def noted(lr: float) -> float:
         found.update({address: size for address, size, _ in storages() if address not in before})
         return step(lr)
 
     learner.update_shard(EXAMPLES, OnlinePreference(), UpdatePlan(0))
-    learner._step = noted
+    learner.step = noted
     learner.update_shard(EXAMPLES, OnlinePreference(), UpdatePlan(1))
-    del learner._step
+    del learner.step
     return sum(found.values())
 
 

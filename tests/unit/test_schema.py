@@ -35,8 +35,8 @@ OF_THE_SCHEMA = (
     "thousands_by_a_comma decimal_comma unit_beside_the_number list_for_a_section text_for_a_section "
     "number_for_a_text text_for_a_list mapping_for_a_text list_for_prompts maybe_for_true_or_false three_betas "
     "one_beta empty_section empty_value zero_steps negative_seed huge_seed negative_rate held_out_in_percent "
-    "top_p_zero beta_out_of_range unknown_dtype unknown_zero_stage ranks_of_torch one_sample no_scorer no_model "
-    "no_model_path no_prompts no_rule unknown_algorithm unknown_engine unknown_loss no_name list_for_a_part "
+    "top_p_zero beta_out_of_range unknown_dtype unknown_zero_stage ranks_of_torch one_sample no_model "
+    "no_model_path no_rule unknown_algorithm unknown_engine unknown_loss no_name list_for_a_part "
     "name_is_a_number empty only_comments list_at_the_top only_a_word"
 ).split()
 
@@ -83,7 +83,8 @@ def test_malformed_configs_are_not(name):
         ({"algorithm": {"name": "online_preference", "loss": {"beta": 0.2}}}, True),
         ({"algorithm": {"name": "online_preference", "pair_loss": {"beta": 0.2}}}, False),
         ({"engine": "my_pkg.engines"}, False),
-        ({"engine": {"max_context": 128}}, False),
+        ({"engine": {"max_context": 128}}, True),  # of the usual engine
+        ({"scorer": {"rule": "vader"}}, False),
         ({"scorer": "rules"}, False),
     ],
 )
