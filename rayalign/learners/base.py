@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayalign.collate import collate
 from rayalign.errors import ConfigError
 from rayalign.learners import steps
 from rayalign.learners.columns import Teacher
+from rayalign.learners.lora import Part, export_adapter
 from rayalign.learners.merge import Annotation, StepMetrics, merge_annotations, merge_metrics, weighted_sum
 from rayalign.learners.models import resolve_dtype
 from rayalign.learners.network import Network
@@ -53,11 +55,13 @@ class RankLearner(ABC):
         rank, world_size: its place among the ranks that share this role.
 
     Attributes:
+        part: what this role calls its own in the network: all of it, or an adapter.
         wrap_chunk: called on each finished chunk of a push, for instance to put it into an object store.
     """
 
     wrap_chunk: Callable[[np.ndarray], Any]
     policy: Network
+    part: Part
 
     def __init__(self, spec: LearnerSpec, peers: dict[str, RankLearner], *, rank: int = 0, world_size: int = 1):
         self.spec, self.settings, self.peers = spec, spec.settings, peers
@@ -98,9 +102,8 @@ class RankLearner(ABC):
         """As `total`, of a tensor."""
 
     @abstractmethod
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and full tensors, one at a time, valid until the next is asked for. Every rank
-        of the role has to walk through all of them."""
+    def _whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+        """While it lasts, these parameters are whole. Every rank of the role has to enter."""
 
     @abstractmethod
     def _blend(self, source: RankLearner, decay: float) -> None:
@@ -160,11 +163,12 @@ class RankLearner(ABC):
         """One forward pass: column value → [R, T, …]. Default temperature: the rollouts'."""
         inputs = (batch.input_ids, batch.attention_mask, batch.labels, batch.positions, batch.mask)
         settings = (self.spec.temperature if temperature is None else temperature, self.settings.logprob_chunk)
-        teacher = self._teacher(inputs, settings) if Column.REFERENCE_KL in columns else None
-        return self._forward(*inputs, tuple(columns), *settings, teacher)
+        images = (self.policy.image_inputs(batch.images, self.device),) if batch.images else ()
+        teacher = self._teacher(inputs, settings, images) if Column.REFERENCE_KL in columns else None
+        return self._forward(*inputs, tuple(columns), *settings, teacher, False, *images)
 
     @torch.no_grad()
-    def _teacher(self, inputs: tuple[Tensor, ...], settings: tuple[float, int]) -> Teacher:
+    def _teacher(self, inputs: tuple[Tensor, ...], settings: tuple[float, int], images: tuple[Any, ...]) -> Teacher:
         """The reference's part in the exact KL. Its head is held whole until the backward pass has used it: under
         ZeRO-3 too, where the chunks of ranks that differ in positions could not gather it together."""
         reference = self.peers.get("reference")
@@ -176,7 +180,7 @@ class RankLearner(ABC):
                 rule="a KL to the reference needs the reference model in the same process",
                 remedy="build the reference role too, or take the KL out of the loss",
             )
-        found = reference._forward(*inputs, (), *settings, None, True)
+        found = reference._forward(*inputs, (), *settings, None, True, *images)
         scale = reference.policy.head.scale
         return Teacher(found["hidden"], found["weight"], found.get("bias"), scale)
 
@@ -206,7 +210,10 @@ class RankLearner(ABC):
                 replace(example, values={}, sequences=tuple(replace(row, columns={}) for row in example.sequences))
                 for example in chosen
             ]
-        return _to(collate(chosen, pad_id=self.spec.pad_id, weight=weight), self.device)
+        batch = collate(chosen, pad_id=self.spec.pad_id, weight=weight)
+        if not batch.images and any(row.images for example in examples for row in example.sequences):
+            batch = replace(batch, images=((),) * len(batch.input_ids))  # other ranks walk through more layers
+        return _to(batch, self.device)
 
     def logps(self, sequences: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """See protocols.Learner. Every rank computes all of them, so that all walk together."""
@@ -239,6 +246,19 @@ class RankLearner(ABC):
 
     # Weights.
 
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and full tensors, adapters merged, one at a time, valid until the next is asked for.
+        Every rank of the role has to walk through all of them."""
+        for weight in self.part.weights():
+            with self._whole(weight.parameters):
+                yield weight.name, weight.value()
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """As `full_tensors`, of what is this role's own: all weights as they are, or those of its adapter."""
+        for name, parameter in self.part.own():
+            with self._whole([parameter]):
+                yield name, parameter.detach()
+
     @property
     def push_dtype(self) -> torch.dtype:
         """The dtype of pushed and exported weights."""
@@ -263,6 +283,14 @@ class RankLearner(ABC):
         """
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
+        if self.spec.shares is not None and next(self.part.own(), None) is None:
+            raise ConfigError(
+                f"the {self.spec.role} learner has no weights of its own",
+                where=self.spec.role,
+                value=source,
+                rule=f"a role that follows another has an adapter of its own in the model of the {self.spec.shares}",
+                remedy=f"build the {self.spec.shares} with adapters=({self.spec.role!r},)",
+            )
         if source not in self.peers or self.spec.trainable:
             raise ConfigError(
                 f"the {self.spec.role} learner cannot take over weights",
@@ -276,12 +304,23 @@ class RankLearner(ABC):
 
     def export(self, path: Path) -> None:
         """See protocols.Learner. The first rank writes."""
-        state = {}
-        for name, tensor in self.full_tensors():
+        path, lora = Path(path), self.spec.lora
+        if lora is None or lora.merge:
+            state = self._gathered(self.full_tensors(), self.push_dtype)
             if self.rank == 0:
-                state[name] = tensor.detach().to("cpu", self.push_dtype, copy=True)
-        if self.rank == 0:
-            self.policy.export(Path(path), state, self.push_dtype)
+                self.policy.export(path, state, self.push_dtype)
+        if lora is not None:
+            state = self._gathered(self.own_tensors())
+            if self.rank == 0:
+                export_adapter(path, self.policy, self.spec, state)
+
+    def _gathered(self, named: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Copies in host memory on the first rank; nothing on others, which walk along."""
+        state = {}
+        for name, tensor in named:
+            if self.rank == 0:
+                state[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
+        return state
 
     def memory_gib(self) -> float:
         """Peak memory of this process: all roles in it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rayalign.errors import ConfigError
 from rayalign.learners.columns import ColumnHead, Teacher, scattered
-from rayalign.learners.network import Network, load_pretrained
+from rayalign.learners.network import Images, Network, load_pretrained
 from rayalign.learners.settings import LearnerSpec
 from rayalign.types import AnyColumn
 
@@ -72,17 +72,7 @@ class CausalPolicy(Network):
         from transformers import AutoModelForCausalLM
 
         model, missing = load_pretrained(AutoModelForCausalLM, spec, dtype, "causal language model")
-        kinds = model.config.architectures or []
-        # With tied embeddings nothing of a reward model is missing, and yet it is no language model any more.
-        if missing or any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            without = f", without {', '.join(missing[:3])}" if missing else ""
-            raise ConfigError(
-                f"the {spec.role} model is not a whole language model",
-                where=f"{spec.role}.model",
-                value=f"{spec.model}: saved as {', '.join(kinds) or 'unknown'}{without}",
-                rule="the checkpoint of a causal language model, its output head included",
-                remedy="a reward model cannot be a policy: give the language model that it was trained from",
-            )
+        check_whole(spec, model, missing)
         model.requires_grad_(spec.trainable)
         checkpointing = spec.settings.gradient_checkpointing and spec.trainable
         return cls(model, gradient_checkpointing=checkpointing, packing=spec.settings.packing)
@@ -103,10 +93,11 @@ class CausalPolicy(Network):
         chunk: int = 2048,
         teacher: Teacher | None = None,
         teaching: bool = False,
+        images: Images | None = None,
     ) -> dict[str, Tensor]:
         """See Network.forward. `teaching` gives "hidden" [N, H], "weight" [V, H] and "bias" [V] or none."""
         keep = mask.bool()
-        hidden, flat = self._states(input_ids, attention_mask, positions, keep), labels[keep]  # [N, H], [N]
+        hidden, flat = self._states(input_ids, attention_mask, positions, keep, images), labels[keep]  # [N, H], [N]
         found = self.head(hidden, flat, tuple(columns), temperature, chunk, teacher, teaching)
         if teaching:
             weight, bias = found
@@ -122,6 +113,21 @@ class CausalPolicy(Network):
         got = self.head.logits(self._hidden(ids, ones)[0]).float()
         if got.shape != want.shape or (got - want).abs().max() > 1e-2 * (1e-3 + want.abs().max()):
             raise _unknown_head(self.model)
+
+
+def check_whole(spec: LearnerSpec, model: PreTrainedModel, missing: Sequence[str]) -> None:
+    """Raises ConfigError when a language model was loaded from something else, or from a part of one."""
+    kinds = model.config.architectures or []
+    # With tied embeddings nothing of a reward model is missing, and yet it is no language model any more.
+    if missing or any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        without = f", without {', '.join(missing[:3])}" if missing else ""
+        raise ConfigError(
+            f"the {spec.role} model is not a whole language model",
+            where=f"{spec.role}.model",
+            value=f"{spec.model}: saved as {', '.join(kinds) or 'unknown'}{without}",
+            rule="the checkpoint of a causal language model, its output head included",
+            remedy="a reward model cannot be a policy: give the language model that it was trained from",
+        )
 
 
 def _unknown_head(model: PreTrainedModel) -> ConfigError:

@@ -15,10 +15,12 @@ from rayalign.errors import ConfigError
 from rayalign.learners import packing
 from rayalign.learners.columns import Teacher
 from rayalign.learners.settings import LearnerSpec
-from rayalign.types import AnyColumn
+from rayalign.types import AnyColumn, Picture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Images = Mapping[str, Any]  # what a vision-language model takes besides tokens
 
 
 class Network(nn.Module):
@@ -52,6 +54,7 @@ class Network(nn.Module):
         chunk: int = 2048,
         teacher: Teacher | None = None,
         teaching: bool = False,
+        images: Images | None = None,
     ) -> dict[str, Tensor]:
         """Numbers of the completion tokens, in float32.
 
@@ -63,6 +66,7 @@ class Network(nn.Module):
             chunk: completion positions whose logits are held at a time.
             teacher: of the same micro-batch, for REFERENCE_KL.
             teaching: give what a Teacher is made of, instead of columns.
+            images: as `image_inputs` gives them, for a network that sees.
 
         Returns:
             Column value ("logps", …; ZeRO-3's hooks want text for keys) → [R, T, …], 0 where the mask is 0.
@@ -75,6 +79,15 @@ class Network(nn.Module):
     def vocabulary(self) -> int | None:
         """The number of next-token logits; None for a network without."""
         return None
+
+    def image_inputs(self, images: Sequence[tuple[Picture, ...]], device: torch.device) -> Images:
+        """What `forward` takes for the images of each row. Raises ConfigError for a network that sees none."""
+        raise ConfigError(
+            "this network sees no images",
+            value=type(self.model).__name__,
+            rule="rows with images train a vision-language model (AutoModelForImageTextToText)",
+            remedy="use such a model, or rows without images",
+        )
 
     def _check_packing(self) -> None:
         """Raises ConfigError when this architecture cannot be packed."""
@@ -91,19 +104,21 @@ class Network(nn.Module):
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
         return self
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, images: Images | None = None) -> Tensor:
         """[R, S] → [R, S, H]. Rows are padded on the right, so that the model's own positions 0, 1, 2 … are right."""
         output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return output.last_hidden_state
 
-    def _states(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+    def _states(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: Tensor, images: Images | None = None
+    ) -> Tensor:
         """The last hidden states at `positions` [R, T] where `keep` [R, T] is true: [N, H]."""
         if self.packing:
             output = self.model.base_model(**packing.packed(input_ids, attention_mask), use_cache=False)
             at = packing.starts_of(attention_mask).unsqueeze(1) + positions
             return output.last_hidden_state[0, at[keep]]
         row = torch.arange(len(keep), device=keep.device).unsqueeze(1).expand_as(keep)[keep]
-        return self._hidden(input_ids, attention_mask)[row, positions[keep]]
+        return self._hidden(input_ids, attention_mask, images)[row, positions[keep]]
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under their Hugging Face names, tied ones once."""

@@ -16,6 +16,7 @@ from rayalign.learners.models import CausalPolicy
 from rayalign.learners.network import Network, load_pretrained
 from rayalign.learners.packing import unfit
 from rayalign.learners.settings import LearnerSpec
+from rayalign.learners.vision import VisionPolicy, sees
 from rayalign.types import AnyColumn, Column
 
 if TYPE_CHECKING:
@@ -200,5 +201,6 @@ def _unknown(model: PreTrainedModel) -> ConfigError:
 
 def load_network(spec: LearnerSpec, dtype: torch.dtype) -> Network:
     """The network that the spec names, from its checkpoint. Raises ConfigError."""
-    kind = ScoreNetwork if spec.network == "score" else CausalPolicy
-    return kind.load(spec, dtype)
+    if spec.network == "score":
+        return ScoreNetwork.load(spec, dtype)
+    return (VisionPolicy if sees(spec) else CausalPolicy).load(spec, dtype)

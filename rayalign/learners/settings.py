@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +44,47 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
 
 
+class LoraConfig(Record):
+    """LoRA (Hu et al. 2021): frozen weights W, and W + alpha/rank · B·A with small trained matrices A and B beside
+    them. Without dropout: log-probs of rollout, reference and policy have to be one function of the weights."""
+
+    rank: int = Field(16, ge=1, description="rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, description="B·A counts alpha/rank times")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="layers with an adapter: all linear ones below the head, or names such as [q_proj]"
+    )
+    merge: bool = Field(
+        True,
+        description="checkpoints hold the model with its adapter merged, as vllm serve and transformers load it; "
+        "else the adapter alone, in peft's format. adapter/ has it either way",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_dropout(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("dropout") == 0:
+            return {key: value for key, value in data.items() if key != "dropout"}
+        if isinstance(data, Mapping) and "dropout" in data:
+            raise Unfit(
+                "adapters have no dropout here",
+                key="dropout",
+                rule="0: log-probs of rollout, reference and policy have to be one function of the weights",
+                remedy="take dropout out; a lower rank or fewer targets regularise too",
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _some_target(self) -> LoraConfig:
+        if not self.targets:
+            raise Unfit(
+                "there is nothing to train",
+                key="targets",
+                rule="names of linear layers, or all-linear",
+                remedy="set targets: all-linear, or take lora out",
+            )
+        return self
+
+
 class LearnerSettings(Record):
     """What all learners share."""
 
@@ -56,6 +98,7 @@ class LearnerSettings(Record):
     logprob_chunk: int = Field(2048, ge=1, description="completion positions whose logits are held at a time")
     gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers")
+    train_vision: bool = Field(False, description="of a model that sees images: train the part that sees them as well")
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: its share")
     deadline_s: float = Field(1800.0, gt=0, description="seconds after which a call to this learner counts as lost")
 
@@ -85,6 +128,11 @@ class LearnerSpec:
         optimizer: needed when trainable.
         pad_id: any valid token id.
         network: "causal", a language model; "score", one with a scalar head.
+        lora: train an adapter instead of the weights.
+        adapters: roles that get an adapter of their own beside this role's, in the same model.
+        adapter: folder in peft's format that this role's adapter is read from; None: it starts as no change.
+        shares: the role, built before this one, whose model is this one's too: with the adapter that it has for this
+            role, or else without any.
     """
 
     role: str
@@ -99,9 +147,17 @@ class LearnerSpec:
     network: Literal["causal", "score"] = "causal"
     trust_remote_code: bool = False
     seed: int = 0
+    lora: LoraConfig | None = None
+    adapters: tuple[str, ...] = ()
+    adapter: str | None = None
+    shares: str | None = None
 
     def __post_init__(self) -> None:
         if self.trainable and self.optimizer is None:
             raise ValueError(f"the {self.role} learner is trainable and needs an optimizer")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.shares is not None and (self.trainable or self.lora is not None or self.network != "causal"):
+            raise ValueError(f"the {self.role} learner cannot share a model: it is trained, or has a head of its own")
+        if self.lora is None and (self.adapters or self.adapter is not None):
+            raise ValueError(f"the {self.role} learner has adapters, but no lora")
