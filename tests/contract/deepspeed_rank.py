@@ -193,6 +193,7 @@ class Ranks:
         """Many small moves towards the policy, each below what bfloat16 resolves."""
         roles = self.build("bfloat16")
         metrics = self.train(roles, pairs(4), steps=3)
+        metrics += self.train(roles, pairs(4), start=3, steps=1, algorithm=Distilled(), epochs=2)
         assert all(np.isfinite(value) for step in metrics for value in step.values())
         first = weights(roles["reference"])
         for _ in range(30):

@@ -196,6 +196,16 @@ def test_measuring_gives_what_the_next_update_gives_and_changes_nothing(model, a
         roles["policy"].measure([], algorithm)
 
 
+@pytest.mark.parametrize("algorithm", [Distilled(), Compared()])
+def test_every_column_works_in_bfloat16(model, algorithm):
+    network = "score" if isinstance(algorithm, Compared) else "causal"
+    exact, rounded = (build(model, network=network, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for one, other in zip(
+        run(exact, pairs(4), algorithm=algorithm), run(rounded, pairs(4), algorithm=algorithm), strict=True
+    ):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.1)
+
+
 def test_padding_is_the_share_of_positions_without_a_token(model):
     examples = build(model)["reference"].annotate(pairs(3), [Column.LOGPS])
     rows = [len(row) for example in examples for row in example.sequences]
