@@ -40,6 +40,7 @@ class Network(nn.Module):
         self.model, self.packing = model, packing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            _no_dropout(model)
 
     @abstractmethod
     def forward(
@@ -136,6 +137,15 @@ class Network(nn.Module):
         config = json.loads((path / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _no_dropout(model: PreTrainedModel) -> None:
+    """Layers that are recomputed are told that they train, and some apply dropout themselves when they do."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
+        for name in [name for name, value in vars(layer).items() if "drop" in name and isinstance(value, float)]:
+            setattr(layer, name, 0.0)
 
 
 def load_pretrained(auto: Any, spec: LearnerSpec, dtype: torch.dtype, what: str, **extra: Any) -> tuple[Any, list[str]]:

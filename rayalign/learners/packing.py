@@ -97,7 +97,7 @@ def check_apart(model: Any) -> None:
     try:
         together = model.base_model(**packed(rows, mask), use_cache=False).last_hidden_state[0]
         alone = [
-            model.base_model(**packed(part.unsqueeze(0), torch.ones_like(part).unsqueeze(0)), use_cache=False)
+            model.base_model(input_ids=part[None], attention_mask=torch.ones_like(part)[None], use_cache=False)
             for part in ids.split(lengths)
         ]
     except TypeError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -13,6 +15,7 @@ from transformers import (
     GraniteConfig,
     OPTConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayalign.collate import collate
 from rayalign.errors import ConfigError
@@ -132,17 +135,23 @@ def test_chunks_and_recomputed_layers_change_nothing(tmp_path, checkpointing):
 
 
 def test_layers_are_really_recomputed_and_dropout_stays_off(tmp_path):
-    folder = tmp_path
-    AutoModelForCausalLM.from_config(
-        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.5)
-    ).save_pretrained(folder)
-    policy = load(folder, gradient_checkpointing=True).train()
-    calls = []
-    policy.model.transformer.h[0].ln_1.register_forward_pre_hook(lambda *_: calls.append(1))
-    first = run(policy, (Column.LOGPS,))["logps"]
-    first.sum().backward()
-    assert len(calls) == 2
-    assert torch.equal(first, run(policy, (Column.LOGPS,))["logps"])
+    configs = {
+        "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.5),
+        "opt": copy.deepcopy(OTHERS["opt"]),  # applies dropout in the layer itself
+    }
+    configs["opt"].dropout = 0.5
+    for name, config in configs.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        policy = load(tmp_path / name, gradient_checkpointing=True).train()
+        layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+        calls = []
+        next(layers[0].children()).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        first = run(policy, (Column.LOGPS,))["logps"]
+        first.sum().backward()
+        assert len(calls) == 2, name
+        plain = load(tmp_path / name)
+        assert torch.equal(first, run(policy, (Column.LOGPS,))["logps"]), name
+        assert torch.allclose(first, run(plain, (Column.LOGPS,))["logps"], atol=1e-5), name
 
 
 def test_an_architecture_that_scales_its_logits_otherwise_is_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config
@@ -17,12 +19,13 @@ from tests.unit.test_causal_policy import OTHERS
 
 CAUSAL = (Column.LOGPS, Column.ENTROPY, TopLogits(2))
 LONG = GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=2, n_positions=128)
-ARCHITECTURES = {"llama": None, "gpt2": LONG, "gemma2": OTHERS["gemma2"]}  # the last with a window of 8 tokens
+# gemma2 has a window of 8 tokens, opt counts positions in its own way
+ARCHITECTURES = {"llama": None, "gpt2": LONG, "gemma2": OTHERS["gemma2"], "opt": OTHERS["opt"]}
 
 
 @pytest.fixture(params=ARCHITECTURES)
 def folder(request, tmp_path):
-    config = ARCHITECTURES[request.param]
+    config = copy.deepcopy(ARCHITECTURES[request.param])
     if config is None:
         return build_tiny_llama(tmp_path)
     torch.manual_seed(1)
