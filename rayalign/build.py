@@ -268,19 +268,27 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     }
     dtype = config.learner.dtype or config.model.dtype
     initial = model_path(config.model.path)
+    start = model_path(policy) if policy else initial
+    reference = needs_reference(config.algorithm) and not has_cached_reference(config)
+    lora = config.model.lora if train else None  # a checkpoint that is evaluated has it merged
+    # With adapters, the initial policy is in the policy's model already.
+    shares = "policy" if lora and reference and start == initial else None
+    follows = any(config.algorithm.refresh(step) is not None for step in range(1, config.train.steps + 1))
     specs = [
         LearnerSpec(
             "policy",
-            model_path(policy) if policy else initial,
+            start,
             dtype=dtype,
             trainable=train,
             optimizer=config.optimizer if train else None,
             network=config.algorithm.network,
+            lora=lora,
+            adapters=("reference",) if shares and follows else (),
             **shared,
         )
     ]
-    if needs_reference(config.algorithm) and not has_cached_reference(config):
-        specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, **shared))
+    if reference:
+        specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, shares=shares, **shared))
     return specs
 
 

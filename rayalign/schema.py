@@ -14,7 +14,7 @@ from rayalign.data.prompts import DataConfig
 from rayalign.engines import ENGINES
 from rayalign.evaluate import EvaluationConfig
 from rayalign.learners import LEARNERS
-from rayalign.learners.settings import OptimizerConfig
+from rayalign.learners.settings import LoraConfig, OptimizerConfig
 from rayalign.record import Record, Unfit
 from rayalign.registry import Tagged
 from rayalign.rollouts import RolloutConfig
@@ -39,6 +39,9 @@ class ModelConfig(Record):
     path: str = Field(description="folder of a Hugging Face checkpoint, or a hub id", examples=["/models/my-model"])
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of learner and engine unless they say else")
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
+    lora: LoraConfig | None = Field(
+        None, description="train adapters of low rank instead of all weights", examples=[{"rank": 16, "alpha": 32}]
+    )
 
 
 class SamplingConfig(Record):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from rayalign.learners import deepspeed_state as state
 from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
 from rayalign.learners.deepspeed_config import OWNED, engine_config, init_process
-from rayalign.learners.score import load_network
+from rayalign.learners.lora import load_adapted, part_of
 from rayalign.record import Unfit
 
 __all__ = ["DeepSpeedLearner", "DeepSpeedLearnerConfig", "init_process"]
@@ -75,23 +76,28 @@ class DeepSpeedLearner(RankLearner):
         self._device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        self.policy = load_network(spec, self.dtype).to(self._device)
+        # The role whose model, and engine, this one shares; None: it has its own.
+        self._host: DeepSpeedLearner | None = None if spec.shares is None else peers[spec.shares]
+        self.policy = load_adapted(spec, self.dtype).to(self._device) if self._host is None else self._host.policy
+        self.part = part_of(spec, self.policy)
         self._check_peers()
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.policy.named_weights()}
-        self.engine = self._initialize() if spec.trainable or self.stage == 3 else None
+        if self._host is None:
+            self.engine = self._initialize() if spec.trainable or self.stage == 3 else None
+        else:
+            self.engine = self._host.engine
         # float32 copy of this rank's share of a bfloat16 moving average: without it, small changes round away.
         self.master: dict[str, Tensor] = {}
 
     def _initialize(self):
         import deepspeed
 
-        size = sum(math.prod(shape) for shape in self.shapes.values())
+        size = sum(parameter.numel() for _, parameter in self.policy.named_weights())
         config = engine_config(self.spec, self.dtype, self.world_size, size)
         optimizer = None
         if self.spec.trainable:
             wanted = self.spec.optimizer
             optimizer = torch.optim.AdamW(
-                self.policy.parameters(),
+                self._trained(),
                 lr=wanted.lr,
                 betas=wanted.betas,
                 eps=wanted.eps,
@@ -108,7 +114,8 @@ class DeepSpeedLearner(RankLearner):
         return self._device
 
     def _forward(self, *args: Any) -> dict[str, Tensor]:
-        return (self.policy if self.engine is None else self.engine)(*args)
+        with self.part.active():
+            return (self.policy if self.engine is None else self.engine)(*args)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -119,7 +126,7 @@ class DeepSpeedLearner(RankLearner):
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = lr
         if self.engine.optimizer is self.engine.basic_optimizer:  # stage 0 in float32: DeepSpeed keeps no norm
-            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.spec.optimizer.max_grad_norm))
+            norm = float(torch.nn.utils.clip_grad_norm_(self._trained(), self.spec.optimizer.max_grad_norm))
             if not math.isfinite(norm):
                 self.engine.zero_grad()
                 return norm
@@ -142,20 +149,20 @@ class DeepSpeedLearner(RankLearner):
         torch.distributed.all_reduce(total)
         return total
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
         if self.stage < 3:
-            for name, parameter in self.policy.named_weights():
-                yield name, parameter.detach()
-            return
+            return contextlib.nullcontext()
         import deepspeed
 
-        for name, parameter in self.policy.named_weights():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield name, parameter.detach()
+        return deepspeed.zero.GatheredParameters(list(parameters))
 
     def shares(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank holds of each parameter: all of it, or its flat partition under ZeRO-3."""
-        for name, parameter in self.policy.named_weights():
+        """What this rank holds of each parameter that is this role's own: all of it, or its flat partition under
+        ZeRO-3."""
+        for name, parameter in self.part.own():
             if self.stage == 3:
                 if not self.spec.trainable and parameter.ds_status.name == "AVAILABLE":
                     parameter.partition()  # so that the next forward gathers what is written below
@@ -188,6 +195,6 @@ class DeepSpeedLearner(RankLearner):
 
     def close(self) -> None:
         super().close()
-        if self.engine is not None:
+        if self.engine is not None and self._host is None:
             self.engine.destroy()
-        self.policy, self.engine, self.master = None, None, {}
+        self.policy, self.part, self.engine, self.master, self._host = None, None, None, {}, None

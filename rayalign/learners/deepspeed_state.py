@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayalign.errors import CheckpointError
+from rayalign.learners.lora import settings_of
 from rayalign.learners.torch import MARKER, check_names, read_marker
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ def save(learner: DeepSpeedLearner, path: Path) -> None:
     """A trainable role by DeepSpeed; a refreshed frozen one as the shares of its ranks; else a marker only."""
     if learner.spec.trainable:
         client = {"rng": torch.get_rng_state()}
-        if not learner.engine.save_checkpoint(str(path), tag=TAG, client_state=client, save_latest=False):
+        # Frozen weights are those of the model's own checkpoint.
+        if not learner.engine.save_checkpoint(
+            str(path), tag=TAG, client_state=client, save_latest=False, exclude_frozen_parameters=True
+        ):
             raise CheckpointError("DeepSpeed could not write its checkpoint", where=str(path))
     elif learner.refreshed and (learner.stage == 3 or learner.rank == 0):
         shares = {f"own/{name}": share.cpu().contiguous() for name, share in learner.shares()}
@@ -38,7 +42,8 @@ def save(learner: DeepSpeedLearner, path: Path) -> None:
 @torch.no_grad()
 def restore(learner: DeepSpeedLearner, path: Path) -> None:
     """Raises CheckpointError when the folder was written by another learner, stage, dtype or number of ranks."""
-    marker = read_marker(path, learner="deepspeed", role=learner.spec.role)
+    lora = settings_of(learner.spec)
+    marker = read_marker(path, learner="deepspeed", role=learner.spec.role, lora=lora)
     wanted = _marker(learner)
     for key, name in (("zero_stage", "ZeRO stage"), ("ranks", "number of ranks"), ("dtype", "dtype")):
         if marker.get(key) != wanted[key]:
@@ -59,7 +64,12 @@ def restore(learner: DeepSpeedLearner, path: Path) -> None:
 def _restore_engine(learner: DeepSpeedLearner, path: Path) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            loaded, client = learner.engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+            loaded, client = learner.engine.load_checkpoint(
+                str(path),
+                tag=TAG,
+                load_lr_scheduler_states=False,
+                load_module_strict=learner.spec.lora is None,
+            )
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise CheckpointError(
             "DeepSpeed cannot read this checkpoint",
@@ -101,6 +111,7 @@ def _marker(learner: DeepSpeedLearner) -> dict[str, Any]:
         "ranks": learner.world_size,
         "dtype": str(learner.dtype).removeprefix("torch."),
         "refreshed": learner.refreshed,
+        "lora": settings_of(learner.spec),
     }
 
 

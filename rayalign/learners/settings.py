@@ -130,7 +130,6 @@ class LearnerSpec:
         network: "causal", a language model; "score", one with a scalar head.
         lora: train an adapter instead of the weights.
         adapters: roles that get an adapter of their own beside this role's, in the same model.
-        adapter: folder in peft's format that this role's adapter is read from; None: it starts as no change.
         shares: the role, built before this one, whose model is this one's too: with the adapter that it has for this
             role, or else without any.
     """
@@ -149,7 +148,6 @@ class LearnerSpec:
     seed: int = 0
     lora: LoraConfig | None = None
     adapters: tuple[str, ...] = ()
-    adapter: str | None = None
     shares: str | None = None
 
     def __post_init__(self) -> None:
@@ -159,5 +157,5 @@ class LearnerSpec:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.shares is not None and (self.trainable or self.lora is not None or self.network != "causal"):
             raise ValueError(f"the {self.role} learner cannot share a model: it is trained, or has a head of its own")
-        if self.lora is None and (self.adapters or self.adapter is not None):
+        if self.lora is None and self.adapters:
             raise ValueError(f"the {self.role} learner has adapters, but no lora")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from rayalign.errors import CheckpointError
 from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
-from rayalign.learners.score import load_network
+from rayalign.learners.lora import load_adapted, part_of, settings_of
+from rayalign.learners.network import Network
 
 MARKER, WEIGHTS, OPTIMIZER = "learner.json", "weights.safetensors", "optimizer.pt"
 
@@ -42,12 +44,14 @@ class TorchLearner(RankLearner):
     def __init__(self, spec: LearnerSpec, peers: dict[str, RankLearner]):
         super().__init__(spec, peers)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.policy = load_network(spec, torch.float32).to(self._device)
+        self.policy = self._network(spec)
+        self.part = part_of(spec, self.policy)
         self._check_peers()
+        self._trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self._optimizer = None
         if spec.trainable:
             self._optimizer = torch.optim.AdamW(
-                self.policy.parameters(),
+                self._trained,
                 lr=spec.optimizer.lr,
                 betas=spec.optimizer.betas,
                 eps=spec.optimizer.eps,
@@ -55,12 +59,27 @@ class TorchLearner(RankLearner):
                 fused=True,
             )
 
+    def _network(self, spec: LearnerSpec) -> Network:
+        if spec.shares is not None:
+            return self.peers[spec.shares].policy
+        if spec.lora is None:
+            return load_adapted(spec, torch.float32).to(self._device)
+        # What is frozen needs no float32 copy; adapters, and a head that is trained, do.
+        network = load_adapted(spec, self.dtype).to(self._device)
+        for name, parameter in network.named_weights():
+            if ".lora_" in name or parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return network
+
     @property
     def device(self) -> torch.device:
         return self._device
 
     def _forward(self, *args: Any) -> dict[str, Tensor]:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+        with (
+            self.part.active(),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16),
+        ):
             return self.policy(*args)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -69,7 +88,7 @@ class TorchLearner(RankLearner):
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.spec.optimizer.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self.spec.optimizer.max_grad_norm))
         if norm < float("inf"):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -81,22 +100,22 @@ class TorchLearner(RankLearner):
     def total_tensor(self, value: Tensor) -> Tensor:
         return value
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.policy.named_weights():
-            yield name, parameter.detach()
+    def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
+        return nullcontext()
 
     @torch.no_grad()
     def _blend(self, source: RankLearner, decay: float) -> None:
-        for (_, own), (_, other) in zip(self.full_tensors(), source.full_tensors(), strict=True):
+        for (_, own), (_, other) in zip(self.own_tensors(), source.own_tensors(), strict=True):
             own.copy_(other) if decay == 0.0 else own.lerp_(other.to(own.dtype), 1.0 - decay)
 
     def save(self, path: Path) -> None:
         """Weights, optimiser and random state; of a frozen role that is still the checkpoint's, a marker only."""
         path = Path(path)
         changed = self.spec.trainable or self.refreshed
-        (path / MARKER).write_text(json.dumps({"learner": "torch", "role": self.spec.role, "weights": changed}))
+        marker = {"learner": "torch", "role": self.spec.role, "weights": changed, "lora": settings_of(self.spec)}
+        (path / MARKER).write_text(json.dumps(marker))
         if changed:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self.full_tensors()}, path / WEIGHTS)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in self.own_tensors()}, path / WEIGHTS)
         if self._optimizer is not None:
             state = {
                 "optimizer": self._optimizer.state_dict(),
@@ -109,11 +128,11 @@ class TorchLearner(RankLearner):
     def restore(self, path: Path) -> None:
         """Raises CheckpointError when the folder is not one that this learner saved."""
         path = Path(path)
-        marker = read_marker(path, learner="torch", role=self.spec.role)
+        marker = read_marker(path, learner="torch", role=self.spec.role, lora=settings_of(self.spec))
         self.refreshed = marker["weights"] and not self.spec.trainable
         if marker["weights"]:
             weights = load_file(path / WEIGHTS)
-            own = dict(self.full_tensors())
+            own = dict(self.own_tensors())
             check_names(
                 path / WEIGHTS,
                 {name: tuple(t.shape) for name, t in weights.items()},
@@ -130,11 +149,12 @@ class TorchLearner(RankLearner):
 
     def close(self) -> None:
         super().close()
-        self.policy, self._optimizer = None, None
+        self.policy, self.part, self._trained, self._optimizer = None, None, [], None
 
 
-def read_marker(path: Path, *, learner: str, role: str) -> dict:
-    """What `save` wrote beside the weights. Raises CheckpointError when it is missing or of another learner."""
+def read_marker(path: Path, *, learner: str, role: str, lora: dict[str, Any] | None = None) -> dict:
+    """What `save` wrote beside the weights. Raises CheckpointError when it is missing, of another learner, or of
+    other adapters."""
     try:
         marker = json.loads((path / MARKER).read_text())
     except (OSError, ValueError) as error:
@@ -152,7 +172,19 @@ def read_marker(path: Path, *, learner: str, role: str) -> dict:
             rule=f"{learner} {role}",
             remedy="resume with the learner and roles that wrote the checkpoint",
         )
+    if marker.get("lora") != lora:
+        raise CheckpointError(
+            "this state was written with other adapters",
+            where=str(path / MARKER),
+            value=f"{_adapters(marker.get('lora'))} in the checkpoint, {_adapters(lora)} in the config",
+            rule="the rank, alpha and targets that the run began with",
+            remedy="resume with the model.lora that wrote the checkpoint, or start anew from exported weights",
+        )
     return marker
+
+
+def _adapters(lora: dict[str, Any] | None) -> str:
+    return "no lora" if lora is None else ", ".join(f"{key} {value}" for key, value in lora.items())
 
 
 def check_names(path: Path, found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
