@@ -38,6 +38,7 @@ from rayalign.run_dir import run_directory
 from rayalign.schema import Config
 from rayalign.trackers import start_trackers
 from rayalign.train import train
+from rayalign.types import Sampling
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -135,7 +136,7 @@ def _train(
         recorder=recorder,
         checkpoints=checkpoints,
         tokenizer=tokenizer,
-        sampling=config.sampling.sampling(),
+        sampling=_sampling(config, data.examples),
         training=config.train,
         rollout=config.rollout,
         evaluation=config.evaluation,
@@ -167,6 +168,13 @@ def _train(
         f"stopped after step {state.step}; go on with: resume=true run_dir={run_dir}" if stopped else f"done: {run_dir}"
     )
     return Result(run_dir, state.step, stopped, run.evaluations)
+
+
+def _sampling(config: Config, examples: ExampleSet | None) -> Sampling:
+    """As the config says, ending where the answers of the data set end."""
+    sampling = config.sampling.sampling()
+    ends = examples.end if examples and len(examples.end) == 1 else ()
+    return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
 
 
 def _rollouts(config: Config, collector: Collector | None, data: Data, console: Console) -> Rollouts | Reading:
@@ -219,7 +227,7 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
                 collector_for(config, parts, tokenizer),
                 parts.roles,
                 held_out,
-                config.sampling.sampling(),
+                _sampling(config, examples),
                 samples=config.evaluation.samples,
                 seed=config.seed,
                 progress=console.sampled,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayalign.build import check_rollouts, check_training, load_tokenizer, model_path, prompts_for
+from rayalign.build import check_rollouts, check_training, examples_for, load_tokenizer, model_path, prompts_for
 from rayalign.config import parse_config, save_config
 from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import ConfigError
@@ -24,6 +24,7 @@ from rayalign.submit.sources import may_be_secret, size_in_words, sources
 CONFIG_NAME = "config.yaml"
 LIMIT_MIB = 100.0  # Ray's own is 500: what is larger belongs on a file system of the cluster
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # never uploaded, wherever they lie
+DATA = ("data.prompts", "data.examples.path")  # keys whose files travel, whatever their name looks like
 DOTTED = re.compile(r"([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -137,18 +138,25 @@ def submit(
 def check(config: Config) -> None:
     """What can be told before anything is uploaded: data that travel are read whole; with the model here too,
     everything is checked that `train` checks. Raises ConfigError or DataError."""
-    model, prompts = config.model.path, config.data.prompts
+    model = config.model.path
     if not model.startswith(("/", "~")):
         model_path(model)
     has_model = os.path.isdir(Path(model).expanduser())
-    source = Path(prompts).expanduser()
-    has_data = os.path.exists(source) or (source.suffix in SUFFIXES and not os.path.isabs(prompts))
+    named = [config.data.prompts] if config.data.prompts else []
+    named += [source.path for source in config.data.examples]
     if has_model:
         check_training(config)
-    if has_model and has_data:
-        check_rollouts(config, prompts_for(config, load_tokenizer(config)))
-    elif has_data:
-        read_rows(prompts)
+    if has_model and all(map(_is_here, named)):
+        tokenizer = load_tokenizer(config)
+        check_rollouts(config, prompts_for(config, tokenizer), examples_for(config, tokenizer))
+    elif config.data.prompts and _is_here(config.data.prompts):
+        read_rows(config.data.prompts)
+
+
+def _is_here(data: str) -> bool:
+    """Whether data are, or were to be, on this machine: a relative path to a file travels, so that it has to be."""
+    path = Path(data).expanduser()
+    return path.exists() or (path.suffix in SUFFIXES and not os.path.isabs(data))
 
 
 def collect(config: Config, *, name: str) -> Upload:
@@ -195,8 +203,8 @@ def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> A
 
 
 def _is_kept_back(key: str, path: Path) -> bool:
-    """Weights and keys. Prompts are prompts, whatever their file is called."""
-    secret = key != "data.prompts" and path.suffix and may_be_secret(path)
+    """Weights and keys. Data are data, whatever their file is called."""
+    secret = key not in DATA and path.suffix and may_be_secret(path)
     return os.path.isfile(path / "config.json") or (os.path.isfile(path) and bool(path.suffix in WEIGHTS or secret))
 
 
@@ -205,7 +213,8 @@ def _is_hub_id(value: str) -> bool:
 
 
 def _is_far_data(key: str, value: str) -> bool:
-    return key == "data.prompts" and os.path.isabs(value)
+    """Data of an absolute path, or a whole folder: too large to travel."""
+    return key in DATA and (os.path.isabs(value) or os.path.isdir(value))
 
 
 def _on_cluster(value: str) -> str:

@@ -321,3 +321,19 @@ def test_what_is_here_is_checked_before_anything_is_uploaded(config, place):
         check(config(rollout__prompts=50))
     check(config(data__prompts="/data/not-here.jsonl"))
     check(config(data__prompts="/data/not-here.jsonl", model__path="/models/there-only"))
+
+
+def test_data_sets_to_learn_from_travel_as_prompts_do(config, place):
+    write(place / "data" / "pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (place / "saved").mkdir()
+    sources = [{"path": "data/pairs.jsonl", "weight": 1.0}, {"path": "saved", "weight": 1.0}]
+    upload = collect(config(algorithm={"name": "preference"}, data={"examples": sources}, scorer=None), name="my")
+    assert outside_the_package(upload) == {"data/pairs.jsonl"}
+    assert [each.path for each in upload.config.data.examples] == ["data/pairs.jsonl", str(place / "saved")]
+    assert any("saved" in line for line in upload.stays)
+
+
+def test_bad_rows_are_found_before_anything_is_uploaded(config, place):
+    write(place / "pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": ""}\n')
+    with pytest.raises(DataError, match="pairs.jsonl"):
+        check(config(algorithm={"name": "preference"}, data={"examples": "pairs.jsonl"}, scorer=None))
