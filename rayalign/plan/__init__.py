@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayalign.build import check_training
 from rayalign.plan.advice import nearest_change
-from rayalign.plan.batches import data_problems, prompt_lengths, tokens_of_a_step
+from rayalign.plan.batches import data_lengths, data_problems, tokens_of_a_step
 from rayalign.plan.differences import differences
 from rayalign.plan.fit import evaluate
 from rayalign.plan.learners import checkpoint_bytes
@@ -28,10 +28,11 @@ def make_plan(config: Config, *, nodes: str | None = None) -> Plan:
     Raises:
         ConfigError: nodes or a model that cannot be read, or a config that no machine could run.
     """
-    shape = read_shape(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model, network = config.model, config.algorithm.network
+    shape = read_shape(model.path, network=network, trust_remote_code=model.trust_remote_code)
     check_training(config)
     there, source = find_nodes(config.placement, nodes)
-    lengths = prompt_lengths(config)
+    lengths = data_lengths(config)
     fit = evaluate(config, shape, lengths, there)
     size = checkpoint_bytes(config, shape) / GIB
     differs = differences(config)

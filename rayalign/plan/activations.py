@@ -52,6 +52,20 @@ def logit_bytes(shape: Shape, positions: int, *, width: int, temperature: float)
     return float(positions) * shape.vocabulary * (2 * width + scaled + 4)
 
 
+def kl_bytes(shape: Shape, positions: int, *, width: int) -> float:
+    """Beside the logits of one chunk, for the exact KL to the reference: the reference's logits and the gradient of
+    the divergence in the compute dtype, and float32 blocks of both distributions (`learners.columns._ReferenceKL`).
+
+    Its backward pass holds three such blocks, of which `logit_bytes` has one at least.
+    """
+    return float(positions) * shape.vocabulary * (2 * width + 8)
+
+
+def hidden_bytes(shape: Shape, positions: int, *, width: int) -> float:
+    """The reference's last hidden states at completion tokens, which the exact KL keeps until its backward pass."""
+    return float(positions) * shape.hidden * width
+
+
 def working_bytes(shape: Shape, tokens: int, *, width: int) -> float:
     """Of one layer while its backward pass runs: gradients of the feed-forward layer's inner tensors (3f), of its
     output and of attention's (4h), on top of what is saved."""

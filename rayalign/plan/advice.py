@@ -13,6 +13,7 @@ from rayalign.config import parse_config
 from rayalign.errors import ConfigError
 from rayalign.plan.engines import split_choices
 from rayalign.plan.fit import cannot_load, evaluate
+from rayalign.plan.learners import has_reference
 from rayalign.plan.records import Change, Fit, Lengths
 from rayalign.plan.several import Setting, TryOut, several, thin_ranks
 from rayalign.plan.shapes import Shape
@@ -48,7 +49,9 @@ def _nearest(config: Config, nodes: Sequence[Node], single: Sequence[Setting], t
 
 def candidates(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[Setting]:
     """Single keys, in the order in which they would be missed least."""
-    learner, engine = config.learner, config.engine
+    learner = config.learner
+    if not config.samples and has_reference(config):  # refused where it does not fit the algorithm
+        yield "algorithm.reference.cached", True
     if not learner.gradient_checkpointing:
         yield "learner.gradient_checkpointing", True
     yield from (("learner.zero_stage", stage) for stage in range(getattr(learner, "zero_stage", 3) + 1, 4))
@@ -56,6 +59,20 @@ def candidates(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[
         yield "learner.offload", "cpu"
     yield from (("learner.micro_batch_tokens", n) for n in _halves(learner.micro_batch_tokens, 256))
     yield from (("learner.logprob_chunk", n) for n in _halves(learner.logprob_chunk, 128))
+    if config.samples:
+        yield from _of_engine(config, shape, nodes)
+    if config.placement.name == "ray":
+        if config.samples:
+            yield from (("engine.count", n) for n in _halves(config.engine.count, 1))
+        yield from (("learner.ranks", n) for n in _ranks(config, nodes))
+        if config.samples and config.placement.colocate and any(node.gpus for node in nodes):
+            yield "placement.colocate", False
+    if not config.algorithm.request(config.sampling.sampling()):  # cuts the data
+        yield from (("data.max_tokens", n) for n in _halves(config.data.max_tokens, 256))
+
+
+def _of_engine(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[Setting]:
+    engine = config.engine
     if hasattr(engine, "tensor_parallel"):
         most = max((node.gpus or node.cpus for node in nodes), default=1)
         now = engine.tensor_parallel
@@ -68,11 +85,6 @@ def candidates(config: Config, shape: Shape, nodes: Sequence[Node]) -> Iterator[
         sizes = [engine.kv_cache_gib * factor for factor in (2.0, 4.0, 8.0, 0.5, 0.25)]
         yield from (("engine.kv_cache_gib", size) for size in sizes)
     yield from (("engine.max_running", n) for n in _halves(engine.max_running, 1))
-    if config.placement.name == "ray":
-        yield from (("engine.count", n) for n in _halves(engine.count, 1))
-        yield from (("learner.ranks", n) for n in _ranks(config, nodes))
-        if config.placement.colocate and any(node.gpus for node in nodes):
-            yield "placement.colocate", False
 
 
 def _ranks(config: Config, nodes: Sequence[Node]) -> list[int]:

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-from rayalign.build import load_tokenizer, prompts_for
-from rayalign.data.rows import SUFFIXES, read_rows
+from rayalign.build import prompts_for
+from rayalign.data.order import held_out_places
+from rayalign.data.rows import read_rows
 from rayalign.errors import DataError, RayalignError
-from rayalign.plan.learners import has_reference
-from rayalign.plan.records import Batches, Lengths, Micro, Problem, Tokens
+from rayalign.plan.learners import has_reference, uses_exact_kl
+from rayalign.plan.records import Batches, Lengths, Micro, Problem, Rows, Tokens
+from rayalign.plan.rows import on_hub, quiet_tokenizer, row_lengths
 from rayalign.schema import Config
 from rayalign.sharding import lengths_of, split
 from rayalign.types import Completion, Example, Group, Prompt
 
 
+def data_lengths(config: Config) -> Lengths:
+    """Of all that a run reads: prompts, and rows to learn from."""
+    return replace(prompt_lengths(config), rows=row_lengths(config))
+
+
 def prompt_lengths(config: Config) -> Lengths:
     """Of the prompt file, with the model's tokenizer; bounds where one of the two is not at hand. Hub data sets
     are not loaded. What a run could not read is a problem."""
+    if config.data.prompts is None:
+        return Lengths(0.0, 0, 0, 0, 0, True, "nothing is sampled")
     room = config.engine.max_context - config.sampling.max_tokens
     bound = f"bounds: prompts of up to {room} tokens (engine.max_context − sampling.max_tokens), because"
-    if _on_hub(config.data.prompts):
+    if on_hub(config.data.prompts):
         return Lengths(room, room, None, None, 0, False, f"{bound} a plan loads no data from a hub")
     rows = None
     try:
         rows = len(read_rows(config.data.prompts, split=config.data.split))
-        prompts = prompts_for(config, _tokenizer(config))
+        prompts = prompts_for(config, quiet_tokenizer(config))
     except RayalignError as error:
-        held_out = None if rows is None else _held_out(rows, config.data.held_out)
+        held_out = None if rows is None else _held_out(config, rows)
         training = None if rows is None or held_out is None else rows - held_out
         problem = Problem.of(error) if isinstance(error, DataError) else None  # else there is no tokenizer
         why = f"{config.data.prompts}: {error.what}" if problem else error.what
@@ -40,9 +48,13 @@ def prompt_lengths(config: Config) -> Lengths:
 
 
 def data_problems(config: Config, lengths: Lengths) -> tuple[Problem, ...]:
-    """Prompts that cannot be read, or that do not fill one rollout: no memory and no number of nodes helps."""
-    if lengths.problem:
-        return (lengths.problem,)
+    """Prompts or rows that cannot be read, or that do not fill one step: no memory and no number of nodes helps."""
+    rows = lengths.rows
+    found = tuple(each for each in (lengths.problem, rows and rows.problem) if each)
+    if found:
+        return found
+    if rows is not None:
+        return () if rows.training is None or rows.training >= config.rollout.prompts else (_too_few(config, rows),)
     if lengths.training is None or lengths.training >= config.rollout.prompts:
         return ()
     return (
@@ -56,66 +68,98 @@ def data_problems(config: Config, lengths: Lengths) -> tuple[Problem, ...]:
     )
 
 
-def _on_hub(prompts: str) -> bool:
-    """As `data.rows` tells a hub id from a file."""
-    path = Path(prompts).expanduser()
-    local = path.exists() or path.suffix in SUFFIXES or prompts.startswith((".", "/", "~")) or prompts.count("/") > 1
-    return not local
+def _too_few(config: Config, rows: Rows) -> Problem:
+    return Problem(
+        "there are fewer rows than one step takes",
+        "key rollout.prompts",
+        str(config.rollout.prompts),
+        f"at most {rows.training}, the training rows of data.examples",
+        f"lower rollout.prompts to {rows.training}, lower data.held_out, or use more rows",
+    )
 
 
-def _tokenizer(config: Config) -> Any:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # a folder without a tokenizer is fine here
-    try:
-        return load_tokenizer(config)
-    finally:
-        logging.set_verbosity(before)
-
-
-def _held_out(rows: int, share: float) -> int:
-    """As `data.prompts` splits."""
-    count = round(rows * share)
-    return min(max(count, 1), rows - 1) if share > 0 and rows > 1 else count
+def _held_out(config: Config, rows: int) -> int:
+    """As `data.prompts` splits, and offline all of them."""
+    if not config.algorithm.request(config.sampling.sampling()):
+        return rows
+    return len(held_out_places(rows, config.data.held_out, config.data.shuffle_seed))
 
 
 def examples_of_a_prompt(config: Config, lengths: Lengths) -> list[Example]:
-    """What the algorithm makes of one prompt when every completion is of full length and all scores differ."""
-    sampling = config.sampling.sampling()
+    """What the algorithm makes of one prompt, or of one row of data, when every answer is of full length, all of
+    them differ, and so do their scores."""
+    groups = [_group(config, lengths, index) for index in range(min(2, config.rollout.prompts))]
+    made = config.algorithm.examples(groups)[0]  # of two, as some compare a row with the next one
+    return list(made[: len(made) // len(groups)])
+
+
+def _group(config: Config, lengths: Lengths, index: int) -> Group:
+    """No token is the same as that of another group or answer. Labels of single answers take turns."""
+    sampling, rows = config.sampling.sampling(), lengths.rows
     asked = config.algorithm.request(sampling)
-    prompt = Prompt(0, "", (0,) * lengths.longest, {})
+    tokens = [one.max_tokens for one in asked] if rows is None else [answer_tokens(config, lengths)] * len(rows.scores)
+    prompt = max(1, longest_row(config, lengths) - max(tokens, default=0))
     completions = tuple(
-        Completion(str(k), (0,) * one.max_tokens, (0.0,) * one.max_tokens, "length", 0, "")
-        for k, one in enumerate(asked)
+        Completion(str(k), (k + 2 + len(tokens) * index,) * length, (), "stop", -1) for k, length in enumerate(tokens)
     )
     scores = tuple(float(k) for k in range(len(asked)))
-    group = Group("0", prompt, completions, ("",) * len(asked), scores)
-    return list(config.algorithm.examples([group])[0]) if asked else []
+    if rows is not None:
+        choice = len(rows.scores) > 1 and set(rows.scores) == {0.0, 1.0}
+        falling = tuple(-float(k) for k in range(len(rows.scores)))
+        scores = rows.scores if choice else falling if len(rows.scores) > 1 else (float(index == 0),)
+    return Group(
+        str(index),
+        Prompt(index, "", (index,) * prompt, {"margin": 0.0}),
+        completions,
+        tuple(map(str, range(len(tokens)))),
+        scores,
+        votes=None if rows is None else ((1.0, 1.0),) * len(tokens),
+    )
+
+
+def longest_row(config: Config, lengths: Lengths) -> int:
+    """Tokens of a prompt with its answer, at most."""
+    if lengths.rows is None:
+        return lengths.longest + config.sampling.max_tokens
+    return min(lengths.rows.longest, config.data.max_tokens)
+
+
+def answer_tokens(config: Config, lengths: Lengths) -> int:
+    """Of the longest answer."""
+    if lengths.rows is None:
+        return config.sampling.max_tokens
+    return max(1, min(lengths.rows.answer, longest_row(config, lengths) - 1))
 
 
 def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
     """The arithmetic of one step and of the run, and the largest micro-batch."""
     training, rollout, ranks = config.train, config.rollout, config.learner.ranks
-    samples = len(config.algorithm.request(config.sampling.sampling()))
+    asked = len(config.algorithm.request(config.sampling.sampling()))
+    samples = asked if lengths.rows is None else len(lengths.rows.scores)
     made = examples_of_a_prompt(config, lengths)
+    made = sorted(made, key=lambda example: -len(example.sequences))
     examples = rollout.prompts * len(made)
     minibatches = max(1, min(training.minibatches, examples))
     minibatch = math.ceil(examples / minibatches)
     rows = [row for example in made[:1] for row in example.sequences]
     tokens = lengths_of(made[:1])
-    plan = split(list(tokens) * minibatch, ranks=ranks, micro_batch_tokens=config.learner.micro_batch_tokens)
+    plan = split(
+        list(tokens) * minibatch,
+        ranks=ranks,
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+        packed=config.learner.packing,
+    )
     largest = max((len(micro) for rank in plan for micro in rank), default=0)
     longest = max((len(row) for row in rows), default=0)
     steps = training.epochs * minibatches
-    rollouts = math.ceil(training.steps / rollout.resample_every)
+    rollouts = math.ceil(training.steps / rollout.resample_every) if asked else 0
     pushes, evaluations = _pushes(config, lengths), _evaluations(config, lengths)
     saved = training.steps // config.checkpoint.every if config.checkpoint.every else 0
     last = not config.checkpoint.every or training.steps % config.checkpoint.every != 0
     batches = Batches(
         prompts=rollout.prompts,
         samples=samples,
-        completions=rollout.prompts * samples,
+        completions=rollout.prompts * asked,
         examples=examples,
         rows=len(rows),
         minibatches=minibatches,
@@ -128,47 +172,69 @@ def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
         steps=training.steps,
         optimizer_steps_in_run=steps * training.steps,
         rollouts=rollouts,
-        passes=_passes(rollouts, rollout.prompts, lengths.training),
+        passes=_passes(config, rollouts, lengths),
         pushes=pushes,
         evaluations=len(evaluations),
         checkpoints=saved + last,
         evaluation_completions=_evaluated(config, lengths) * config.evaluation.samples,
+        evaluation_rows=_measured_rows(config, lengths),
     )
-    in_micro = largest * sum(config.sampling.max_tokens for _ in rows)
+    in_micro = largest * len(rows) * answer_tokens(config, lengths)
     return batches, Micro(largest * len(rows) * longest, longest, in_micro)
 
 
-def _passes(rollouts: int, prompts: int, training: int | None) -> float | None:
-    """Over the training prompts. What does not fill a rollout at an epoch's end is left out of it."""
+def _passes(config: Config, rollouts: int, lengths: Lengths) -> float | None:
+    """Over the training prompts; what does not fill a rollout at an epoch's end is left out of it. Over rows of data;
+    the next epoch begins where one ends."""
+    prompts, training = config.rollout.prompts, lengths.training
+    if lengths.rows is not None:
+        return config.train.steps * prompts / lengths.rows.training if lengths.rows.training else None
     return rollouts / (training // prompts) if training and training >= prompts else None
 
 
+def _measured_rows(config: Config, lengths: Lengths) -> int:
+    """Held-out rows of one evaluation."""
+    if lengths.rows is None:
+        return 0
+    return min(
+        config.evaluation.rows, config.evaluation.rows if lengths.rows.held_out is None else lengths.rows.held_out
+    )
+
+
 def _evaluated(config: Config, lengths: Lengths) -> int:
+    """Held-out prompts of one evaluation."""
     held_out = lengths.held_out if lengths.held_out is not None else config.evaluation.prompts
     return min(config.evaluation.prompts, held_out)
 
 
 def _evaluations(config: Config, lengths: Lengths) -> set[int]:
     """Steps after which there is one: before, after, and every so often."""
-    if not _evaluated(config, lengths):
+    if not (_evaluated(config, lengths) or _measured_rows(config, lengths)):
         return set()
     every, steps = config.evaluation.every, config.train.steps
     return {0, steps} | (set(range(every, steps + 1, every)) if every else set())
 
 
 def _pushes(config: Config, lengths: Lengths) -> int:
-    """One at the start; then before each rollout and each evaluation."""
+    """One at the start; then before each rollout and each evaluation. None where nothing is sampled."""
+    if not config.samples:
+        return 0
     every, steps = config.rollout.resample_every, config.train.steps
-    return 1 + len(set(range(every, steps + 1, every)) | (_evaluations(config, lengths) - {0}))
+    rollouts = set(range(every, steps + 1, every)) if lengths.rows is None else set()
+    return 1 + len(rollouts | (_evaluations(config, lengths) - {0}))
 
 
 def tokens_of_a_step(config: Config, lengths: Lengths, batches: Batches) -> Tokens:
-    """At most, of one step that samples: completions of full length, prompts of mean length."""
+    """At most, of one step that samples: completions of full length, prompts of mean length; of rows of data, all of
+    mean length."""
     longest = config.sampling.max_tokens
-    sequences = batches.examples * batches.rows * (lengths.mean + longest)
+    mean = lengths.mean + longest if lengths.rows is None else lengths.rows.mean
+    sequences = batches.examples * batches.rows * mean
+    asked = any(role == "reference" for role, _ in config.algorithm.needs)
+    passes = has_reference(config) * (asked + uses_exact_kl(config) * batches.epochs)
     return Tokens(
-        prompt=batches.prompts * lengths.mean,
+        prompt=batches.prompts * lengths.mean if lengths.rows is None else 0.0,
         sampled=float(batches.completions * longest),
         trained=sequences * batches.epochs,
-        reference=sequences if has_reference(config) else 0.0,
+        reference=sequences * passes,
     )

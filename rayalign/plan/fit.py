@@ -8,7 +8,8 @@ from rayalign.errors import ConfigError
 from rayalign.plan.batches import count_batches
 from rayalign.plan.engines import engine_memory
 from rayalign.plan.learners import compute_width, learner_memory, push_bytes, shares_gpus
-from rayalign.plan.records import GIB, Bytes, EngineCache, Fit, Lengths, Load, Problem, RoleMemory
+from rayalign.plan.notes import notes_of
+from rayalign.plan.records import GIB, Bytes, Fit, Lengths, Load, Problem, RoleMemory
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node, Place, place
 from rayalign.schema import Config
@@ -28,18 +29,17 @@ def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Nod
     except ConfigError as error:
         places, problems = (), [Problem.of(error)]
     gpu_gib = min((node.gpu_gib for node in nodes if node.gpus), default=0.0)
-    engine, cache, wrong = engine_memory(config, shape, gpu_gib=gpu_gib, on_gpu=on_gpu)
+    memory, cache, wrong = learner_memory(config, shape, micro, on_gpu=on_gpu), None, []
+    if config.samples:
+        engine, cache, wrong = engine_memory(config, shape, gpu_gib=gpu_gib, on_gpu=on_gpu)
+        scorer = RoleMemory("scorer", "scorer", config.scorer.count, Bytes(), Bytes(other=SCORER))
+        memory = (engine, *memory, scorer)
     if on_gpu and not gpu_gib:
         wrong = [problem for problem in wrong if "no room" not in problem.what]  # nothing to hold it against
-    memory = (
-        engine,
-        *learner_memory(config, shape, micro, on_gpu=on_gpu),
-        RoleMemory("scorer", "scorer", config.scorer.count, Bytes(), Bytes(other=SCORER)),
-    )
     loads = _gpu_loads(config, places, memory) + _host_loads(config, shape, nodes, places, memory)
     problems += wrong + [_overfull(load) for load in loads if not load.fits]
     problems += _loading_problems(config, shape, nodes)
-    notes = _notes(config, cache, nodes, lengths)
+    notes = notes_of(config, cache, nodes, lengths)
     return Fit(places, batches, micro, memory, cache, loads, tuple(problems), notes)
 
 
@@ -50,14 +50,14 @@ def places_for(config: Config, nodes: Sequence[Node]) -> tuple[Place, ...]:
         cores = tuple(range(node.cpus))
         return tuple(
             Place(actor, node, float(node.cpus), float(min(node.gpus, 1)) if actor[:6] != "scorer" else 0.0, cores)
-            for actor in ("engine-0", "learner-0", "scorer-0")
+            for actor in (("engine-0", "learner-0", "scorer-0") if config.samples else ("learner-0",))
         )
     return place(
         nodes,
-        engines=config.engine.count,
+        engines=config.engine.count if config.samples else 0,
         tensor_parallel=getattr(config.engine, "tensor_parallel", 1),
         learners=config.learner.ranks,
-        scorers=config.scorer.count,
+        scorers=config.scorer.count if config.samples else 0,
         colocate=config.placement.colocate,
     )
 
@@ -94,7 +94,8 @@ def _host_loads(
         kind: sum(r.host.total for r in memory if r.actor == kind) / GIB for kind in ("engine", "learner", "scorer")
     }
     local = config.placement.name == "local"
-    push = push_bytes(config, shape) / GIB
+    whole = push_bytes(config, shape) / 2 / GIB
+    push = 2 * whole if config.samples else 0.0
     found: dict[tuple[tuple[str, ...], float, float], list[str]] = {}
     actors: dict[str, list[str]] = {}
     for each in places:
@@ -105,14 +106,14 @@ def _host_loads(
         needed = sum(needs[kind] for kind in kinds)
         holds = [f"{kinds.count(kind)} {kind}{'s' if kinds.count(kind) > 1 else ''}" for kind in needs if kind in kinds]
         if local:  # one process: libraries once, one push at a time
-            needed, holds = needed - 0.5 * DRIVER / GIB + push / 2, [*holds, "a push"]
+            needed, holds = needed - 0.5 * DRIVER / GIB + push / 2, [*holds, *(["a push"] if push else [])]
         else:
             needed += RAY / GIB + (DRIVER / GIB if not number else 0.0)
             holds += ["Ray", *(["driver"] if not number else [])]
-            if first or "engine" in kinds:
+            if push and (first or "engine" in kinds):
                 needed, holds = needed + push, [*holds, "two pushes"]
         if first:  # an export puts the whole policy together there
-            needed += push / 2
+            needed += whole
         found.setdefault((tuple(holds), round(needed, 6), node.memory_gib), []).append(node.name)
     return tuple(
         Load(f"memory of {_range(names)}", holds, needed, has) for (holds, needed, has), names in found.items()
@@ -151,25 +152,3 @@ def _loading_problems(config: Config, shape: Shape, nodes: Sequence[Node]) -> li
             f"GPUs with more than {whole:.0f} GiB: no number of ranks makes this smaller",
         )
     ]
-
-
-def _notes(config: Config, cache: EngineCache, nodes: Sequence[Node], lengths: Lengths) -> tuple[str, ...]:
-    """What fits, and is worth knowing."""
-    notes = []
-    wanted = config.engine.max_running
-    if config.engine.name == "vllm" and 0 < cache.requests < wanted:
-        notes.append(
-            f"an engine has keys and values for {cache.requests} requests of full length; "
-            f"of engine.max_running={wanted}, longer ones take turns"
-        )
-    if unknown := [node for node in nodes if node.gpus and not node.gpu_gib]:
-        names = ", ".join(sorted({node.gpu or "GPU" for node in unknown}))
-        example = f"nodes={len(unknown)}x{unknown[0].gpus}x80GiB"
-        notes.append(f"the memory of these GPUs ({names}) is not known and not checked: say it, as in {example}")
-    if not all(node.memory_gib for node in nodes):
-        notes.append("host memory is not known and not checked: add it to the nodes, as 2x8xH100/1800GiB")
-    if not lengths.measured:
-        notes.append(f"prompt lengths are {lengths.source}")
-    if shares_gpus(config) and any(node.gpus for node in nodes):
-        notes.append("engine and learner are added up: a learner keeps what it reserved while the engine is awake")
-    return tuple(notes)

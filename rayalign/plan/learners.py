@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from rayalign.build import has_cached_reference
 from rayalign.learners.deepspeed_config import engine_config
 from rayalign.learners.settings import LearnerSpec
-from rayalign.plan.activations import logit_bytes, saved_bytes, working_bytes
+from rayalign.plan.activations import hidden_bytes, kl_bytes, logit_bytes, saved_bytes, working_bytes
 from rayalign.plan.records import GIB, Bytes, Micro, RoleMemory
 from rayalign.plan.shapes import Shape
 from rayalign.plan.zero import State, Zero, frozen_state, torch_state, trained_state
+from rayalign.protocols import needs_reference
 from rayalign.schema import Config
+from rayalign.types import Column
 
 # Resident before there is a model, measured on Linux with the locked CPU versions (tests/bench/plan_memory.py).
 BASE = 0.6 * GIB  # Python, torch, transformers, DeepSpeed and Ray
@@ -26,11 +29,24 @@ def learner_memory(config: Config, shape: Shape, micro: Micro, *, on_gpu: bool) 
     activations = _activations(config, shape, micro, width=width, autocast=autocast)
     update = policy.device + Bytes(activations=activations, other=policy.work)
     roles = [("policy", update, policy.host)]
-    roles += [("reference", state.device, state.host) for state in frozen]
+    head = _head_copy(config, shape, width)
+    roles += [("reference", state.device + Bytes(other=head), state.host) for state in frozen]
     process = _process(config, shape, [policy, *frozen], update, on_gpu=on_gpu)
     found = [RoleMemory(role, "learner", count, device, host) for role, device, host in roles]
     found.append(RoleMemory("process", "learner", count, *process))
     return tuple(found) if on_gpu else tuple(_in_host(each) for each in found)
+
+
+def uses_exact_kl(config: Config) -> bool:
+    """Whether the loss has the exact KL to the reference in it, over the vocabulary."""
+    return Column.REFERENCE_KL in config.algorithm.columns
+
+
+def _head_copy(config: Config, shape: Shape, width: int) -> float:
+    """The reference's head, which ZeRO-3 would have whole for one call only: the exact KL keeps a copy of it."""
+    zero = zero_of(config, shape)
+    partitioned = zero is not None and zero.stage == 3
+    return float(width) * shape.vocabulary * shape.hidden if partitioned and uses_exact_kl(config) else 0.0
 
 
 def _in_host(role: RoleMemory) -> RoleMemory:
@@ -74,8 +90,8 @@ def _states(config: Config, shape: Shape) -> list[State]:
 
 
 def has_reference(config: Config) -> bool:
-    """Whether the algorithm needs log-probs of a reference, which then is a role of each rank."""
-    return any(role == "reference" for role, _ in config.algorithm.needs)
+    """Whether the algorithm needs a reference that is a role of each rank: no cached log-probs are enough."""
+    return needs_reference(config.algorithm) and not has_cached_reference(config)
 
 
 def zero_of(config: Config, shape: Shape) -> Zero | None:
@@ -117,12 +133,19 @@ def _activations(config: Config, shape: Shape, micro: Micro, *, width: int, auto
         checkpointing=config.learner.gradient_checkpointing,
     )
     positions = min(config.learner.logprob_chunk, micro.positions)
-    logits = logit_bytes(shape, positions, width=compute, temperature=config.sampling.temperature or 1.0)
+    logits = 0.0  # of a scalar head next to nothing
+    if config.algorithm.network == "causal":
+        logits = logit_bytes(shape, positions, width=compute, temperature=config.sampling.temperature or 1.0)
+    if uses_exact_kl(config):
+        logits += kl_bytes(shape, positions, width=compute)
+        saved += hidden_bytes(shape, micro.positions, width=compute)
     return saved + max(logits, working_bytes(shape, micro.tokens, width=compute))
 
 
 def shares_gpus(config: Config) -> bool:
     """Whether engine and learner are on the same GPU."""
+    if not config.samples:
+        return False
     return config.placement.name == "local" or bool(getattr(config.placement, "colocate", False))
 
 

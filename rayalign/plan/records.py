@@ -88,6 +88,30 @@ class EngineCache:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of data.examples: measured where model and data are at hand, else bounds.
+
+    Attributes:
+        mean, longest: tokens of a prompt with one of its answers.
+        answer: tokens of the longest answer.
+        scores: of the row with most answers, what its annotators said of each.
+        training, held_out: number of rows; None where not known.
+        source: in words.
+        problem: why no run could read the rows.
+    """
+
+    mean: float
+    longest: int
+    answer: int
+    scores: tuple[float, ...]
+    training: int | None
+    held_out: int | None
+    measured: bool
+    source: str
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
 class Lengths:
     """Tokens of prompts: measured on the prompt file where it could be read, else bounds.
 
@@ -95,6 +119,7 @@ class Lengths:
         training, held_out: number of prompts; None where not known.
         source: in words.
         problem: why no run could read the prompts.
+        rows: what an offline algorithm learns from; None for one that learns from its samples.
     """
 
     mean: float
@@ -105,19 +130,24 @@ class Lengths:
     measured: bool
     source: str
     problem: Problem | None = None
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
 class Batches:
-    """From prompts to optimiser steps. What depends on scores and on lengths is an upper bound.
+    """From prompts, or rows of data, to optimiser steps. What depends on scores and on lengths is an upper bound.
 
     Attributes:
+        prompts: of one step; offline, rows of data.
+        samples: completions sampled for each of them; offline, its answers at most.
+        completions: sampled in one step.
         examples: training examples of one step at most (pairs, for a preference loss).
         rows: sequences of one example.
         minibatch: examples of one optimiser step.
         share: examples of one optimiser step on the rank that has most.
         micro_batches: of one optimiser step on each rank, at full length.
-        passes: over the training prompts in the whole run; None where their number is not known.
+        passes: over the training prompts or rows in the whole run; None where their number is not known.
+        evaluation_completions, evaluation_rows: that one evaluation samples, and that it measures.
     """
 
     prompts: int
@@ -140,6 +170,7 @@ class Batches:
     evaluations: int
     checkpoints: int
     evaluation_completions: int
+    evaluation_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,7 +262,7 @@ class Plan:
         differs: keys whose value is not the default → (value, default); a key without default has None.
         defaults: all other keys of the resolved config → value.
         nodes_from: in words, where the nodes are from.
-        data_problems: what is wrong with the prompts, which no machine changes.
+        data_problems: what is wrong with prompts or rows, which no machine changes.
         advice: the nearest change of config or nodes under which it fits; None where it fits, or none was found.
     """
 

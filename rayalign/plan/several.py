@@ -24,6 +24,7 @@ THRIFT = (  # the most missed first
     "learner.logprob_chunk",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
+    "algorithm.reference.cached",
 )
 Setting = tuple[str, Any]
 TryOut = Callable[[Sequence[Setting], Sequence[Node]], Fit | None]
@@ -97,7 +98,7 @@ def thin_ranks(config: Config, nodes: Sequence[Node], settings: dict[str, Any] |
         return [now]
     gpus = sum(node.gpus for node in nodes)
     parallel = (settings or {}).get("engine.tensor_parallel", getattr(config.engine, "tensor_parallel", 1))
-    engines = config.engine.count * parallel if gpus and not shares_gpus(config) else 0
+    engines = config.engine.count * parallel if gpus and config.samples and not shares_gpus(config) else 0
     room = min((gpus or sum(node.cpus for node in nodes)) - engines, config.rollout.prompts)
     return sorted({now, *(room >> n for n in range(max(room, 0).bit_length()))})
 

@@ -21,6 +21,7 @@ class Shape:
             token visits).
         heads, kv_heads, head_dim: of attention.
         dtype: that the checkpoint is saved in.
+        network: "causal", with a head as wide as the vocabulary, tied or not; "score", with a scalar one.
     """
 
     path: str
@@ -36,36 +37,44 @@ class Shape:
     vocabulary: int
     tied: bool
     dtype: str
+    network: str = "causal"
 
 
-def read_shape(path: str, *, trust_remote_code: bool = False) -> Shape:
+def read_shape(path: str, *, network: str = "causal", trust_remote_code: bool = False) -> Shape:
     """The shape of the model in a folder with a config.json, or of a hub id that is at hand.
 
+    Args:
+        network: what an algorithm makes of it, see `Algorithm.network`.
+
     Raises:
-        ConfigError: no config.json there, or one of no causal language model.
+        ConfigError: no config.json there, or one of no such model.
     """
-    return _read(model_path(path), trust_remote_code)
+    return _read(model_path(path), network, trust_remote_code)
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, trust_remote_code: bool) -> Shape:
+def _read(path: str, network: str, trust_remote_code: bool) -> Shape:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind = AutoModelForSequenceClassification if network == "score" else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        if network == "score":
+            config.num_labels = 1
         with torch.device("meta"):  # shapes without storage: 70B parameters take half a second
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             "the model's config.json cannot be read",
             where="key model.path",
             value=path if isinstance(error, OSError) else f"{path}: {type(error).__name__}: {error}",
-            rule="config.json of a causal language model, in a folder, or of a hub id whose files are on this machine",
+            rule="config.json of a language model, in a folder, or of a hub id whose files are on this machine",
             remedy="give a folder with config.json (weights need not be there)",
         ) from None
     sizes = [parameter.numel() for parameter in model.parameters()]  # a tied tensor comes once
     text = config.get_text_config()
+    output = model.get_output_embeddings() if network == "causal" else None
     heads = int(text.num_attention_heads)
     hidden = int(text.hidden_size)
     return Shape(
@@ -80,8 +89,9 @@ def _read(path: str, trust_remote_code: bool) -> Shape:
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
         vocabulary=int(text.vocab_size),
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        tied=output is not None and output.weight is model.get_input_embeddings().weight,
         dtype=str(config.dtype or "float32").removeprefix("torch."),
+        network=network,
     )
 
 

@@ -85,12 +85,11 @@ def _ranges(actors: Sequence[str]) -> str:
 
 
 def _step(plan: Plan, out: Console) -> None:
-    b, micro, tokens, lengths = plan.fit.batches, plan.fit.micro, plan.tokens, plan.lengths
+    b, micro = plan.fit.batches, plan.fit.micro
     table = _table("one step, and the run", "what", "")
-    known = "" if lengths.measured else "up to "
-    table.add_row("prompts × samples", f"{b.prompts} × {b.samples} = {_n(b.completions)} completions")
-    table.add_row("prompt tokens", f"{known}{lengths.mean:.0f} in the mean, {lengths.longest} at most")
-    table.add_row("examples", f"at most {_n(b.examples)}, of {b.rows} sequences each")
+    for what, numbers in _read(plan) if plan.lengths.rows else _sampled(plan):
+        table.add_row(what, numbers)
+    table.add_row("examples", f"at most {_n(b.examples)}, of {_count(b.rows, 'sequence')} each")
     table.add_row(
         "a rank's share",
         f"{b.share} of {b.minibatch} on {_count(b.ranks, 'rank')}, "
@@ -99,23 +98,43 @@ def _step(plan: Plan, out: Console) -> None:
     run = f"{_n(b.optimizer_steps_in_run)} in {_count(b.steps, 'step')}"
     a_step = f"{_count(b.minibatches, 'minibatch')} × {_count(b.epochs, 'epoch')} = {b.optimizer_steps}"
     table.add_row("optimiser steps", f"{a_step}; {run}")
-    table.add_row(
-        "tokens a step (estimate)",
-        f"{_n(tokens.prompt)} of prompts, up to {_n(tokens.sampled)} sampled, {_n(tokens.trained)} trained on, "
-        f"{_n(tokens.reference)} by the reference",
-    )
-    passes = "unknown" if b.passes is None else f"{b.passes:.2f} over {_n(lengths.training or 0)} training prompts"
-    table.add_row("rollouts, passes", f"{_n(b.rollouts)}, {passes}")
-    evaluated = f"{b.evaluations}, of {_n(b.evaluation_completions)} completions each" if b.evaluations else "none"
-    table.add_row("pushes; evaluations", f"{_n(b.pushes)}; {evaluated}")
+    table.add_row("tokens a step (estimate)", _tokens(plan))
+    of = "training rows" if plan.lengths.rows else "training prompts"
+    there = (plan.lengths.rows or plan.lengths).training or 0
+    passes = "unknown" if b.passes is None else f"{b.passes:.2f} over {_n(there)} {of}"
+    table.add_row(*("passes", passes) if plan.lengths.rows else ("rollouts, passes", f"{_n(b.rollouts)}, {passes}"))
+    parts = [f"{_n(b.evaluation_completions)} completions"] if b.evaluation_completions else []
+    parts += [f"{_n(b.evaluation_rows)} held-out rows"] if b.evaluation_rows else []
+    evaluated = f"{b.evaluations}, of {' and '.join(parts)} each" if b.evaluations else "none"
+    table.add_row(*("pushes; evaluations", f"{_n(b.pushes)}; {evaluated}") if b.pushes else ("evaluations", evaluated))
     size = f"{b.checkpoints} × {plan.disk.checkpoint:.2f} GiB, {plan.disk.most:.2f} GiB at most on the disk"
     table.add_row("checkpoints", size)
     out.print(table)
 
 
+def _sampled(plan: Plan) -> Iterable[tuple[str, str]]:
+    b, lengths = plan.fit.batches, plan.lengths
+    known = "" if lengths.measured else "up to "
+    yield "prompts × samples", f"{b.prompts} × {b.samples} = {_n(b.completions)} completions"
+    yield "prompt tokens", f"{known}{lengths.mean:.0f} in the mean, {lengths.longest} at most"
+
+
+def _read(plan: Plan) -> Iterable[tuple[str, str]]:
+    b, rows = plan.fit.batches, plan.lengths.rows
+    yield "rows of data", f"{b.prompts}, of {'up to ' if b.samples > 2 else ''}{_count(b.samples, 'answer')} each"
+    known = "" if rows.measured else "up to "
+    yield "prompt with an answer", f"{known}{rows.mean:.0f} tokens in the mean, {rows.longest} at most"
+
+
+def _tokens(plan: Plan) -> str:
+    tokens = plan.tokens
+    parts = [f"{_n(tokens.prompt)} of prompts, up to {_n(tokens.sampled)} sampled"] if tokens.sampled else []
+    return ", ".join([*parts, f"{_n(tokens.trained)} trained on", f"{_n(tokens.reference)} by the reference"])
+
+
 def _memory(plan: Plan, out: Console) -> None:
     shape = plan.shape
-    kind = "tied" if shape.tied else "untied"
+    kind = "scalar" if shape.network == "score" else "tied" if shape.tied else "untied"
     title = f"memory by role, GiB each ({_n(shape.parameters)} parameters, {kind} head, {shape.architecture})"
     table = _table(title, "role")
     for name in ("weights", "grad.", "optim.", "activ.", "KV", "other", "total"):
