@@ -46,6 +46,34 @@ def load_tokenizer(config: Config, path: str | None = None) -> Any:
         raise _not_loaded("tokenizer", where, error) from error
 
 
+def load_processor(config: Config) -> Any:
+    """What turns the images of rows into tokens. Raises ConfigError when the model, or the algorithm, sees none."""
+    from transformers import AutoProcessor
+
+    where = model_path(config.model.path)
+    if config.algorithm.network != "causal":
+        raise ConfigError(
+            "a model with a scalar head sees no images",
+            where="key data.examples",
+            value=f"rows with images, for {config.algorithm.name}",
+            rule="rows of texts for a network with a scalar head",
+            remedy="take the column of images out of the data, or use another algorithm",
+        )
+    try:
+        found = AutoProcessor.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:
+        raise _not_loaded("processor", where, error) from error
+    if not hasattr(found, "image_processor"):
+        raise ConfigError(
+            "this model sees no images, and the data has some",
+            where="key model.path",
+            value=where,
+            rule="a vision-language model with its processor, as LLaVA or Qwen2-VL",
+            remedy="use such a model, or take the column of images out of the data",
+        )
+    return found
+
+
 def _not_loaded(what: str, where: str, error: Exception) -> ConfigError:
     found, remedy = where, "check the id and the network, or download the model and give its folder"
     if Path(where).is_dir():
@@ -199,7 +227,13 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
     if config.algorithm.request(config.sampling.sampling()):
         return None
     return load_examples(
-        config.data, tokenizer, kinds=config.algorithm.rows, max_tokens=config.data.max_tokens, seed=config.seed
+        config.data,
+        tokenizer,
+        kinds=config.algorithm.rows,
+        max_tokens=config.data.max_tokens,
+        seed=config.seed,
+        processor=lambda: load_processor(config),
+        images=getattr(config.algorithm, "images", False),
     )
 
 

@@ -68,9 +68,12 @@ class CachedReference:
 
 
 def digest(row: Row) -> Key:
-    """Of the tokens of a row, prompt and completion apart."""
+    """Of the tokens of a row, prompt and completion apart, and of its images."""
     tokens = np.array([len(row.prompt_ids), *row.prompt_ids, *row.completion_ids], dtype=np.int64)
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+    found = hashlib.blake2b(tokens.tobytes(), digest_size=16)
+    for image in row.images:
+        found.update(repr(image.box).encode() + image.data)
+    return found.digest()
 
 
 def cached_reference(

@@ -3,6 +3,7 @@
 ALGORITHMS = {
     "cringe": "rayalign.algorithms.cringe:Cringe",
     "kto": "rayalign.algorithms.kto:KTO",
+    "mdpo": "rayalign.algorithms.mdpo:MDPO",
     "online_preference": "rayalign.algorithms.online_preference:OnlinePreference",
     "preference": "rayalign.algorithms.preference:Preference",
     "reward_model": "rayalign.algorithms.reward_model:RewardModel",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 from rayalign.data.config import DataConfig
@@ -88,7 +88,14 @@ class ExampleSet:
 
 
 def load_examples(
-    config: DataConfig, tokenizer: Any, *, kinds: Sequence[str], max_tokens: int, seed: int
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    kinds: Sequence[str],
+    max_tokens: int,
+    seed: int,
+    processor: Callable[[], Any] | None = None,
+    images: bool = False,
 ) -> ExampleSet:
     """Open the data sets, read each row once to see whether it is of use, and hold some of them out.
 
@@ -96,12 +103,14 @@ def load_examples(
         kinds: of rows, that the algorithm learns from: "completion", "pair", "label", "ranked", "votes".
         max_tokens: of a prompt with an answer; what is longer is cut, and counted.
         seed: of the order.
+        processor: gives the model's, as AutoProcessor loads it; asked for when there are images.
+        images: whether each row has to have one.
 
     Raises:
         DataError: with file, row, value, rule and remedy.
     """
     turns = Turns(tokenizer, chat_template=config.chat_template)
-    tokeniser = Tokeniser(turns, max_tokens=max_tokens)
+    tokeniser = Tokeniser(turns, max_tokens=max_tokens, processor=processor, images=images)
     sources: list[AnySource] = []
     first = 0
     for place, source in enumerate(config.examples):
@@ -113,6 +122,7 @@ def load_examples(
             first += table.rows
             sources.append(table)
     _check_labels(sources)
+    turns = next((source.turns for source in sources if source.turns is not turns), turns)
     return ExampleSet(config, sources, turns, max_tokens=max_tokens, seed=seed)
 
 

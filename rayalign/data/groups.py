@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from rayalign.data.columns import Reading
+from rayalign.data.images import ImageTurns, opened, size_of
 from rayalign.data.readers import Row
 from rayalign.data.tokens import Turns
 from rayalign.errors import DataError
@@ -14,23 +16,62 @@ Ids = tuple[int, ...]
 
 
 class Tokeniser:
-    """Rows as groups of at most `max_tokens` a prompt with an answer."""
+    """Rows as groups of at most `max_tokens` a prompt with an answer.
 
-    def __init__(self, turns: Turns, *, max_tokens: int):
-        self._turns, self._max = turns, max_tokens
+    Args:
+        processor: gives the model's, for rows with images. Raises ConfigError for a model that sees none.
+        images: whether each row has to have one.
+    """
+
+    def __init__(
+        self, turns: Turns, *, max_tokens: int, processor: Callable[[], Any] | None = None, images: bool = False
+    ):
+        self.turns, self._max, self._processor, self._images = turns, max_tokens, processor, images
         self._roles: dict[tuple[str, ...], bool] = {}
+
+    def reading(self, reading: Reading, where: str) -> Tokeniser:
+        """For rows with these columns. Raises DataError when images are missing, or there is nothing to see them."""
+        if "images" not in reading.columns:
+            if self._images:
+                raise DataError(
+                    "this data has no column with images",
+                    where=where,
+                    value=f"the columns {', '.join(reading.columns.values())}",
+                    rule="an algorithm that compares what is said about images needs one in each row",
+                    remedy="say which column it is: columns: {images: …}",
+                )
+            return self
+        if self._processor is None:
+            raise DataError(
+                "these rows have images, and nothing here sees them",
+                where=where,
+                value=f"the column {reading.columns['images']}",
+                rule="a vision-language model, trained on its log-probs",
+                remedy="use such a model, or take the column out of the data",
+            )
+        turns = ImageTurns(self._processor(), chat_template=self.turns.chat_template)
+        return Tokeniser(turns, max_tokens=self._max, images=self._images)
 
     def group(self, row: Row, where: str, *, index: int, id: str) -> Group:
         """Raises DataError when the prompt leaves no room for an answer, or when the template refuses the row."""
         prompt, answers = self._ids(row, where)
-        prompt, cut = fit(prompt, answers, self._max, begin=self._turns.tokenizer.bos_token_id)
+        if row.images:  # a prompt cut in an image would be of no use
+            cut = [answer[: self._max - len(prompt)] for answer in answers]
+        else:
+            prompt, cut = fit(prompt, answers, self._max, begin=self.turns.tokenizer.bos_token_id)
         completions = tuple(
             Completion(f"{id}/{k}", ids, (), "stop" if ids == whole else "length", -1)
             for k, (ids, whole) in enumerate(zip(cut, answers, strict=True))
         )
         return Group(
             id,
-            Prompt(index, row.prompt[-1]["content"], prompt, dict(row.extra or {})),
+            Prompt(
+                index,
+                row.prompt[-1]["content"],
+                prompt,
+                dict(row.extra or {}),
+                tuple(opened(image, where) for image in row.images),
+            ),
             completions,
             row.answers,
             row.scores,
@@ -47,7 +88,8 @@ class Tokeniser:
         self._check_roles(row, where)
         prompt = sum(len(message["content"].encode()) for message in row.prompt)
         longest = max(len(answer.encode()) for answer in row.answers)
-        if prompt + longest + self._turns.overhead * (len(row.prompt) + 1) <= self._max:  # no token is under a byte
+        short = prompt + longest + self.turns.overhead * (len(row.prompt) + 1) <= self._max  # no token is under a byte
+        if short and not row.images and not self._images:
             return False
         ids, answers = self._ids(row, where)
         return len(ids) + max(map(len, answers)) > self._max
@@ -55,12 +97,23 @@ class Tokeniser:
     def _check_roles(self, row: Row, where: str) -> None:
         """What a template refuses is the order of roles: each order is tried once."""
         roles = tuple(message["role"] for message in row.prompt)
-        if self._turns.chat_template and roles not in self._roles:
-            self._turns.answer(row.prompt, row.answers[0], where)
+        if self.turns.chat_template and roles not in self._roles:
+            self.turns.answer(row.prompt, row.answers[0], where)
             self._roles[roles] = True
 
     def _ids(self, row: Row, where: str) -> tuple[Ids, list[Ids]]:
-        prompt = self._turns.prompt(row.prompt, where)
+        if self._images and not row.images:
+            raise DataError(
+                "a row has no image",
+                where=where,
+                value="images: 0",
+                rule="one image or more in each row, for an algorithm that compares what is said about them",
+                remedy="add the image, drop this row, or set data.on_bad_row=skip",
+            )
+        if isinstance(self.turns, ImageTurns):
+            prompt = self.turns.prompt(row.prompt, where, [size_of(image, where) for image in row.images])
+        else:
+            prompt = self.turns.prompt(row.prompt, where)
         if len(prompt) >= self._max or not prompt:
             raise DataError(
                 "a prompt fills the context" if prompt else "a prompt has no tokens",
@@ -69,7 +122,7 @@ class Tokeniser:
                 rule=f"1 to {self._max - 1} tokens, so that an answer has room in data.max_tokens={self._max}",
                 remedy="raise data.max_tokens, shorten or drop the prompt, or set data.on_bad_row=skip",
             )
-        return prompt, [self._turns.answer(row.prompt, answer, where) for answer in row.answers]
+        return prompt, [self.turns.answer(row.prompt, answer, where) for answer in row.answers]
 
 
 def fit(prompt: Ids, answers: Sequence[Ids], room: int, *, begin: int | None = None) -> tuple[Ids, list[Ids]]:

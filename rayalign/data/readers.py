@@ -6,9 +6,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from rayalign.data.columns import Reading
+from rayalign.data.columns import NAMES, Reading
+from rayalign.data.images import Found, flat, images_of, with_marks
 from rayalign.data.messages import Message, behind_prompt, only_answer, prompt_messages, split_prompt
 from rayalign.errors import DataError
 
@@ -23,6 +25,7 @@ class Row:
     Attributes:
         kind: "completion", "pair", "label", "ranked" or "votes".
         ratings: whole numbers of annotators, which become votes once the classes are known.
+        images: of the prompt, in the order of `<image>` in its texts.
     """
 
     kind: str
@@ -33,6 +36,7 @@ class Row:
     votes: tuple[Numbers, ...] | None = None
     ratings: tuple[int, ...] = ()
     extra: Mapping[str, Any] | None = None
+    images: tuple[Found, ...] = ()
 
     def turned(self, order: Sequence[int]) -> Row:
         """With the annotators' word given to other answers: of a label, to the other class."""
@@ -47,13 +51,26 @@ class Reader:
     Args:
         system: a system message to put before every prompt that has none.
         chat: whether a chat template follows.
+        folder: where relative paths of images start.
     """
 
-    def __init__(self, reading: Reading, *, system: str | None, chat: bool):
+    def __init__(self, reading: Reading, *, system: str | None, chat: bool, folder: Path = Path()):
         self.kind, self._needs, self._columns = reading.form.kind, reading.form.needs, reading.columns
-        self._system, self._chat = system, chat
+        self._system, self._chat, self._folder = system, chat, folder
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
+        name, images = self._columns.get("images"), ()
+        if name is not None:
+            images = images_of(row.get(name), self._folder, where)
+            row = {column: flat(value) for column, value in row.items() if column != name}
+        elif unseen := next((column for column in NAMES["images"] if row.get(column)), None):
+            raise _bad(
+                f"this row has {unseen}, and the first one has no such column",
+                str(row[unseen])[:80],
+                f"the same columns in each row: {unseen}: [] in the first one, say",
+                where,
+                as_it_is=True,
+            )
         prompt, answers = self._texts(row, where)
         for answer in answers:
             if not answer.strip():
@@ -62,14 +79,14 @@ class Reader:
             number = "the two answers are" if len(answers) == 2 else "all answers are"
             raise _bad(f"{number} the same", answers[0], "answers that differ", where)
         messages = prompt_messages(prompt, self._system, where)
-        used = {self._columns[role] for role in self._columns if role not in ("margin", "images")}
+        if name is not None:
+            messages = with_marks(messages, len(images), where)
+        used = {self._columns[role] for role in self._columns if role != "margin"}
         extra = {name: value for name, value in row.items() if name not in used}
-        if "images" in self._columns:
-            extra["images"] = extra.pop(self._columns["images"], None)
         if "margin" in self._columns:
             extra["margin"] = _number(self._cell(row, "margin", where), "a margin", where)
         said = getattr(self, f"_{self.kind}")(row, answers, where)
-        return Row(self.kind, messages, tuple(answers), extra=extra, **said)
+        return Row(self.kind, messages, tuple(answers), extra=extra, images=images, **said)
 
     def _cell(self, row: Mapping[str, Any], role: str, where: str) -> Any:
         name = self._columns[role]

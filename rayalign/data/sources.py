@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from rayalign.data.groups import Tokeniser
 from rayalign.data.order import held_out_places, uniform
 from rayalign.data.readers import Reader, Row, counted
 from rayalign.data.tables import Numbered, Stream, open_table
+from rayalign.data.tokens import Turns
 from rayalign.errors import DataError
 from rayalign.types import Group
 
@@ -72,10 +74,18 @@ class Source:
 
     def _start(self, row: dict[str, object]) -> Reading:
         reading = read_columns(list(row), self.source.columns, self._kinds, self.source.path)
-        self._reader = Reader(reading, system=self._data.system, chat=self._data.chat_template)
+        path = Path(self.source.path).expanduser()
+        folder = path if path.is_dir() else path.parent if path.is_file() else Path()
+        self._reader = Reader(reading, system=self._data.system, chat=self._data.chat_template, folder=folder)
+        self._tokeniser = self._tokeniser.reading(reading, self.source.path)
         self.kind = reading.form.kind
         self._noise = Noise(self.source, self.kind)
         return reading
+
+    @property
+    def turns(self) -> Turns:
+        """How its texts become tokens."""
+        return self._tokeniser.turns
 
     def _group(self, row: Row, index: int, where: str, name: str, *, noisy: bool) -> Group:
         if noisy:
@@ -113,7 +123,7 @@ class TableSource(Source):
         for index in range(self.rows):
             where = self._table.where(index)
             try:
-                raw = self._table.row(index, light=self._reader is not None)
+                raw = self._table.row(index)
             except DataError as error:
                 self._refuse(error)
                 continue

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import mmap
-import re
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,13 @@ from typing import Any, Protocol
 
 from rayalign.data.columns import texts_of
 from rayalign.data.config import SourceConfig
+from rayalign.data.images import undecoded
 from rayalign.data.rows import check_path, csv_table, json_list, json_row, not_loaded, parquet_errors
 from rayalign.errors import DataError
 
 Row = dict[str, Any]
 Numbered = tuple[int, str, Row | DataError]
 KEY = "data.examples"
-_MEDIA = re.compile(r"\b(Image|Audio|Video)\(")  # features that are decoded whenever a row is looked at
 
 
 class Table(Protocol):
@@ -32,8 +31,8 @@ class Table(Protocol):
 
     def __len__(self) -> int: ...
 
-    def row(self, index: int, *, light: bool = False) -> Row:
-        """Light: without images and the like. Raises DataError when this row is not readable."""
+    def row(self, index: int) -> Row:
+        """Images as bytes. Raises DataError when this row is not readable."""
 
     def where(self, index: int) -> str:
         """File and row, for messages."""
@@ -60,7 +59,7 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def row(self, index: int, *, light: bool = False) -> Row:
+    def row(self, index: int) -> Row:
         raw = self._bytes[self._starts[index] : self._starts[index + 1]]
         return json_row(raw, self.where(index))
 
@@ -73,14 +72,14 @@ class Rows:
 
     def __init__(self, rows: Any, name: str, fingerprint: str):
         self._rows, self._name, self.fingerprint = rows, name, fingerprint
-        media = [name for name, kind in getattr(rows, "features", {}).items() if _MEDIA.search(repr(kind))]
-        self._light = rows.remove_columns(media) if media else rows
+        if hasattr(rows, "info"):
+            undecoded(rows.info.features)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def row(self, index: int, *, light: bool = False) -> Row:
-        return (self._light if light else self._rows)[index]
+    def row(self, index: int) -> Row:
+        return self._rows[index]
 
     def where(self, index: int) -> str:
         return f"{self._name}, row {index + 1}"
@@ -103,6 +102,9 @@ class Stream:
         else:
             self._rows = _hub(source, streaming=True)
             self.fingerprint = json.dumps([source.path, source.subset, source.split, source.revision])
+
+        if hasattr(self._rows, "decode"):
+            self._rows = self._rows.decode(False)  # images as bytes
 
     def __iter__(self) -> Iterator[Numbered]:
         """(number, file and row, row, or why it cannot be read)."""

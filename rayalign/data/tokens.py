@@ -23,6 +23,7 @@ class Turns:
 
     def __init__(self, tokenizer: Any, *, chat_template: bool):
         self.tokenizer, self.chat_template = tokenizer, chat_template
+        self._renderer = tokenizer  # what has the chat template
 
     def prompt(self, messages: Messages, where: str) -> tuple[int, ...]:
         """What an engine continues. Raises DataError when there is no template, or when it refuses the messages."""
@@ -91,7 +92,7 @@ class Turns:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Messages, where: str, *, add_generation_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
+        if not self._renderer.chat_template:
             raise DataError(
                 "this model's tokenizer has no chat template",
                 where=where,
@@ -100,8 +101,10 @@ class Turns:
                 remedy="set data.chat_template=false to continue the text, or align a model that chats",
             )
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+            return self._renderer.apply_chat_template(
+                [{**message, "content": self._content(message["content"])} for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
             )
         except Exception as error:  # a template is a program: it may refuse roles and their order
             raise DataError(
@@ -111,6 +114,10 @@ class Turns:
                 rule=f"what the template takes: {error}",
                 remedy="correct the row, or take data.system out when the template knows no system role",
             ) from error
+
+    def _content(self, text: str) -> Any:
+        """A message's text as the template takes it."""
+        return text
 
 
 def _added_special(tokenizer: Any) -> set[int]:

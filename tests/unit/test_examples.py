@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from rayalign.errors import DataError
@@ -77,8 +76,8 @@ def test_ratings_are_counted_by_the_classes_of_the_whole_set(tokenizer, tmp_path
 
 
 def test_other_columns_stay_with_the_prompt(tokenizer, tmp_path):
-    row = PAIRS[0] | {"margin": 2, "images": ["a.png"], "genre": "opera"}
-    assert one(tokenizer, tmp_path, row).prompt.extra == {"margin": 2.0, "images": ["a.png"], "genre": "opera"}
+    row = PAIRS[0] | {"margin": 2, "genre": "opera"}
+    assert one(tokenizer, tmp_path, row).prompt.extra == {"margin": 2.0, "genre": "opera"}
     path = str(write(tmp_path / "a.jsonl", [PAIRS[0] | {"gap": 0.5}]))
     named = load(tokenizer, {"path": path, "columns": {"margin": "gap"}}).step(0, 1)[0]
     assert named.prompt.extra["margin"] == 0.5
@@ -153,18 +152,6 @@ def test_answers_of_a_csv_file_may_be_numbers(tokenizer, tmp_path):
     loaded = load(tokenizer, {"path": str(tmp_path / "a.csv"), "columns": {"chosen": "best"}})
     found = sorted((group.prompt.text, *group.texts, group.prompt.extra["margin"]) for group in loaded.step(0, 2))
     assert found == [("1+1", "2", "007", 0.5), ("2+2", "4", "5", 1.0)]
-
-
-def test_images_are_decoded_when_a_row_is_taken(tokenizer, tmp_path):
-    from datasets import Dataset, Features, Image, Value
-
-    pixel = np.full((2, 2, 3), 7, np.uint8)
-    rows = [row | {"image": pixel} for row in PAIRS[:4]] + [PAIRS[4] | {"image": None}]
-    features = Features({name: Value("string") for name in PAIRS[0]} | {"image": Image()})
-    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
-    groups = {group.prompt.index: group for group in load(tokenizer, str(tmp_path / "saved")).step(0, 5)}
-    assert np.array_equal(np.asarray(groups[1].prompt.extra["images"]), pixel)
-    assert groups[4].prompt.extra == {"images": None}
 
 
 def test_limit_takes_the_first_rows(tokenizer, tmp_path):
