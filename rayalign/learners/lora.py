@@ -178,6 +178,14 @@ def attach(network: Network, spec: LearnerSpec) -> None:
         parameter.requires_grad_(spec.trainable and own)
         if ".lora_" in name:
             parameter.data = parameter.data.to(model.dtype)
+    network.register_state_dict_post_hook(_without_frozen)
+
+
+def _without_frozen(network: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Checkpoints hold no frozen weights. DeepSpeed leaves them out itself, but for the other names of tied ones."""
+    for name, parameter in network.named_parameters(prefix=prefix.rstrip("."), remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(name, None)
 
 
 def in_head(model: Any, name: str) -> bool:
