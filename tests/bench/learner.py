@@ -157,6 +157,14 @@ def measured(args: argparse.Namespace, variant: str, dtype: str) -> dict[str, An
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def processor() -> str:
+    """The name of the processor, where the machine tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def table(args: argparse.Namespace) -> None:
     print(f"{args.pairs} pairs a step, {args.micro_pairs} a plain micro-batch; fastest of {args.steps} steps")
     print("CPU s is of all threads, for a machine that does other work at the same time")
@@ -177,7 +185,7 @@ def table(args: argparse.Namespace) -> None:
             cells = [f"{row[name]:>10.{digits}f}{row[name] / plain[name]:>10.2f}" for name, digits in COLUMNS]
             print(f"{dtype:>10}{variant:>10}{''.join(cells)}", flush=True)
     known = versions()
-    print(f"{plain['tokens']} tokens a step; {Path(args.model).name}; {args.threads} threads; {platform.processor()}")
+    print(f"{plain['tokens']} tokens a step; {Path(args.model).name}; {args.threads} threads; {processor()}")
     print(", ".join(f"{name} {known[name]}" for name in sorted(known)))
     print(f"load before the last minute: {os.getloadavg()[0]:.1f}")
 
