@@ -68,7 +68,7 @@ def _restore_engine(learner: DeepSpeedLearner, path: Path) -> None:
                 str(path),
                 tag=TAG,
                 load_lr_scheduler_states=False,
-                load_module_strict=learner.spec.lora is None,
+                load_module_strict=all(each.requires_grad for each in learner.policy.parameters()),
             )
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise CheckpointError(
