@@ -6,6 +6,7 @@ checkpoints/step-12/trainer/  state.json, rollouts.pkl, and one folder a role
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -76,7 +77,7 @@ class Checkpoints:
         trainer = folder / "trainer"
         trainer.mkdir(parents=True)
         roles.policy.export(folder)
-        tokenizer.save_pretrained(folder)
+        _padded_as(folder, tokenizer).save_pretrained(folder)
         for name, learner in roles.items():
             (trainer / name).mkdir()
             learner.save(trainer / name)
@@ -92,6 +93,19 @@ class Checkpoints:
     def newest(self) -> Path | None:
         steps = self.steps()
         return self._folder / f"step-{steps[-1]}" if steps else None
+
+
+def _padded_as(folder: Path, tokenizer: Any) -> Any:
+    """The tokenizer, padding as the exported model expects it: a scalar head reads the last token that is no padding,
+    so that padding with the end token, which answers end with, would make it read another one."""
+    config = json.loads((folder / "config.json").read_text())
+    wanted = config.get("pad_token_id")
+    scores = any("SequenceClassification" in name for name in config.get("architectures") or ())
+    if not scores or wanted in (None, tokenizer.pad_token_id):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(wanted)
+    return tokenizer
 
 
 def load_state(path: Path, roles: Roles) -> TrainerState:

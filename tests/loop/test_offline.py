@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rayalign.api import run_evaluation, run_training
 from rayalign.config import parse_config
@@ -147,6 +147,8 @@ def test_a_reward_model_is_a_checkpoint_of_transformers(config, tmp_path, monkey
     result = run_training(config({"name": "reward_model"}, "pair"))
     model = AutoModelForSequenceClassification.from_pretrained(result.run_dir / "checkpoints/step-12")
     assert model.config.num_labels == 1
+    tokenizer = AutoTokenizer.from_pretrained(result.run_dir / "checkpoints/step-12")
+    assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
     found = run_evaluation(
         config({"name": "reward_model"}, "pair"), model=str(result.run_dir / "checkpoints/step-12")
     ).metrics
