@@ -21,6 +21,7 @@ from rayalign.errors import ConfigError
 from rayalign.learners.network import Network
 from rayalign.learners.score import load_network
 from rayalign.learners.settings import LearnerSpec
+from rayalign.learners.vision import encoder_of
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."  # as peft names them
 
@@ -156,6 +157,7 @@ def attach(network: Network, spec: LearnerSpec) -> None:
         lora_dropout=0.0,
         target_modules=targets,
         exclude_modules=excluded or None,
+        fan_in_fan_out=not any(isinstance(model.get_submodule(name), nn.Linear) for name in chosen),
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):
@@ -209,6 +211,10 @@ def _targets(model: Any, spec: LearnerSpec) -> tuple[set[str], list[str], list[s
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     output = model.get_output_embeddings()
     heads = {name for name in linear if in_head(model, f"{name}.") or model.get_submodule(name) is output}
+    seeing = encoder_of(model)
+    if seeing is not None and not spec.settings.train_vision:
+        inside = set(seeing.modules())
+        heads |= {name for name in linear if model.get_submodule(name) in inside}
     usual = linear - heads
     leaves = sorted({name.rpartition(".")[2] for name in usual})
     targets = leaves if spec.lora.targets == "all-linear" else list(spec.lora.targets)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayalign.errors import ConfigError
 from rayalign.learners.models import CausalPolicy, check_whole
@@ -20,7 +20,7 @@ from rayalign.types import Picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BLANK = 56  # pixels a side of what a micro-batch without images looks at
 
@@ -63,8 +63,8 @@ class VisionPolicy(CausalPolicy):
         model, missing = load_pretrained(AutoModelForImageTextToText, spec, dtype, "vision-language model")
         check_whole(spec, model, missing)
         model.requires_grad_(spec.trainable)
-        encoder = model.get_encoder(modality="image")
-        if not spec.settings.train_vision and encoder is not model and encoder is not model.base_model:
+        encoder = encoder_of(model)
+        if encoder is not None and not spec.settings.train_vision:
             encoder.requires_grad_(False)
         return cls(
             model,
@@ -156,13 +156,25 @@ class VisionPolicy(CausalPolicy):
 def sees(spec: LearnerSpec) -> bool:
     """Whether the checkpoint was saved as a vision-language model."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
 
     try:
         config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError):
         return False  # loading the model says what is wrong
+    return saved_to_see(config)
+
+
+def saved_to_see(config: PretrainedConfig) -> bool:
+    """Whether a model's config names the class of a vision-language model: some kinds are saved either way."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
+
     return names.get(config.model_type) in (config.architectures or [])
+
+
+def encoder_of(model: PreTrainedModel) -> nn.Module | None:
+    """The part of a model that turns images into features; None for a model without."""
+    found = model.get_encoder(modality="image")
+    return None if found is model or found is model.base_model else found
 
 
 def decoded(picture: Picture) -> Image:

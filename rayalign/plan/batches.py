@@ -14,7 +14,7 @@ from rayalign.plan.records import Batches, Lengths, Micro, Problem, Rows, Tokens
 from rayalign.plan.rows import on_hub, quiet_tokenizer, row_lengths
 from rayalign.schema import Config
 from rayalign.sharding import lengths_of, split
-from rayalign.types import Completion, Example, Group, Prompt
+from rayalign.types import Completion, Example, Group, Picture, Prompt
 
 
 def data_lengths(config: Config) -> Lengths:
@@ -99,6 +99,7 @@ def _group(config: Config, lengths: Lengths, index: int) -> Group:
     asked = config.algorithm.request(sampling)
     tokens = [one.max_tokens for one in asked] if rows is None else [answer_tokens(config, lengths)] * len(rows.scores)
     prompt = max(1, longest_row(config, lengths) - max(tokens, default=0))
+    images = (Picture(b"", (1, 1)),) if getattr(config.algorithm, "images", False) else ()
     completions = tuple(
         Completion(str(k), (k + 2 + len(tokens) * index,) * length, (), "stop", -1) for k, length in enumerate(tokens)
     )
@@ -109,7 +110,7 @@ def _group(config: Config, lengths: Lengths, index: int) -> Group:
         scores = rows.scores if choice else falling if len(rows.scores) > 1 else (float(index == 0),)
     return Group(
         str(index),
-        Prompt(index, "", (index,) * prompt, {"margin": 0.0}),
+        Prompt(index, "", (index,) * prompt, {"margin": 0.0}, images),
         completions,
         tuple(map(str, range(len(tokens)))),
         scores,

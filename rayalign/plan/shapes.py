@@ -8,6 +8,7 @@ from typing import Any
 
 from rayalign.build import model_path
 from rayalign.errors import ConfigError
+from rayalign.learners.vision import saved_to_see
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def read_shape(path: str, *, network: str = "causal", trust_remote_code: bool = 
 @lru_cache(maxsize=8)
 def _read(path: str, network: str, trust_remote_code: bool) -> Shape:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForSequenceClassification as AutoModelForScores
 
-    kind = AutoModelForSequenceClassification if network == "score" else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        language = AutoModelForImageTextToText if saved_to_see(config) else AutoModelForCausalLM
+        kind = AutoModelForScores if network == "score" else language
         if network == "score":
             config.num_labels = 1
         with torch.device("meta"):  # shapes without storage: 70B parameters take half a second
