@@ -26,11 +26,11 @@ Path = tuple[str | int, ...]
 def explain(error: ValidationError, source: Source) -> ConfigError:
     """The first problem in full, and where the others are. Unknown keys come first, those of other libraries before
     the rest: a key that is spelt wrong, or brought from elsewhere, is often the one that is missing."""
-    problems = error.errors(include_url=False)
+    problems = [{**each, "loc": _as_written(each, source)} for each in error.errors(include_url=False)]
     words = [str(each["loc"][-1]) for each in problems if _kind(each) == "unknown"]
     problem, *others = sorted(problems, key=_rank)
-    also = _also(others)
     path: Path = problem["loc"]
+    also = _also([each for each in others if each["loc"] != path])
     if _kind(problem) == "unknown":
         return _unknown(path, problem["input"], source, libraries(str(path[-1]), words), also)
     if _kind(problem) == "missing":
@@ -39,6 +39,26 @@ def explain(error: ValidationError, source: Source) -> ConfigError:
     if isinstance(cause, Unfit):
         return _unfit(cause, path, problem["input"], source, also)
     return _wrong(path, problem, source, also)
+
+
+def _as_written(problem: Mapping[str, Any], source: Source) -> Path:
+    """The path of the key: without the place in a list that the user did not write as one, and without the kinds of
+    values that a key may have."""
+    path: Path = ()
+    value: Any = source.data
+    for part in problem["loc"]:
+        there = part in value if isinstance(value, Mapping) else isinstance(value, list | tuple)
+        if isinstance(part, int) and not there:
+            continue
+        known = isinstance(part, int) or part in _names(_owner((*path, part), source.data))
+        if path and not known and _kind(problem) == "wrong":
+            break
+        path = (*path, part)
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif there:
+            value = value[part] if part < len(value) else None
+    return path
 
 
 def _rank(problem: Mapping[str, Any]) -> int:
@@ -78,9 +98,8 @@ def _unknown(path: Path, value: Any, source: Source, owners: Sequence[str], also
 def _right_key(path: Path, record: type[BaseModel], source: Source, *, of_others: bool) -> str:
     """Which key was meant: another library's, the same elsewhere, one of another part, or one spelt alike."""
     word = str(path[-1])
-    if ours := habit(word):
-        if ours == "data.prompts" and getattr(_owner(("algorithm", ""), source.data), "rows", ()):
-            ours = "data.examples"
+    offline = bool(getattr(_owner(("algorithm", ""), source.data), "rows", ()))
+    if ours := habit(word, offline=offline):
         purpose = _schema_of(tuple(ours.split(".")), source).get("description", "")
         return f"here this is {ours}" + (f": {purpose}" if purpose else "")
     if of_others:
@@ -92,7 +111,7 @@ def _right_key(path: Path, record: type[BaseModel], source: Source, *, of_others
     inside = [key for key in same if path[:-1] and key.startswith(".".join(map(str, (*path[:-1], ""))))]
     parts = _parts_with(path, source)
     if parts and not inside:
-        return f"it is a key of {parts}; take it out, or use that"
+        return f"it is a key of {parts}"
     if same := inside or same:
         return f"it belongs elsewhere: {' or '.join(same[:3])}"
     here = did_you_mean(word, _names(record))
@@ -105,12 +124,15 @@ def _right_key(path: Path, record: type[BaseModel], source: Source, *, of_others
 
 
 def _parts_with(path: Path, source: Source) -> str:
-    """'engine: vllm' where only that kind of engine has the key."""
+    """'engine: vllm; …' where only that kind of engine has the key; 'loss: dpo or hinge; …' where several have."""
     field, _ = _below_key(path[:-1], source.data)
     tag = _tag(field.metadata) if field else None
     if tag is None:
         return ""
-    return " and ".join(f"{tag.kind}: {name}" for name in sorted(tag.table) if path[-1] in _names(tag.select(name)))
+    names = [name for name in sorted(tag.table) if path[-1] in _names(tag.select(name))]
+    if len(names) < 2:
+        return f"{tag.kind}: {names[0]}; take it out, or use that" if names else ""
+    return f"{tag.kind}: {', '.join(names[:-1])} or {names[-1]}; take it out, or use one of these"
 
 
 def _missing(path: Path, section: Any, source: Source, also: str) -> ConfigError:
@@ -139,7 +161,7 @@ def _unfit(cause: Unfit, path: Path, value: Any, source: Source, also: str) -> C
         field = _names(_owner((*path, part), source.data)).get(part)
         path, section, value = (*path, part), value, _get(value, part, field)
         there = isinstance(section, Mapping) and part in section
-        written = "" if there or value is not None else _only(section)
+        written = "" if there or value not in (None, ()) else _only(section)
     return ConfigError(
         f"{cause.what}{also}",
         where=source.place(path),
@@ -168,6 +190,8 @@ def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) ->
         remedy = f'put quotes around it: {key}: "{written}"'
     elif listed := _as_list(node, value, written):
         remedy = f"write {key}: {listed}"
+    elif kind == "too_short":
+        remedy = f"put into {key} what belongs there"
     elif len(choices := choices_of(node)) > 1:
         remedy = did_you_mean(str(value), [str(choice) for choice in choices])
     else:
@@ -180,7 +204,8 @@ def _wrong(path: Path, problem: Mapping[str, Any], source: Source, also: str) ->
 def _as_list(node: Mapping[str, Any], value: Any, written: str) -> str:
     """Where a list belongs, the one value that was given, in brackets; "" where that would not do either."""
     lists = [each for each in node.get("anyOf", [node]) if each.get("type") == "array" and "items" in each]
-    if not lists or value in (None, "") or isinstance(value, Sequence) and not isinstance(value, str):
+    alone = any("$ref" in each for each in node.get("anyOf", ()))  # one of them is taken without brackets, too
+    if not lists or alone or value in (None, "") or isinstance(value, Sequence) and not isinstance(value, str):
         return ""
     if lists[0]["items"].get("type") != "string" or isinstance(value, str):
         return f"[{written}]"

@@ -38,6 +38,19 @@ TRL = {
     "report_to": "trackers",
     "output_dir": "run_dir",
     "resume_from_checkpoint": "resume",
+    "max_length": "engine.max_context",
+    "loss_type": "algorithm.loss",
+    "loss_weights": "algorithm.loss",
+    "rpo_alpha": "algorithm.nll_weight",
+    "desirable_weight": "algorithm.weight_desirable",
+    "undesirable_weight": "algorithm.weight_undesirable",
+    "center_rewards_coefficient": "algorithm.center_weight",
+    "precompute_ref_log_probs": "algorithm.reference.cached",
+    "sync_ref_model": "algorithm.reference.update",
+    "ref_model_sync_steps": "algorithm.reference.every",
+    "padding_free": "learner.packing",
+    "use_peft": "model.lora",
+    "lora_r": "model.lora",
 }
 OPENRLHF = {
     "pretrain": "model.path",
@@ -66,6 +79,12 @@ OPENRLHF = {
     "use_wandb": "trackers",
     "save_path": "run_dir",
     "load_checkpoint": "resume",
+    "dataset": "data.examples",
+    "chosen_key": "data.examples",
+    "rejected_key": "data.examples",
+    "max_len": "engine.max_context",
+    "packing_samples": "learner.packing",
+    "lora_rank": "model.lora",
 }
 VERL = {
     "train_files": "data.prompts",
@@ -95,6 +114,13 @@ VLLM = {"tensor_parallel_size": "engine.tensor_parallel", "max_model_len": "engi
 LIBRARIES = {"TRL": TRL, "OpenRLHF": OPENRLHF, "verl": VERL, "vLLM": VLLM}
 HABITS = VLLM | VERL | OPENRLHF | TRL
 
+# Where rows of data are learned from, what their keys say is another of ours.
+OFFLINE = {
+    "data.prompts": "data.examples",
+    "data.prompt_column": "data.examples",
+    "engine.max_context": "data.max_tokens",
+}
+
 # Sections of other libraries whose keys are spread over several of ours.
 SECTIONS = {
     "TRL": ("script_args", "training_args", "model_args"),
@@ -103,9 +129,14 @@ SECTIONS = {
 }
 
 
-def habit(key: str) -> str:
-    """Our key that says the same; "" where there is none."""
-    return HABITS.get(_plain(key), "")
+def habit(key: str, *, offline: bool = False) -> str:
+    """Our key that says the same; "" where there is none.
+
+    Args:
+        offline: in a config whose algorithm learns from rows of data.
+    """
+    ours = HABITS.get(_plain(key), "")
+    return OFFLINE.get(ours, ours) if offline else ours
 
 
 def libraries(key: str, beside: Iterable[str] = ()) -> list[str]:

@@ -20,6 +20,7 @@ BOUNDS = (
     ("exclusiveMinimum", "above"),
     ("maximum", "at most"),
     ("exclusiveMaximum", "below"),
+    ("minItems", "of at least"),
 )
 
 
@@ -36,11 +37,13 @@ def _allowed(node: Mapping[str, Any]) -> str:
     if "anyOf" in node:
         forms = ["nothing" if _is_null(each) else _allowed(each) for each in node["anyOf"]]
         return " or ".join(filter(None, dict.fromkeys(forms)))
-    bounds = [f"{words} {_plain(node[bound])}" for bound, words in BOUNDS if bound in node]
+    bounds = [
+        f"{words} {_plain(node[bound])}" for bound, words in BOUNDS if bound in node and "prefixItems" not in node
+    ]
     kind = KINDS.get("object" if "$ref" in node else node.get("type", ""), "")
     if "prefixItems" in node:
         kind = f"a list of {len(node['prefixItems'])} values, each {_allowed(node['prefixItems'][0])}"
-    return kind + (f", {' and '.join(bounds)}" if bounds else "")
+    return kind + (f"{' ' if bounds[0].startswith('of') else ', '}{' and '.join(bounds)}" if bounds else "")
 
 
 def _plain(number: float) -> str:

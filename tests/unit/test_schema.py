@@ -37,7 +37,11 @@ OF_THE_SCHEMA = (
     "one_beta empty_section empty_value zero_steps negative_seed huge_seed negative_rate held_out_in_percent "
     "top_p_zero beta_out_of_range unknown_dtype unknown_zero_stage ranks_of_torch one_sample no_model "
     "no_model_path no_rule unknown_algorithm unknown_engine unknown_loss no_name list_for_a_part "
-    "name_is_a_number empty only_comments list_at_the_top only_a_word"
+    "name_is_a_number empty only_comments list_at_the_top only_a_word "
+    "mix_of_nothing flip_prob_of_half tau_of_zero beta_of_ipo loss_of_another_algorithm loss_of_kto weight_in_words "
+    "noise_without_share noise_in_percent noise_of_no_kind column_misspelt_key columns_as_a_list "
+    "examples_without_path number_for_examples unknown_bad_row trl_dpo trl_dataset_of_dpo trl_kto trl_reward "
+    "openrlhf_dpo"
 ).split()
 
 
