@@ -90,20 +90,30 @@ def cached_reference(
         CheckpointError: the file cannot be written.
     """
     known = _read(file)
-    missing: dict[Key, Row] = {}
+    found: dict[Key, np.ndarray] = {}
+    waiting: dict[Key, Row] = {}  # no more than one batch: rows may have images
+
+    def compute() -> None:
+        if not found:
+            say("log-probs of the reference, for rows that have none on disk")
+        annotated = policy.annotate([Example((row,)) for row in waiting.values()], (Column.LOGPS,))
+        for key, example in zip(waiting, annotated, strict=True):
+            found[key] = example.sequences[0].columns["policy/logps"]
+        waiting.clear()
+
     for part in examples:
         for row in (row for example in part for row in example.sequences):
             key = digest(row)
-            if key not in known.index and key not in missing:
-                missing[key] = replace(row, columns={})
-    if not missing:
+            if key in known.index or key in found or key in waiting:
+                continue
+            waiting[key] = replace(row, columns={})
+            if len(waiting) == BATCH:
+                compute()
+    if waiting:
+        compute()
+    if not found:
         return known
-    say(f"log-probs of the reference for {len(missing)} rows")
-    rows, found = list(missing.values()), []
-    for first in range(0, len(rows), BATCH):
-        annotated = policy.annotate([Example((row,)) for row in rows[first : first + BATCH]], (Column.LOGPS,))
-        found += [example.sequences[0].columns["policy/logps"] for example in annotated]
-    whole = _joined(known, list(missing), found)
+    whole = _joined(known, list(found), list(found.values()))
     _write(file, whole)
     return whole
 

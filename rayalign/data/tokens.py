@@ -117,7 +117,16 @@ class Turns:
 
     def _content(self, text: str) -> Any:
         """A message's text as the template takes it."""
-        return text
+        return [{"type": "text", "text": text}] if self._in_parts else text
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether the template drops a text that is no list of parts, as those of models that see may do."""
+        try:
+            rendered = self._renderer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+        except Exception:  # it may refuse what it is asked: it then says so when it is asked in earnest
+            return False
+        return _MARK not in rendered
 
 
 def _added_special(tokenizer: Any) -> set[int]:

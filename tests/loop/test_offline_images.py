@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rayalign.api import run_evaluation, run_training
@@ -92,6 +94,19 @@ def test_cached_log_probs_of_the_reference_know_crops_apart(config, tmp_path, mo
     found = run_training(config(cached, run_dir=str(tmp_path / "cached"))).run_dir
     for old, new in zip(records(live), records(found), strict=True):
         assert new["loss"] == pytest.approx(old["loss"], abs=1e-6)
+
+
+def test_adapters_stand_beside_what_speaks_not_beside_what_sees(config, seeing):
+    model = {"path": str(seeing), "dtype": "float32", "lora": {"rank": 4, "alpha": 8}}
+    result = run_training(config(model=model, optimizer__lr=3e-2))
+    assert records(result.run_dir)[-1]["rewards/image_margins"] > 0.02
+    exported = result.run_dir / "checkpoints" / "step-6"
+    adapted = load_file(exported / "adapter" / "adapter_model.safetensors")
+    assert any("language_model" in name for name in adapted) and any("projector" in name for name in adapted)
+    assert not any("vision_tower" in name for name in adapted)
+    before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (seeing, exported))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {name.partition(".")[2].partition(".")[0] for name in changed} == {"language_model", "multi_modal_projector"}
 
 
 def test_a_checkpoint_is_evaluated(config, tmp_path, monkeypatch):

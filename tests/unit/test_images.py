@@ -97,6 +97,18 @@ def test_where_images_stand(load, processor, prompt, want):
     assert [each.size for each in group.prompt.images] == [(24, 20), (32, 20)]
 
 
+def test_answers_in_parts(load, processor):
+    """As data sets for vision-language models have them: messages in parts, in all columns."""
+
+    def message(role, *parts):
+        return [{"role": role, "content": [{"type": "text", "text": t} if t else {"type": "image"} for t in parts]}]
+
+    row = {"prompt": message("user", "", "what is it"), "chosen": message("assistant", "a film")}
+    group = one(load, row | {"rejected": message("assistant", "an opera"), "images": ["a.png"]})
+    assert text(processor, group) == "<user>" + "<image>" * 4 + "what is it<assistant>"
+    assert group.texts == ("a film", "an opera")
+
+
 def test_without_a_template_the_tokens_stand_in_the_text(load, processor):
     group = one(load, ROW | {"prompt": "see <image>: ", "image": "a.png"}, chat_template=False)
     assert text(processor, group) == "see " + "<image>" * 4 + ": "
@@ -191,6 +203,16 @@ def test_rows_with_and_without_images(load):
     assert sorted(len(group.prompt.images) for group in groups) == [0, 1]
     with pytest.raises(DataError, match="the first one has no such column"):
         load([ROW, ROW | {"images": ["a.png"]}], images=False, tokenizer=build_tokenizer())
+
+
+def test_a_model_that_sees_reads_texts_alone(load, processor):
+    """Its template takes lists of parts only, and would drop a text without a word."""
+    assert "what is it" not in processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "what is it"}], tokenize=False
+    )
+    group = one(load, ROW, images=False)
+    assert text(processor, group) == "<user>what is it<assistant>"
+    assert processor.tokenizer.decode(group.completions[0].token_ids) == "a film<eos>"
 
 
 def test_the_fingerprint_knows_the_processor(load, processor):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rayalign.algorithms.mdpo import MDPO, crops
 from rayalign.algorithms.preference import Preference
@@ -13,8 +16,8 @@ from rayalign.algorithms.sft import SFT
 from rayalign.learners.base import LearnerSpec, OptimizerConfig
 from rayalign.learners.torch import TorchLearnerConfig
 from rayalign.protocols import UpdatePlan, needs_reference
-from rayalign.types import Column
-from tests.tiny_vision import build_tiny_llava
+from rayalign.types import Column, Picture
+from tests.tiny_vision import build_tiny_llava, png
 from tests.vision_cases import group, plain_logps
 
 
@@ -56,6 +59,18 @@ def test_rows_are_chosen_rejected_and_chosen_with_crops():
         for part, whole in zip(cropped.images, each.prompt.images, strict=True):
             assert part.data is whole.data and part.size == whole.size and part.box is not None
     assert len({part.box for example in examples for part in example.sequences[2].images}) == 3
+
+
+def test_an_image_travels_once_and_as_its_file(tmp_path):
+    """Pickled, as they go to other processes, the rows of an example share the bytes."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    whole = Picture(png(Image.fromarray(noise)), (64, 64))
+    base = group(0)
+    shown = replace(base, prompt=replace(base.prompt, images=(whole,)))
+    examples, _ = MDPO().examples([shown])
+    assert len(whole.data) > 10_000 and len(pickle.dumps(examples)) < 1.1 * len(whole.data)
+    again = pickle.loads(pickle.dumps(examples))
+    assert again == examples and len({id(row.images[0].data) for row in again[0].sequences}) == 1
 
 
 def test_crops_are_those_of_the_seed_and_the_row():
