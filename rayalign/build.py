@@ -61,6 +61,14 @@ def load_processor(config: Config) -> Any:
         )
     try:
         found = AutoProcessor.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
+    except ImportError as error:
+        raise ConfigError(
+            "the model's processor needs a library that is not here",
+            where="key model.path",
+            value=" ".join(str(error).split())[:200],
+            rule="what the processor imports is installed",
+            remedy="pip install it (torchvision, say, in the version that goes with torch)",
+        ) from error
     except Exception as error:
         raise _not_loaded("processor", where, error) from error
     if not hasattr(found, "image_processor"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rayalign.errors import ConfigError, DataError
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut, tiny_config
 from tests.tiny_models import build_tiny_llama
-from tests.tiny_vision import build_tiny_llava, painted
+from tests.tiny_vision import build_tiny_llava, build_tiny_qwen2_vl, painted
 
 THINGS = "a film,a story,an actor,an opera".split(",")
 
@@ -123,6 +124,15 @@ def test_a_text_model_is_refused_before_anything_starts(config, tmp_path):
             run_training(config(algorithm, model=text))
     with pytest.raises(ConfigError, match="scalar head sees no images"):
         run_training(config("reward_model"))
+
+
+def test_a_processor_without_its_library_is_said(config, tmp_path):
+    if find_spec("torchvision") is not None:
+        pytest.skip("torchvision is here")
+    model = {"path": str(build_tiny_qwen2_vl(tmp_path / "qwen")), "dtype": "float32"}
+    with pytest.raises(ConfigError, match="needs a library") as caught:
+        run_training(config(model=model))
+    assert "torchvision" in str(caught.value).lower()
 
 
 def test_a_missing_image_stops_the_run_or_is_skipped(config, tmp_path):
