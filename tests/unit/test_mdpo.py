@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rayalign.algorithms.cringe import Cringe
+from rayalign.algorithms.kto import KTO
 from rayalign.algorithms.mdpo import MDPO, crops
 from rayalign.algorithms.preference import Preference
 from rayalign.algorithms.sft import SFT
@@ -137,6 +139,19 @@ def test_the_kl_is_that_of_the_rows_with_the_whole_image(models):
     column = [e.sequences for e in roles["policy"].annotate(examples, (Column.REFERENCE_KL,))]
     want = np.mean([sum(row.columns["policy/reference_kl"].sum() for row in rows[:2]) for rows in column])
     assert found["kl/exact"] == pytest.approx(want, rel=1e-4) and want > 0.1
+
+
+@pytest.mark.parametrize("algorithm", [KTO(), Cringe(top_k=3)], ids=lambda each: each.name)
+def test_objectives_on_answers_see_images(models, algorithm):
+    roles = build(models, algorithm)
+    examples = prepared(roles, algorithm, [group(0), group(1, images=2), group(2)])
+    found = [roles["policy"].update(examples, algorithm, UpdatePlan(step=step))["loss"] for step in range(4)]
+    assert found[-1] < found[0]
+    if algorithm.name == "kto":  # another prompt's answer, to the images of this one
+        for example in examples:
+            own, mismatched = example.sequences
+            assert mismatched.images == own.images and mismatched.prompt_ids == own.prompt_ids
+            assert mismatched.completion_ids != own.completion_ids
 
 
 @pytest.mark.parametrize("algorithm", [Preference(), SFT()], ids=lambda each: each.name)
