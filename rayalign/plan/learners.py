@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rayalign.build import has_cached_reference
@@ -81,12 +82,42 @@ def _states(config: Config, shape: Shape) -> list[State]:
     """Of the policy, and of the reference where the algorithm needs one."""
     reference = has_reference(config)
     zero = zero_of(config, shape)
+    if config.model.lora is not None:
+        # With adapters, the initial policy is in the policy's model already; one that follows is an adapter more.
+        moving = getattr(getattr(config.algorithm, "reference", None), "update", "fixed") != "fixed"
+        second = float(compute_width(config)[0]) * adapter_parameters(config, shape) if moving else 0.0
+        return [_adapted(config, shape, zero)] + ([State(Bytes(second), Bytes(), 0.0)] if reference else [])
     if zero is None:
         autocast = compute_width(config)[1]
         states = [torch_state(shape, trained=True, autocast=autocast)]
         return states + ([torch_state(shape, trained=False, autocast=autocast)] if reference else [])
     averaged = getattr(getattr(config.algorithm, "reference", None), "update", "fixed") == "average"
     return [trained_state(shape, zero)] + ([frozen_state(shape, zero, averaged=averaged)] if reference else [])
+
+
+def adapter_parameters(config: Config, shape: Shape) -> int:
+    """What LoRA trains: rank · (rows + columns) of each weight that it adapts, and a scalar head."""
+    lora = config.model.lora
+    names = None if lora.targets == "all-linear" else lora.targets
+    adapted = [
+        rows + columns
+        for name, rows, columns in shape.linear
+        if names is None or any(f".{name}".endswith(f".{target}") for target in names)
+    ]
+    return lora.rank * sum(adapted) + (shape.hidden if shape.network == "score" else 0)
+
+
+def _adapted(config: Config, shape: Shape, zero: Zero | None) -> State:
+    """A policy with LoRA: all weights frozen, in the compute dtype; gradients and moments of the adapters alone."""
+    trained = adapter_parameters(config, shape)
+    small = replace(shape, parameters=trained, largest=min(shape.largest, trained))
+    frozen = replace(shape, parameters=shape.parameters - (shape.hidden if shape.network == "score" else 0))
+    if zero is None:
+        width = 2 if compute_width(config)[1] else 4
+        state = torch_state(small, trained=True, autocast=compute_width(config)[1])
+        return replace(state, device=state.device + Bytes(weights=float(width) * frozen.parameters))
+    state = trained_state(small, zero)
+    return replace(state, device=state.device + frozen_state(frozen, zero, averaged=False).device)
 
 
 def has_reference(config: Config) -> bool:
@@ -161,6 +192,9 @@ def checkpoint_bytes(config: Config, shape: Shape) -> float:
     bfloat16 = (config.learner.dtype or config.model.dtype) == "bfloat16"
     size, width = float(shape.parameters), 2 if bfloat16 else 4
     zero = zero_of(config, shape)
+    if config.model.lora is not None:  # the merged policy, and all of the adapters
+        trained = adapter_parameters(config, shape)
+        return width * (size if config.model.lora.merge else trained) + (12.0 + 2 * width) * trained
     state = (12.0 + (width if zero is not None and zero.stage in (1, 2) else 0)) * size
     update = getattr(getattr(config.algorithm, "reference", None), "update", "fixed")
     moved = 0.0 if update == "fixed" else size * (4 if zero is None else width)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from rayalign.build import model_path
 from rayalign.errors import ConfigError
-from rayalign.learners.vision import saved_to_see
+from rayalign.learners.lora import in_head
+from rayalign.learners.vision import encoder_of, saved_to_see
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Shape:
         heads, kv_heads, head_dim: of attention.
         dtype: that the checkpoint is saved in.
         network: "causal", with a head as wide as the vocabulary, tied or not; "score", with a scalar one.
+        linear: (name, rows, columns) of the weights that LoRA may adapt: below the head, and not what sees images.
     """
 
     path: str
@@ -39,6 +42,7 @@ class Shape:
     tied: bool
     dtype: str
     network: str = "causal"
+    linear: tuple[tuple[str, int, int], ...] = ()
 
 
 def read_shape(path: str, *, network: str = "causal", trust_remote_code: bool = False) -> Shape:
@@ -95,7 +99,20 @@ def _read(path: str, network: str, trust_remote_code: bool) -> Shape:
         tied=output is not None and output.weight is model.get_input_embeddings().weight,
         dtype=str(config.dtype or "float32").removeprefix("torch."),
         network=network,
+        linear=tuple(_linear(model, output)),
     )
+
+
+def _linear(model: Any, output: Any) -> Iterator[tuple[str, int, int]]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    seeing = encoder_of(model)
+    inside = set() if seeing is None else set(seeing.modules())
+    for name, module in model.named_modules():
+        below = module is not output and module not in inside and not in_head(model, f"{name}.")
+        if below and isinstance(module, nn.Linear | Conv1D):
+            yield name, *module.weight.shape
 
 
 def _intermediate(config: Any, hidden: int) -> int:

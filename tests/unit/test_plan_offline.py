@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 
 from rayalign.config import parse_config
+from rayalign.learners.settings import LearnerSpec
 from rayalign.plan import make_plan, print_plan
 from rayalign.plan.activations import kl_bytes, logit_bytes
 from rayalign.plan.advice import apply
 from rayalign.plan.batches import count_batches, data_lengths, tokens_of_a_step
-from rayalign.plan.learners import learner_memory
+from rayalign.plan.learners import adapter_parameters, learner_memory
 from rayalign.plan.records import Lengths, Rows, Tokens
 from rayalign.plan.shapes import read_shape
 from tests.parts import write_prompts
@@ -189,6 +190,41 @@ def test_an_exact_kl_has_the_reference_and_its_logits(offline):
     more = found[1]["policy"].activations - found[0]["policy"].activations
     assert more == kl_bytes(shape, 256, width=4) + hidden
     assert logit_bytes(shape, 256, width=4, temperature=1.0) == 256 * 10**6 * 12
+
+
+@pytest.mark.parametrize("algorithm", ["preference", "reward_model"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_lora_trains_as_many_parameters_as_are_estimated(offline, model, algorithm, targets):
+    lora = {"rank": 4, "targets": targets}
+    config = offline(algorithm, model={"path": str(model), "dtype": "float32", "lora": lora})
+    shape = read_shape(str(model), network=config.algorithm.network)
+    spec = LearnerSpec(
+        "policy",
+        str(model),
+        dtype="float32",
+        optimizer=config.optimizer,
+        settings=config.learner,
+        network=config.algorithm.network,
+        lora=config.model.lora,
+    )
+    learner = config.learner.build([spec], rank=0, world_size=1, address=("", 0))["policy"]
+    parameters = list(learner.policy.parameters())
+    trained = sum(each.numel() for each in parameters if each.requires_grad)
+    assert trained == adapter_parameters(config, shape)
+    policy = learner_memory(config, shape, count_batches(config, LENGTHS)[1], on_gpu=True)[0].device
+    assert (policy.gradients, policy.optimizer) == (4 * trained, 8 * trained)
+    assert policy.weights == 4 * sum(each.numel() for each in parameters)
+
+
+def test_the_reference_of_lora_is_the_policy_without_its_adapters(offline, model):
+    path = {"path": str(SHAPES / "Llama-3.1-8B"), "lora": {"rank": 16}}
+    learner = {"zero_stage": 2, "gradient_checkpointing": True}
+    plan = make_plan(offline(model=path, placement="ray", learner=learner), nodes="1x1xH100/400GiB")
+    roles = {role.role: role.device for role in plan.fit.memory}
+    # rank 16 on q, k, v, o, gate, up and down of 32 layers, as peft counts them.
+    assert roles["policy"].optimizer == 12 * 41_943_040
+    assert roles["reference"].total == 0 and plan.fits
+    assert plan.disk.checkpoint < 17
 
 
 @pytest.mark.parametrize(
