@@ -56,7 +56,7 @@ def kl_bytes(shape: Shape, positions: int, *, width: int) -> float:
     """Beside the logits of one chunk, for the exact KL to the reference: the reference's logits and the gradient of
     the divergence in the compute dtype, and float32 blocks of both distributions (`learners.columns._ReferenceKL`).
 
-    Its backward pass holds three such blocks, of which `logit_bytes` has one at least.
+    Logits and this together: 28 bytes a position and token of the vocabulary in float32, 24 in bfloat16, as measured.
     """
     return float(positions) * shape.vocabulary * (2 * width + 8)
 
