@@ -11,9 +11,6 @@ from typing import Any
 
 from rayalign.build import (
     Parts,
-    check_parts,
-    check_rollouts,
-    check_training,
     collector_for,
     default_max_gap,
     examples_for,
@@ -25,6 +22,7 @@ from rayalign.build import (
     with_cached_reference,
 )
 from rayalign.checkpoint import Checkpoints
+from rayalign.checks import check_parts, check_rollouts, check_training
 from rayalign.console import Console, logged, print_before_after, print_evaluation
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet

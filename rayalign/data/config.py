@@ -83,7 +83,11 @@ class DataConfig(Record):
     prompt_column: str = Field("prompt", description="column of data.prompts with a text, or with chat messages")
     system: str | None = Field(None, description="system message put before every prompt")
     chat_template: bool = Field(True, description="apply the model's chat template (off: continue the text as it is)")
-    max_tokens: int = Field(1024, ge=2, description="of an example, prompt and answer; longer ones are cut")
+    max_tokens: int = Field(
+        1024,
+        ge=2,
+        description="of an example, prompt and answer; longer ones are cut, as are those beyond the model's context",
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="examples that are of no use: stop, or count them"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rayalign.build import check_training
+from rayalign.checks import check_training
 from rayalign.plan.advice import nearest_change
 from rayalign.plan.batches import data_lengths, data_problems, tokens_of_a_step
 from rayalign.plan.differences import differences

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
-from rayalign.build import check_training
+from rayalign.checks import check_training
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError
 from rayalign.plan.engines import split_choices

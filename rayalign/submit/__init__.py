@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayalign.build import check_rollouts, check_training, examples_for, load_tokenizer, model_path, prompts_for
+from rayalign.build import examples_for, load_tokenizer, model_path, prompts_for
+from rayalign.checks import check_rollouts, check_training
 from rayalign.config import parse_config, save_config
 from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import ConfigError

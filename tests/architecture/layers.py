@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("schema",),
     ("config", "build"),
+    ("checks",),
     ("run_dir", "plan", "submit", "listing"),
     ("api", "selftest"),
     ("doctor",),

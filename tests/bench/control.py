@@ -53,8 +53,8 @@ def rows() -> dict[str, dict[str, Any]]:
         "slic_hf": _pairs({"name": "slic_hf"}),
         "simpo": _pairs({"name": "simpo"}),
         "orpo": _pairs({"name": "orpo"}),
-        "cringe-binary": _answers({"name": "cringe", "kind": "binary"}, "labels", ANSWERS),
-        "cringe-pairwise": _answers({"name": "cringe", "kind": "pairwise"}, "pairs", ANSWERS // 2),
+        "cringe-binary": _answers({"name": "cringe", "variant": "binary"}, "labels", ANSWERS),
+        "cringe-pairwise": _answers({"name": "cringe", "variant": "pairwise"}, "pairs", ANSWERS // 2),
     }
     return found
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rayalign.api import run_evaluation, run_training
+from rayalign.build import examples_for, load_tokenizer
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError
 from tests.loop.conftest import records, timeless
@@ -169,10 +170,16 @@ def test_fewer_rows_than_one_step_takes(config):
         run_training(config({"name": "preference"}, "pair", rollout__prompts=20))
 
 
+def test_rows_beyond_the_models_context_are_cut(config, tmp_path):
+    long = write(tmp_path / "long.jsonl", [{"prompt": "say", "completion": "word " * 2000}] * 8)
+    settings = config({"name": "sft"}, "completion", data__examples=long, data__max_tokens=4096)
+    (row,) = examples_for(settings, load_tokenizer(settings)).step(0, 1)
+    assert len(row.prompt.token_ids) + len(row.completions[0].token_ids) == 512
+    assert row.completions[0].finish_reason == "length"
+
+
 def test_each_epoch_takes_every_row_once(config, tmp_path):
     settings = config({"name": "sft"}, "completion")
-    from rayalign.build import examples_for, load_tokenizer
-
     examples = examples_for(settings, load_tokenizer(settings))
     for epoch in range(2):
         seen = [g.prompt.index for step in range(3) for g in examples.step(3 * epoch + step, 6)]

@@ -1,0 +1,91 @@
+"""Whether the parts of a config fit together, and whether the data are enough: all that one key alone cannot tell."""
+
+from __future__ import annotations
+
+from rayalign.build import longest_context
+from rayalign.data.examples import ExampleSet
+from rayalign.data.prompts import PromptSet
+from rayalign.errors import ConfigError
+from rayalign.schema import Config
+
+
+def check_training(config: Config) -> None:
+    """What one key alone cannot tell: whether the parts of a training fit together. Raises ConfigError."""
+    check_parts(config)
+    rollout, ranks = config.rollout, config.learner.ranks
+    for key, value in (("learner.ranks", ranks), ("train.minibatches", config.train.minibatches)):
+        if value > rollout.prompts:
+            raise ConfigError(
+                "the batch cannot be split so far",
+                where=f"key {key}",
+                value=value,
+                rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
+                remedy=f"set rollout.prompts={value}, or lower {key}",
+            )
+    if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
+        raise ConfigError(
+            "greedy samples of one prompt are all the same",
+            where="key sampling.temperature",
+            value=0,
+            rule="above 0 when an algorithm learns from its own samples",
+            remedy="set sampling.temperature=1.0",
+        )
+
+
+def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
+    """Whether the prompts, or the rows, are enough for one step. Raises ConfigError."""
+    if examples is not None:
+        if examples.rows is not None and examples.rows < config.rollout.prompts:
+            raise ConfigError(
+                "there are fewer rows than one step takes",
+                where="key rollout.prompts",
+                value=config.rollout.prompts,
+                rule=f"at most {examples.rows}, the training rows of data.examples",
+                remedy="lower rollout.prompts, lower data.held_out, or use more rows",
+            )
+        return
+    if len(prompts.training) < config.rollout.prompts:
+        raise ConfigError(
+            "there are not enough training prompts for one rollout",
+            where="key rollout.prompts",
+            value=config.rollout.prompts,
+            rule=f"at most {len(prompts.training)}, the training prompts of {config.data.prompts}",
+            remedy="lower rollout.prompts, lower data.held_out, or use more prompts",
+        )
+
+
+def check_parts(config: Config) -> None:
+    """Whether engine and learner fit the placement and the model. Raises ConfigError."""
+    here = config.placement.name == "local"
+    for key, value in (("learner.ranks", config.learner.ranks), ("engine.count", config.engine.count)):
+        if here and value > 1:
+            raise ConfigError(
+                "one process holds one of each",
+                where=f"key {key}",
+                value=value,
+                rule="1 with placement: local",
+                remedy=f"set placement=ray, or {key}=1",
+            )
+    if config.samples:
+        _check_context(config)
+
+
+def _check_context(config: Config) -> None:
+    longest = longest_context(config)
+    context = config.engine.max_context
+    if longest and context > longest:
+        raise ConfigError(
+            "the model has no room for such a context",
+            where="key engine.max_context",
+            value=context,
+            rule=f"at most {longest}, as the model's config says",
+            remedy=f"set engine.max_context={longest}",
+        )
+    if config.sampling.max_tokens >= context:
+        raise ConfigError(
+            "completions would fill the context",
+            where="key sampling.max_tokens",
+            value=config.sampling.max_tokens,
+            rule=f"below engine.max_context={context}, so that a prompt fits before it",
+            remedy="raise engine.max_context, or lower sampling.max_tokens",
+        )
