@@ -195,7 +195,7 @@ def started(tmp_path, model, **changes):
         arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit
@@ -215,14 +215,14 @@ def test_a_killed_learner_ends_the_command_and_resume_goes_on_as_if_never_stoppe
     # Ray names an actor's process after its class and method; the log says which process is the learner.
     learner = next(c for c in children if any(f.path.endswith("learner-0.log") for f in c.open_files()))
     learner.kill()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 1, err
     assert "error: learner-0: learner-0 died" in err
     assert "Traceback" not in err
     assert gone(children)
     done = len(records(tmp_path / "run"))
     arguments, environment = command(tmp_path, model, **{**changes, "train__steps": done + 2})
-    again = subprocess.run([*arguments, "resume=true"], env=environment, capture_output=True, text=True, timeout=180)
+    again = subprocess.run([*arguments, "resume=true"], env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     resumed = records(tmp_path / "run")
     assert [r["step"] for r in resumed] == list(range(1, done + 3))
@@ -242,7 +242,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, model):
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert gone(children)
@@ -251,13 +251,13 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, model):
 def test_ctrl_c_ends_all_actors_and_leaves_a_loadable_state(tmp_path, model):
     process, children = started(tmp_path, model, train__steps=500)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to every process of the command
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     assert "stopping after this step and a checkpoint" in err
     assert gone(children)
     step = len(records(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step}"]
     arguments, environment = command(tmp_path, model, train__steps=step + 1)
-    again = subprocess.run([*arguments, "resume=true"], env=environment, capture_output=True, text=True, timeout=180)
+    again = subprocess.run([*arguments, "resume=true"], env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert len(records(tmp_path / "run")) == step + 1
