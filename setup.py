@@ -23,6 +23,7 @@ REQUIRED = [
     "jinja2>=3.1",
     "datasets>=3.0",
     "pyarrow>=15",
+    "peft>=0.15",
     "pillow>=10",
     "filelock>=3.12",
     "typer>=0.12",

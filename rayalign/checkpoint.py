@@ -98,7 +98,8 @@ class Checkpoints:
 def _padded_as(folder: Path, tokenizer: Any) -> Any:
     """The tokenizer, padding as the exported model expects it: a scalar head reads the last token that is no padding,
     so that padding with the end token, which answers end with, would make it read another one."""
-    config = json.loads((folder / "config.json").read_text())
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}  # an adapter alone has none
     wanted = config.get("pad_token_id")
     scores = any("SequenceClassification" in name for name in config.get("architectures") or ())
     if not scores or wanted in (None, tokenizer.pad_token_id):
