@@ -158,6 +158,9 @@ class Algorithm(Protocol):
     # function like `loss` that gives named sums of one micro-batch. The learner adds them up over micro-batches
     # and ranks in a pass of its own, without gradient, before the loss pass.
     statistics: Callable[[Batch, Mapping[str, Any]], Mapping[str, Any]] | None
+    # Rows of an example that the loss looks at; those behind them are the statistics' alone, and no gradient goes
+    # through them. None: all rows, for both.
+    loss_rows: int | None
 
     def request(self, sampling: Sampling) -> Sequence[Sampling]:
         """What to sample for one prompt: one entry a completion. Empty for an offline method."""

@@ -24,6 +24,7 @@ class Offline(Record):
     images: ClassVar[bool] = False  # whether each row has to have an image
     needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
     statistics: ClassVar = None
+    loss_rows: ClassVar[int | None] = None
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return []

@@ -38,6 +38,10 @@ class KTO(Regularised):
     paired: bool = Field(False, description="the paired variant: a pair's halves against each other's mean log-ratio")
 
     @property
+    def loss_rows(self) -> int | None:  # type: ignore[override]
+        return None if self.paired else 1
+
+    @property
     def rows(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("pair",) if self.paired else ("label", "pair")
 
@@ -70,7 +74,8 @@ class KTO(Regularised):
         return {True: desirable, False: undesirable}
 
     def statistics(self, batch: Batch, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
-        """Sums of the log-ratios that reference points are means of, and their counts."""
+        """Sums of the log-ratios that reference points are means of (of mismatched rows alone, but for `paired`),
+        and their counts."""
         ratio = _ratio(batch, columns)
         one = torch.ones((), dtype=torch.float64, device=ratio.device)
         if self.paired:
@@ -79,8 +84,7 @@ class KTO(Regularised):
                 "rejected": ratio[:, 1].double().sum(),
                 "count": one * len(ratio),
             }
-        mismatched = ratio[:, 1:]
-        return {"mismatched": mismatched.double().sum(), "count": one * mismatched.numel()}
+        return {"mismatched": ratio.double().sum(), "count": one * ratio.numel()}
 
     def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
         ratio = _ratio(batch, columns)
@@ -92,7 +96,7 @@ class KTO(Regularised):
         if self.paired:
             terms = self._paired(ratio, points["chosen"], points["rejected"])
             return self.regularised(terms, batch, columns)
-        labels, point = Labels.of(batch), points["mismatched"]
+        labels, point = Labels.of(batch), points.get("mismatched", ratio.new_zeros(()))  # one prompt: no mismatch
         loss = self._of(ratio[:, 0], labels.good, point) * batch.values["weight"]
         rewards = self.beta * ratio[:, 0].detach()
         metrics = {
@@ -100,7 +104,7 @@ class KTO(Regularised):
             "rewards/accuracies": ((ratio[:, 0].detach() > point) == labels.good).to(rewards.dtype),
             **labels.means("rewards", rewards),
         }
-        return self.regularised(Terms(loss, metrics), batch, columns, rows=1)
+        return self.regularised(Terms(loss, metrics), batch, columns)
 
     def _paired(self, ratio: Tensor, chosen: Tensor, rejected: Tensor) -> Terms:
         """[B] the mean of a pair's two terms; the reference point of either half is the other's."""

@@ -204,7 +204,8 @@ class RankLearner(ABC):
         if micro:
             chosen, weight = [examples[index] for index in micro], None
         else:
-            chosen, weight = [min(examples, key=lambda example: sum(map(len, example.sequences)))], [0.0]
+            whole = [example for example in examples if example.sequences]
+            chosen, weight = [min(whole, key=lambda example: sum(map(len, example.sequences)))], [0.0]
         if not columns:
             chosen = [
                 replace(example, values={}, sequences=tuple(replace(row, columns={}) for row in example.sequences))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,8 +105,9 @@ def _losses(
     """One loss a micro-batch of this rank's share, and their sum and metrics in `sums`."""
     denominator = algorithm.denominator(examples) or 1.0  # nothing counts: the sum is 0, and stays so
     statistics = _statistics(learner, examples, share, algorithm) if algorithm.statistics is not None else {}
+    seen = _with_rows(examples, slice(algorithm.loss_rows))
     for micro in share:
-        batch = learner.batch(examples, micro)
+        batch = learner.batch(seen, micro)
         columns = _named_columns(learner, batch, algorithm)
         if micro:
             terms = algorithm.loss(batch, columns, statistics)
@@ -135,6 +136,10 @@ def _statistics(
 ) -> dict[str, Tensor]:
     """The algorithm's sums over the whole step: all micro-batches, all ranks."""
     sums: dict[str, Tensor] = {}
+    examples = _with_rows(examples, slice(algorithm.loss_rows, None) if algorithm.loss_rows else slice(None))
+    share = [[index for index in micro if examples[index].sequences] for micro in share]
+    if not any(example.sequences for example in examples):
+        return {}
     for micro in share:
         batch = learner.batch(examples, micro)
         found = algorithm.statistics(batch, _named_columns(learner, batch, algorithm))
@@ -142,6 +147,13 @@ def _statistics(
             value = value if micro else torch.zeros_like(value)  # a filler counts for nothing
             sums[name] = sums[name] + value if name in sums else value
     return {name: learner.total_tensor(value) for name, value in sums.items()}
+
+
+def _with_rows(examples: Sequence[Example], rows: slice) -> Sequence[Example]:
+    """The same examples with some of their rows only."""
+    if rows == slice(None):
+        return examples
+    return [replace(example, sequences=example.sequences[rows]) for example in examples]
 
 
 def _require(examples: Sequence[Example], what: str) -> None:

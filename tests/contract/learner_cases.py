@@ -78,6 +78,7 @@ class Centred:
     number of ranks and micro-batches when both passes cover all examples and count each once."""
 
     columns = (Column.LOGPS, Column.ENTROPY)
+    loss_rows = None
 
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))
@@ -104,6 +105,7 @@ class Distilled:
 
     columns = (Column.LOGPS, Column.REFERENCE_KL, TopLogits(2))
     statistics = None
+    loss_rows = None
 
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))
@@ -122,6 +124,7 @@ class Compared:
 
     columns = (Column.VALUES,)
     statistics = None
+    loss_rows = None
 
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))
@@ -140,6 +143,7 @@ class Broken:
     where: str
     columns = (Column.LOGPS,)
     statistics = None
+    loss_rows = None
 
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))

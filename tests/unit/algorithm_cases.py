@@ -6,7 +6,7 @@ The policy is a bigram table in float64: the logits of a token are a row of the 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,16 +87,23 @@ def step(
     """Loss and metrics of one training step, its examples in these micro-batches, as a learner reduces them."""
     if algorithm.needs:
         examples = annotated(examples, reference)
-    batches = [collate([examples[index] for index in part], pad_id=0) for part in parts]
-    columns = [columns_of(batch, policy, reference, algorithm.columns) for batch in batches]
+    rows = algorithm.loss_rows
+
+    def batched(seen: slice) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        for part in parts:
+            some = [replace(examples[index], sequences=examples[index].sequences[seen]) for index in part]
+            if some := [example for example in some if example.sequences]:
+                batch = collate(some, pad_id=0)
+                yield batch, columns_of(batch, policy, reference, algorithm.columns)
+
     statistics: dict[str, Tensor] = {}
     if algorithm.statistics is not None:
         with torch.no_grad():
-            for batch, found in zip(batches, columns, strict=True):
+            for batch, found in batched(slice(rows, None)):
                 for name, value in algorithm.statistics(batch, found).items():
                     statistics[name] = statistics.get(name, 0.0) + value
     total, metrics = torch.zeros((), dtype=torch.float64), {}
-    for batch, found in zip(batches, columns, strict=True):
+    for batch, found in batched(slice(rows)):
         terms: Terms = algorithm.loss(batch, found, statistics)
         assert terms.loss.shape in (batch.weight.shape, batch.labels.shape)
         total = total + terms.loss.double().sum()
