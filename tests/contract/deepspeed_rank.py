@@ -22,6 +22,7 @@ from rayalign.protocols import UpdatePlan
 from rayalign.sync.flat import unpack
 from rayalign.types import Column
 from tests.contract.learner_cases import DPO, PROBES, Broken, Centred, Compared, Distilled, pairs, specs, train, weights
+from tests.ranks import spawn
 
 TRAINING = {  # name → settings, examples, plan
     "whole": ({}, 5, {}),
@@ -229,9 +230,7 @@ def launch(world_size: int, stages: list[int], model: Path, out: Path, timeout: 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     target: Callable = main
-    context = torch.multiprocessing.spawn(
-        target, args=(world_size, port, stages, str(model), str(out)), nprocs=world_size, join=False
-    )
+    context = spawn(target, (world_size, port, stages, str(model), str(out)), world_size, join=False)
     end = time.monotonic() + timeout.total_seconds()
     while not context.join(timeout=5):
         if time.monotonic() > end:

@@ -20,6 +20,7 @@ from rayalign.learners.settings import LoraConfig
 from rayalign.sync.flat import unpack
 from rayalign.types import Column
 from tests.contract.learner_cases import OPTIMIZER, PROBES, Compared, Distilled, pairs, train, weights
+from tests.ranks import spawn
 
 LORA = LoraConfig(rank=4, alpha=8)
 
@@ -223,7 +224,7 @@ def launch(world_size: int, stages: list[int], model: Path, out: Path, timeout: 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (world_size, port, stages, str(model), str(out))
-    context = torch.multiprocessing.spawn(main, args=arguments, nprocs=world_size, join=False)
+    context = spawn(main, arguments, world_size, join=False)
     end = time.monotonic() + timeout.total_seconds()
     while not context.join(timeout=5):
         if time.monotonic() > end:

@@ -10,6 +10,7 @@ import torch
 from rayalign.learners.torch import TorchLearnerConfig
 from tests.contract.algorithms_rank import CASES, main, specs, two_steps
 from tests.contract.learner_cases import smooth, weights
+from tests.ranks import spawn
 from tests.tiny_models import build_tiny_llama
 
 
@@ -29,7 +30,7 @@ def two_ranks(model, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(main, args=(2, port, str(model), str(out)), nprocs=2)
+    spawn(main, (2, port, str(model), str(out)), 2)
     return out
 
 

@@ -11,6 +11,7 @@ from rayalign.learners.torch import TorchLearnerConfig
 from tests.contract.algorithms_rank import specs, two_steps
 from tests.contract.learner_cases import smooth, weights
 from tests.contract.vision_rank import CASES, STAGES, main
+from tests.ranks import spawn
 from tests.tiny_vision import build_tiny_llava
 
 
@@ -30,7 +31,7 @@ def two_ranks(model, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(main, args=(2, port, str(model), str(out)), nprocs=2)
+    spawn(main, (2, port, str(model), str(out)), 2)
     return out
 
 

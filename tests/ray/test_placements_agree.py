@@ -99,8 +99,8 @@ def test_two_nodes_give_the_same_run_as_one_process(make, tmp_path):
         cluster.shutdown()
     for ours, theirs in zip(records(local), records(remote), strict=True):
         ours, theirs = timeless(ours), timeless(theirs)
-        for key, value in ours.items():
-            assert theirs[key] == pytest.approx(value, abs=1e-3), key
+        for key in ours.keys() - {"padding"}:  # which depends on the split
+            assert theirs[key] == pytest.approx(ours[key], abs=1e-3), key
 
 
 def test_depth_one_runs_on_actors_with_sharded_learners(make, tmp_path, monkeypatch):

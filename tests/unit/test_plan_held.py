@@ -26,6 +26,7 @@ from rayalign.plan.zero import Zero, torch_state, trained_state
 from rayalign.protocols import UpdatePlan
 from rayalign.types import Example
 from rayalign.types import Sequence as Row
+from tests.ranks import spawn
 
 CASES = [(stage, dtype, "none") for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
 CASES += [(stage, dtype, "cpu") for stage in (2, 3) for dtype in ("float32", "bfloat16")]
@@ -96,7 +97,7 @@ def run(ranks: int, model: Path, cases: list, out: Path) -> list[list[int]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(of_one_rank, (ranks, port, str(model), cases, str(out)), nprocs=ranks)
+    spawn(of_one_rank, (ranks, port, str(model), cases, str(out)), ranks)
     return json.loads((out / "found.json").read_text())
 
 

@@ -7,11 +7,11 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rayalign.maths.disagreement import DIVERGENCES, batch_log_mass, dpm_loss
 from rayalign.maths.preference import kto_pair_loss, kto_reference_point
 from rayalign.maths.reduce import masked_var, whiten
+from tests.ranks import spawn
 
 torch.set_num_threads(1)
 ROWS = 5
@@ -71,19 +71,17 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    try:
-        for name, split in SPLITS.items():
-            start = sum(split[:rank])
-            found = results(inputs(slice(start, start + split[rank])), dist.group.WORLD)
-            torch.save(found, f"{folder}/{name}.{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    for name, split in SPLITS.items():
+        start = sum(split[:rank])
+        found = results(inputs(slice(start, start + split[rank])), dist.group.WORLD)
+        torch.save(found, f"{folder}/{name}.{rank}.pt")
+    dist.barrier()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(worker, args=(folder,), nprocs=2)
+    spawn(worker, (folder,), 2)
     return {name: [torch.load(f"{folder}/{name}.{rank}.pt") for rank in range(2)] for name in SPLITS}
 
 
