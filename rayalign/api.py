@@ -15,6 +15,7 @@ from rayalign.build import (
     default_max_gap,
     examples_for,
     has_cached_reference,
+    learner_temperature,
     load_tokenizer,
     model_path,
     prompts_for,
@@ -144,6 +145,7 @@ def _train(
         held_out_rows=data.examples.held_out[: config.evaluation.rows] if data.examples else (),
         probe=[p.token_ids for p in (*data.prompts.training, *data.prompts.held_out)[: config.sync.probe_prompts]],
         max_gap=default_max_gap(config),
+        learner_temperature=learner_temperature(config),
         turns=parts.turns,
         memory=parts.memory,
         say=console.say,
@@ -228,6 +230,7 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
                 _sampling(config, examples),
                 samples=config.evaluation.samples,
                 seed=config.seed,
+                learner_temperature=learner_temperature(config),
                 progress=console.sampled,
             )
         if rows:

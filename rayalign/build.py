@@ -225,7 +225,7 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     """One for each role that the algorithm needs, the policy first."""
     shared = {
         "settings": config.learner,
-        "temperature": config.sampling.temperature or 1.0,  # greedy samples have log-probs too
+        "temperature": learner_temperature(config),
         "total_steps": config.train.steps,
         "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
         "trust_remote_code": config.model.trust_remote_code,
@@ -234,7 +234,8 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     dtype = config.learner.dtype or config.model.dtype
     initial = model_path(config.model.path)
     start = model_path(policy) if policy else initial
-    reference = needs_reference(config.algorithm) and not has_cached_reference(config)
+    # What is cached are rows to learn from; an evaluation of another checkpoint asks the reference itself.
+    reference = needs_reference(config.algorithm) and not (train and has_cached_reference(config))
     lora = config.model.lora if train else None  # a checkpoint that is evaluated has it merged
     # With adapters, the initial policy is in the policy's model already.
     shares = "policy" if lora and reference and start == initial else None
@@ -257,6 +258,12 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     return specs
 
 
+def learner_temperature(config: Config) -> float:
+    """At which log-probs are taken: the rollouts' where the algorithm learns from its samples, 1 for a data set."""
+    sampling = config.sampling.sampling()
+    return sampling.temperature or 1.0 if config.algorithm.request(sampling) else 1.0  # greedy samples have some too
+
+
 def has_cached_reference(config: Config) -> bool:
     """Whether log-probs of the reference are computed once, so that no reference stands beside the policy."""
     return getattr(getattr(config.algorithm, "reference", None), "cached", False)
@@ -272,7 +279,7 @@ def with_cached_reference(config: Config, roles: Roles, examples: ExampleSet, sa
         model_path(config.model.path),
         dtype=config.learner.dtype or config.model.dtype,
         learner=config.learner.name,
-        temperature=config.sampling.temperature,
+        temperature=learner_temperature(config),
     )
     file = Path("~/.cache/rayalign/reference").expanduser() / f"{known}.npz"
     return replace(roles, reference=cached_reference(chain(parts, [held_out]), roles.policy, file, say))

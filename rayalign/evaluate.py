@@ -74,10 +74,12 @@ def evaluate(
     samples: int,
     seed: int,
     step: int = 0,
+    learner_temperature: float,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Sample held-out prompts with seeds that are the same at every evaluation, score them, and compare
-    the policy with the reference on the policy's own samples. Nothing else may be open in the engine."""
+    the policy with the reference on the policy's own samples, where the learners' log-probs are those of the
+    distribution that was sampled. Nothing else may be open in the engine."""
     groups, _, _ = collector.collect(
         prompts,
         [sampling] * samples,
@@ -85,7 +87,8 @@ def evaluate(
         label=f"evaluation-{step}",
         progress=progress,
     )
-    divergences = sequence_kl(groups, roles, truncated=sampling.truncated)
+    another = sampling.truncated or sampling.temperature != learner_temperature
+    divergences = sequence_kl(groups, roles, truncated=another)
     found = []
     for group in groups:
         for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):

@@ -40,6 +40,7 @@ class Run:
         held_out_rows: rows of data that are measured in evaluations.
         probe: token ids on which the first push is verified, later ones on fresh samples.
         max_gap: of a push, see `sync.handshake`.
+        learner_temperature: at which learners take log-probs.
         turns: engines sleep while learners work, because they share GPUs.
         memory: peak memory of all processes, GiB; asked for while no request is open.
         say, advance: show one line; show the number of steps done and their metrics.
@@ -63,6 +64,7 @@ class Run:
     held_out_rows: Sequence[Group]
     probe: Sequence[tuple[int, ...]]
     max_gap: float
+    learner_temperature: float
     turns: bool
     memory: Callable[[], float]
     say: Callable[[str], None]
@@ -149,6 +151,7 @@ class Run:
                 samples=self.evaluation.samples,
                 seed=self.seed,
                 step=step,
+                learner_temperature=self.learner_temperature,
                 progress=self.progress,
             )
         if self.held_out_rows:

@@ -128,6 +128,11 @@ def test_cached_log_probs_of_the_reference_are_those_of_a_live_one(config, tmp_p
             assert new["loss"] == pytest.approx(old["loss"], abs=1e-6)
         assert not (run_dir / "checkpoints/step-12/trainer/reference/learner.json").exists()
     assert len(list((tmp_path / "home").rglob("*.npz"))) == 1
+    monkeypatch.chdir(tmp_path)
+    trained = tmp_path / "cached/checkpoints/step-12"
+    found = run_evaluation(config(cached, "pair"), model=str(trained)).metrics
+    last = records(tmp_path / "cached", "evaluations")[-1]["metrics"]
+    assert found["held_out/rewards/margins"] == pytest.approx(last["held_out/rewards/margins"], abs=1e-5)
 
 
 def test_prompts_beside_a_data_set_are_sampled_in_evaluations(config, tmp_path, model):
@@ -141,6 +146,20 @@ def test_prompts_beside_a_data_set_are_sampled_in_evaluations(config, tmp_path, 
     assert len(evaluated.samples) == 6 and evaluated.metrics["kl/k3"] > 0
     assert "held_out/rewards/margins" in evaluated.metrics
     assert records(result.run_dir)[-1]["sync/version"] == 12
+
+
+def test_the_temperature_of_evaluations_is_not_that_of_the_objective(config, tmp_path, model):
+    base = tiny_config(tmp_path, model)
+    losses = []
+    for place, temperature in enumerate((1.0, 0.5)):
+        whole = config({"name": "preference"}, "pair", train__steps=2).to_dict()
+        whole |= {key: base[key] for key in ("scorer", "engine")}
+        whole |= {"sampling": {"max_tokens": 8, "temperature": temperature}, "run_dir": str(tmp_path / f"run-{place}")}
+        whole["data"]["prompts"], whole["evaluation"] = base["data"]["prompts"], {"prompts": 2, "samples": 2}
+        result = run_training(parse_config(whole))
+        losses.append([record["loss"] for record in records(result.run_dir)])
+        assert ("kl/k3" in result.evaluations[2].metrics) == (temperature == 1.0)
+    assert losses[0] == losses[1]
 
 
 def test_a_reward_model_is_a_checkpoint_of_transformers(config, tmp_path, monkeypatch):
