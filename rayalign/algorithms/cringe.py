@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rayalign.algorithms.base import Regularised, refuse_cache
-from rayalign.algorithms.groups import Seeds, labelled, pairs_of, row
+from rayalign.algorithms.groups import Seeds, labelled, paired, row
 from rayalign.algorithms.labels import Labels, counts, values_of
 from rayalign.maths.cringe import binary_cringe_loss, cringe_loss_of_top, pairwise_cringe_gate
 from rayalign.maths.logprobs import mean_logprob, sequence_logprob
@@ -52,13 +52,10 @@ class Cringe(Regularised):
         """Single answers, or pairs (chosen, rejected). What cannot be told apart is dropped and counted."""
         seeds = Seeds(groups)
         if self.variant == "pairwise":
-            found = [(group, *pairs_of(group, self.pairs)) for group in groups]
-            pairs = [
-                Example((row(group, i), row(group, j)), {"seed": seeds.of(group, i, j)})
-                for group, pairs, _ in found
-                for i, j in pairs
-            ]
-            return pairs, {"pairs/kept": float(len(pairs)), "pairs/dropped": float(sum(n for *_, n in found))}
+            pairs, metrics = paired(groups, self.pairs)
+            return [
+                Example((row(group, i), row(group, j)), {"seed": seeds.of(group, i, j)}) for group, i, j in pairs
+            ], metrics
         answers, dropped = labelled(groups, self.good_above)
         total, good = len(answers), sum(label for *_, label in answers)
         examples = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rayalign.maths.feedback import all_pairs, best_worst_pair
-from rayalign.types import Group
+from rayalign.types import Group, Metrics
 from rayalign.types import Sequence as Row
 
 
@@ -33,18 +33,30 @@ def distinct(group: Group) -> list[int]:
     return list(found.values())
 
 
-def pairs_of(group: Group, which: str) -> tuple[list[tuple[int, int]], int]:
-    """(better, worse) completions by score, and how many pairs were left out.
+def paired(groups: Sequence[Group], which: str) -> tuple[list[tuple[Group, int, int]], Metrics]:
+    """(group, better, worse) of each pair of completions, by score, and the metrics of what was kept and left out.
 
-    Left out are ties, pairs of the same answer, and what has no finite score.
+    Left out (pairs/dropped) are ties, what has no finite score, and pairs of the same answer. The last are counted
+    apart as well (pairs/same_answer): answers may have become the same when they were cut.
 
     Args:
         which: "all" pairs, or the "best_worst" one alone.
     """
+    found, dropped, same = [], 0, 0
+    for group in groups:
+        pairs, ties, equal = _pairs_of(group, which)
+        found += [(group, better, worse) for better, worse in pairs]
+        dropped, same = dropped + ties + equal, same + equal
+    counts = {"pairs/kept": len(found), "pairs/dropped": dropped, "pairs/same_answer": same}
+    return found, {name: float(count) for name, count in counts.items()}
+
+
+def _pairs_of(group: Group, which: str) -> tuple[list[tuple[int, int]], int, int]:
+    """See `paired`: (better, worse), how many have no better one, and how many are the same answer twice."""
     count, kept = len(group.completions), scored(group)
     wanted = count * (count - 1) // 2 if which == "all" and count > 1 else 1
     if len(kept) < 2:
-        return [], wanted
+        return [], wanted, 0
     scores = torch.tensor([[group.scores[index] for index in kept]], dtype=torch.float64)
     if which == "all":
         found = [(better, worse) for _, better, worse in all_pairs(scores).tolist()]
@@ -52,8 +64,8 @@ def pairs_of(group: Group, which: str) -> tuple[list[tuple[int, int]], int]:
         index, keep = best_worst_pair(scores)
         found = [tuple(index[0].tolist())] if keep[0] else []
     answers = [group.completions[index].token_ids for index in kept]
-    found = [(kept[i], kept[j]) for i, j in found if answers[i] != answers[j]]
-    return found, wanted - len(found)
+    differ = [(kept[i], kept[j]) for i, j in found if answers[i] != answers[j]]
+    return differ, wanted - len(found), len(found) - len(differ)
 
 
 def labelled(groups: Sequence[Group], good_above: float) -> tuple[list[tuple[Group, int, bool]], int]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rayalign.algorithms.base import Regularised
-from rayalign.algorithms.groups import labelled, pairs_of, row
+from rayalign.algorithms.groups import labelled, paired, row
 from rayalign.algorithms.labels import Labels, counts, values_of
 from rayalign.maths.logprobs import sequence_logprob
 from rayalign.maths.preference import kto_loss
+from rayalign.record import Unfit
 from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
 from rayalign.types import Sequence as Row
 
@@ -24,16 +26,19 @@ class KTO(Regularised):
     """Kahneman-Tversky optimisation: answers labelled good or bad, each against the same reference point.
 
     The point is the mean log-ratio of mismatched answers, the next one's with this one's prompt: an example has
-    a second row for it, which only the statistics look at. `paired` takes pairs, and the other half's mean instead.
+    a second row for it, which only the statistics look at. It is cut where it would be longer than the step's longest
+    answer with its own prompt. `paired` takes pairs, and the other half's mean instead.
     """
 
     paper: ClassVar = "Ethayarajh et al. 2024, arXiv:2402.01306"
     needs: ClassVar = (("reference", Column.LOGPS),)
     name: Literal["kto"] = "kto"
     beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
-    weight_desirable: Weight = Field(1.0, description="λ_D, of good answers; auto: all good ones weigh as all bad ones")
+    weight_desirable: Weight = Field(
+        1.0, description="λ_D, of good answers; auto: all good ones of a step weigh as all its bad ones"
+    )
     weight_undesirable: Weight = Field(
-        1.0, description="λ_U, of bad answers; auto: all bad ones weigh as all good ones"
+        1.0, description="λ_U, of bad answers; auto: all bad ones of a step weigh as all its good ones"
     )
     paired: bool = Field(False, description="the paired variant: a pair's halves against each other's mean log-ratio")
 
@@ -48,22 +53,27 @@ class KTO(Regularised):
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
         """(answer, mismatched answer) of each label, or pairs. What has no clear label is dropped and counted."""
         if self.paired:
-            found = [(group, *pairs_of(group, "best_worst")) for group in groups]
-            pairs = [Example((row(group, i), row(group, j))) for group, pairs, _ in found for i, j in pairs]
-            return pairs, {"pairs/kept": float(len(pairs)), "pairs/dropped": float(sum(n for *_, n in found))}
+            pairs, metrics = paired(groups, "best_worst")
+            return [Example((row(group, i), row(group, j))) for group, i, j in pairs], metrics
         answers, dropped = labelled(groups, 0.5)
         rows = [row(group, index) for group, index, _ in answers]
         total, good = len(answers), sum(label for *_, label in answers)
         weights = self._weights(good, total - good)
-        examples = []
+        longest, cut, examples = max(map(len, rows), default=0), 0, []
         for place, (_, _, label) in enumerate(answers):
             other = _mismatched(rows, place)
+            if other is not None and len(other) > longest:
+                room = longest - len(other.prompt_ids)
+                other, cut = replace(other, completion_ids=other.completion_ids[:room]), cut + 1
             values = values_of(label, good if label else total - good, total, weight=weights[label])
             examples.append(Example((rows[place],) if other is None else (rows[place], other), values))
-        return examples, counts(total, good, dropped)
+        return examples, {**counts(total, good, dropped), "kto/mismatched_cut": float(cut)}
 
     def _weights(self, good: int, bad: int) -> dict[bool, float]:
-        """λ by label, with auto worked out from the counts of the step; 1 where one of them is 0."""
+        """λ by label, with auto worked out from the counts of the step; 1 where one of them is 0.
+
+        A step is all that is known here. Where one label is rare, a number for the whole data set is the same in each.
+        """
         desirable, undesirable = self.weight_desirable, self.weight_undesirable
         if desirable == "auto" and undesirable == "auto":
             desirable, undesirable = ((good + bad) / (2 * n) if good and bad else 1.0 for n in (good, bad))
@@ -121,6 +131,18 @@ class KTO(Regularised):
             "kto/reference_point_rejected": chosen.expand_as(margins),
         }
         return Terms(loss, metrics)
+
+    @model_validator(mode="after")
+    def _weights_are_of_labels(self) -> KTO:
+        for key in ("weight_desirable", "weight_undesirable"):
+            if self.paired and getattr(self, key) != 1.0:
+                raise Unfit(
+                    "both halves of a pair weigh the same",
+                    key=key,
+                    rule="1.0 with paired: true",
+                    remedy=f"take {key} out, or set paired: false",
+                )
+        return self
 
     def _of(self, ratio: Tensor, good: Tensor, point: Tensor) -> Tensor:
         return kto_loss(ratio, torch.zeros_like(ratio), good, z_ref=point, beta=self.beta)

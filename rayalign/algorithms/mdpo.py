@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rayalign.algorithms.base import Regularised
-from rayalign.algorithms.groups import pairs_of, row
-from rayalign.algorithms.preference import pair_of
+from rayalign.algorithms.groups import paired, row
+from rayalign.algorithms.preference import pair_metrics, pair_of
 from rayalign.maths.preference import dpo_loss, mdpo_loss
 from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
 from rayalign.types import Sequence as Row
@@ -40,15 +40,14 @@ class MDPO(Regularised):
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
         """Examples of three rows: chosen, rejected, and the chosen answer to crops of the images. What
-        `groups.pairs_of` leaves out, and pairs without an image, are counted in pairs/dropped."""
-        examples, dropped = [], 0
-        for group in groups:
-            pairs, left_out = pairs_of(group, self.pairs)
-            dropped += left_out if group.prompt.images else left_out + len(pairs)
-            for better, worse in pairs if group.prompt.images else ():
+        `groups.paired` leaves out, and pairs without an image, are counted in pairs/dropped."""
+        examples, (pairs, metrics) = [], paired(groups, self.pairs)
+        for group, better, worse in pairs:
+            if group.prompt.images:
                 chosen = row(group, better)
                 examples.append(Example((chosen, row(group, worse), self._cropped(chosen, group.prompt.index))))
-        return examples, {"pairs/kept": float(len(examples)), "pairs/dropped": float(dropped)}
+        metrics["pairs/dropped"] += len(pairs) - len(examples)
+        return examples, {**metrics, "pairs/kept": float(len(examples))}
 
     def _cropped(self, chosen: Row, index: int) -> Row:
         """The same tokens; of each image a part, as large as the whole was, so that it has as many tokens."""
@@ -61,21 +60,14 @@ class MDPO(Regularised):
         chosen, rejected, cropped = pair.ratio.unbind(1)
         gap, image_gap = chosen - rejected, chosen - cropped
         loss = mdpo_loss(gap, image_gap, chosen, beta=self.beta, anchor=self.anchor)
-        nll = -pair.means[:, 0]
         if self.nll_weight:
-            loss = loss + self.nll_weight * nll
+            loss = loss - self.nll_weight * pair.means[:, 0]
         metrics = {
-            "rewards/chosen": self.beta * chosen,
-            "rewards/rejected": self.beta * rejected,
+            **pair_metrics(pair, self.beta * pair.ratio),
             "rewards/cropped": self.beta * cropped,
-            "rewards/margins": self.beta * gap,
             "rewards/image_margins": self.beta * image_gap,
-            "rewards/accuracies": (gap > 0).to(gap.dtype),
             "rewards/image_accuracies": (image_gap > 0).to(gap.dtype),
-            "logps/chosen": pair.policy[:, 0],
-            "logps/rejected": pair.policy[:, 1],
             "logps/cropped": pair.policy[:, 2],
-            "nll": nll,
             "loss/answers": dpo_loss(gap, beta=self.beta),
             "loss/images": dpo_loss(image_gap, beta=self.beta),
         }

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rayalign.algorithms.base import Regularised
-from rayalign.algorithms.groups import distinct, pairs_of, probabilities, row, scored
+from rayalign.algorithms.groups import distinct, paired, probabilities, row, scored
 from rayalign.algorithms.losses import DPO, AnyPairLoss, Mix, Pair, PsiPO
 from rayalign.maths.logprobs import sequence_logprob
 from rayalign.record import Record
@@ -32,15 +32,10 @@ class PairAlgorithm(Regularised):
         return (("reference", Column.LOGPS),) if self.pair_loss.reference else ()  # type: ignore[attr-defined]
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
-        """Pairs (chosen, rejected). What `groups.pairs_of` leaves out is counted in pairs/dropped."""
-        examples, dropped = [], 0
-        for group in groups:
-            pairs, left_out = pairs_of(group, self.pairs)
-            dropped += left_out
-            if pairs:
-                values = _Values(group, self.pair_loss, self.unrated)
-                examples += [self._example(group, i, j, values) for i, j in pairs]
-        return examples, {"pairs/kept": float(len(examples)), "pairs/dropped": float(dropped)}
+        """Pairs (chosen, rejected). What `groups.paired` leaves out is counted in pairs/dropped."""
+        pairs, metrics = paired(groups, self.pairs)
+        values = {id(group): _Values(group, self.pair_loss, self.unrated) for group, _, _ in pairs}
+        return [self._example(group, i, j, values[id(group)]) for group, i, j in pairs], metrics
 
     def _example(self, group: Group, chosen: int, rejected: int, values: _Values) -> Example:
         rows = [row(group, chosen), row(group, rejected)]
@@ -52,21 +47,10 @@ class PairAlgorithm(Regularised):
     def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
         pair = pair_of(batch, columns)
         loss = self.pair_loss.of(pair)  # type: ignore[attr-defined]
-        nll = -pair.means[:, 0]
         if self.nll_weight:
-            loss = loss + self.nll_weight * nll
+            loss = loss - self.nll_weight * pair.means[:, 0]
         rewards = self.pair_loss.rewards(pair)  # type: ignore[attr-defined]
-        margins = rewards[:, 0] - rewards[:, 1]
-        metrics = {
-            "rewards/chosen": rewards[:, 0],
-            "rewards/rejected": rewards[:, 1],
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).float(),
-            "logps/chosen": pair.policy[:, 0],
-            "logps/rejected": pair.policy[:, 1],
-            "nll": nll,
-            **self.pair_loss.metrics(pair),  # type: ignore[attr-defined]
-        }
+        metrics = {**pair_metrics(pair, rewards), **self.pair_loss.metrics(pair)}  # type: ignore[attr-defined]
         terms = Terms(loss, {name: value.detach() for name, value in metrics.items()})
         return self.regularised(terms, batch, columns)
 
@@ -109,3 +93,17 @@ def pair_of(batch: Batch, columns: Mapping[str, Tensor]) -> Pair:
     given = batch.columns.get("reference/logps")
     reference = None if given is None else batch.by_example(sequence_logprob(given, batch.mask))
     return Pair(policy, tokens, reference, batch.values)
+
+
+def pair_metrics(pair: Pair, rewards: Tensor) -> dict[str, Tensor]:
+    """What is written down of every pair: [B] each. `rewards`: [B, n], the chosen answer's first."""
+    margins = rewards[:, 0] - rewards[:, 1]
+    return {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).to(margins.dtype),
+        "logps/chosen": pair.policy[:, 0],
+        "logps/rejected": pair.policy[:, 1],
+        "nll": -pair.means[:, 0],
+    }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rayalign.algorithms.base import Offline
-from rayalign.algorithms.groups import distinct, pairs_of, row
+from rayalign.algorithms.groups import distinct, paired, row
 from rayalign.algorithms.reward_losses import AnyRewardLoss, BradleyTerry, Ranked
 from rayalign.errors import DataError
 from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
@@ -45,20 +45,17 @@ class RewardModel(Offline):
         Raises:
             DataError: margins are to come from the data, and a row has none.
         """
+        if self.reward_loss.takes == "pairs":  # type: ignore[attr-defined]
+            pairs, metrics = paired(groups, self.pairs)
+            return [self._example(group, (i, j), (0.0, 1.0)) for group, i, j in pairs], metrics
         examples, kept, dropped = [], 0, 0
         for group in groups:
-            if self.reward_loss.takes == "pairs":  # type: ignore[attr-defined]
-                pairs, left_out = pairs_of(group, self.pairs)
-                examples += [self._example(group, pair, (0.0, 1.0)) for pair in pairs]
-                kept, dropped = kept + len(pairs), dropped + left_out
-                continue
             order = distinct(group)
             ranks = self._ranks([group.scores[index] for index in order])
             used = len(order) if ranks else 0
             examples += [self._example(group, order, ranks)] if ranks else []
             kept, dropped = kept + used, dropped + len(group.completions) - used
-        what = "pairs" if self.reward_loss.takes == "pairs" else "answers"  # type: ignore[attr-defined]
-        return examples, {f"{what}/kept": float(kept), f"{what}/dropped": float(dropped)}
+        return examples, {"answers/kept": float(kept), "answers/dropped": float(dropped)}
 
     def _ranks(self, scores: Sequence[float]) -> tuple[float, ...]:
         """Of scores in falling order: 0 for the best, equal ones alike. Empty where there is nothing to learn."""

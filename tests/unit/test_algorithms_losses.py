@@ -191,6 +191,17 @@ def test_the_mismatched_answer_is_that_of_another_prompt():
         assert mismatched.completion_ids == PAIRS[other].completions[0].token_ids
 
 
+def test_a_mismatched_answer_is_not_longer_than_the_longest_row():
+    """A long prompt would else meet a long answer, beyond what the model has room for."""
+    long_prompt = group("a", range(9), [[1]], (1.0,))
+    long_answer = group("b", [2], [range(1, 8)], (0.0,))
+    (first, second), metrics = KTO().examples([long_prompt, long_answer])
+    assert first.sequences[1].prompt_ids == tuple(range(9)) and first.sequences[1].completion_ids == (1,)
+    assert second.sequences[1].completion_ids == (1,)
+    assert metrics["kto/mismatched_cut"] == 1.0
+    assert KTO().examples(random_groups(1, (1.0, 0.0)))[1]["kto/mismatched_cut"] == 0.0
+
+
 def test_with_one_prompt_alone_the_reference_point_is_zero():
     loss, metrics = whole(KTO(beta=0.2), PAIRS[:1])
     assert metrics["kto/reference_point"] == 0.0
