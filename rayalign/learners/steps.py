@@ -15,7 +15,7 @@ from rayalign.learners.merge import StepMetrics, weighted_sum
 from rayalign.learners.settings import learning_rate
 from rayalign.protocols import Algorithm, UpdatePlan
 from rayalign.sharding import minibatches
-from rayalign.types import Batch, Example, Terms
+from rayalign.types import AnyColumn, Batch, Column, Example, Terms
 
 if TYPE_CHECKING:
     from rayalign.learners.base import RankLearner
@@ -23,19 +23,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sums:
-    """This rank's part of one step's loss and metrics, divided by global counts; and the tokens of all ranks."""
+    """This rank's part of one step's loss and metrics, divided by global counts.
 
-    loss: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
+    They stay on the device until they are read, all at once: reading a number waits for all that is queued there.
+    """
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, loss: Tensor, terms: Terms, batch: Batch, count: int) -> None:
-        self.loss += float(loss.detach())
+        self._add("loss", loss)
         for name, values in terms.metrics.items():
-            part = float(torch.where(batch.weight > 0, values.detach().float(), 0.0).sum()) / count
-            self.metrics[name] = self.metrics.get(name, 0.0) + part
+            self._add(name, torch.where(batch.weight > 0, values.float(), 0.0).sum().double() / count)
+
+    def _add(self, name: str, part: Tensor) -> None:
+        part = part.detach().double()
+        self.parts[name] = self.parts[name] + part if name in self.parts else part
 
     def named(self) -> dict[str, float]:
-        return {"loss": self.loss, **self.metrics}
+        """The loss first; of a rank without a micro-batch the loss alone, 0."""
+        if not self.parts:
+            return {"loss": 0.0}
+        return dict(zip(self.parts, torch.stack(list(self.parts.values())).tolist(), strict=True))
 
 
 def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorithm, plan: UpdatePlan) -> StepMetrics:
@@ -43,9 +51,9 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
 
     Returns:
         (summed, same): this rank's part of the loss and of the algorithm's metrics, already divided by global
-        counts and averaged over the optimiser steps, so that the sum over ranks is the mean; and lr, grad_norm
-        (the largest of the optimiser steps, before clipping) and padding (the share of padding in all positions
-        of all ranks' micro-batches), the same on all ranks.
+        counts and averaged over the optimiser steps, each weighing as many examples as it has, so that the sum over
+        ranks is the mean; and lr, grad_norm (the largest of the optimiser steps, before clipping) and padding (the
+        share of padding in all positions of all ranks' micro-batches), the same on all ranks.
 
     Raises:
         TrainingStopped: a loss or a gradient that is not finite, on every rank alike.
@@ -57,19 +65,19 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
         raise ConfigError(f"the {role} learner is frozen and cannot be trained", where=role)
     _require(examples, "a training step")
     rate = learning_rate(learner.spec.optimizer, plan.step, learner.spec.total_steps)
-    steps, largest, summed, positions = 0, 0.0, {}, [0, 0]
+    largest, summed, positions = 0.0, {}, [0, 0]
     for epoch in range(plan.epochs):
         for part in minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch):
             chosen = [examples[index] for index in part]
-            shares = learner.split(chosen, learner.world_size)
-            sums, norm = _optimizer_step(learner, chosen, shares[learner.rank], algorithm, rate, plan.step)
-            steps, largest = steps + 1, max(largest, norm)
-            for name, value in sums.named().items():
-                summed[name] = summed.get(name, 0.0) + value
-            for place, count in enumerate(learner.positions(chosen, shares)):
+            numbers, norm = _optimizer_step(learner, chosen, algorithm, rate, plan.step)
+            largest, weight = max(largest, norm), len(chosen) / (len(examples) * plan.epochs)
+            for name, value in numbers.items():
+                summed[name] = summed.get(name, 0.0) + value * weight
+            seen = _with_rows(chosen, slice(algorithm.loss_rows))
+            for place, count in enumerate(learner.positions(seen, learner.split(seen, learner.world_size))):
                 positions[place] += count
     same = {"lr": rate, "grad_norm": largest, "padding": 1.0 - positions[0] / positions[1]}
-    return {name: value / steps for name, value in summed.items()}, same
+    return summed, same
 
 
 @torch.no_grad()
@@ -80,35 +88,37 @@ def measure(learner: RankLearner, examples: Sequence[Example], algorithm: Algori
         DataError: no examples.
     """
     _require(examples, "a measurement")
-    share = learner.split(examples, learner.world_size)[learner.rank]
     sums = Sums()
-    for _ in _losses(learner, examples, share, algorithm, sums):
+    for _ in _losses(learner, examples, algorithm, sums):
         pass
     return sums.named(), {}
 
 
 def _optimizer_step(
-    learner: RankLearner, examples: list[Example], share: list[list[int]], algorithm: Algorithm, lr: float, step: int
-) -> tuple[Sums, float]:
+    learner: RankLearner, examples: list[Example], algorithm: Algorithm, lr: float, step: int
+) -> tuple[dict[str, float], float]:
+    """This rank's part of the loss and metrics, and the norm of the whole gradient."""
     sums = Sums()
-    for index, loss in enumerate(_losses(learner, examples, share, algorithm, sums)):
-        learner.backward(loss, last=index == len(share) - 1)
-    _finite(learner, "the loss", learner.total(sums.loss), step)
+    for loss, last in _losses(learner, examples, algorithm, sums):
+        learner.backward(loss, last=last)
+    numbers = sums.named()
+    _finite(learner, "the loss", learner.total(numbers["loss"]), step)
     norm = learner.step(lr)
     _finite(learner, "the gradient norm", norm, step)
-    return sums, norm
+    return numbers, norm
 
 
 def _losses(
-    learner: RankLearner, examples: Sequence[Example], share: list[list[int]], algorithm: Algorithm, sums: Sums
-) -> Iterator[Tensor]:
-    """One loss a micro-batch of this rank's share, and their sum and metrics in `sums`."""
+    learner: RankLearner, examples: Sequence[Example], algorithm: Algorithm, sums: Sums
+) -> Iterator[tuple[Tensor, bool]]:
+    """One loss a micro-batch of this rank's share, and whether it is the last; their sum and metrics in `sums`."""
     denominator = algorithm.denominator(examples) or 1.0  # nothing counts: the sum is 0, and stays so
-    statistics = _statistics(learner, examples, share, algorithm) if algorithm.statistics is not None else {}
+    statistics = _statistics(learner, examples, algorithm) if algorithm.statistics is not None else {}
     seen = _with_rows(examples, slice(algorithm.loss_rows))
-    for micro in share:
+    share = learner.split(seen, learner.world_size)[learner.rank]
+    for place, micro in enumerate(share):
         batch = learner.batch(seen, micro)
-        columns = _named_columns(learner, batch, algorithm)
+        columns = _named_columns(learner, batch, algorithm.columns)
         if micro:
             terms = algorithm.loss(batch, columns, statistics)
             loss = weighted_sum(terms, batch) / denominator
@@ -117,7 +127,7 @@ def _losses(
             # The algorithm is not asked about a filler: its loss is exactly 0 whatever the numbers are.
             loss = sum(torch.where(_like(batch.mask, each), 0.0, each).sum() for each in columns.values())
         del columns
-        yield loss
+        yield loss, place == len(share) - 1
 
 
 def _like(mask: Tensor, column: Tensor) -> Tensor:
@@ -125,24 +135,22 @@ def _like(mask: Tensor, column: Tensor) -> Tensor:
     return (mask > 0).reshape(*mask.shape, *(1 for _ in column.shape[2:])).expand_as(column)
 
 
-def _named_columns(learner: RankLearner, batch: Batch, algorithm: Algorithm) -> dict[str, Tensor]:
-    found = learner.columns(batch, algorithm.columns)
+def _named_columns(learner: RankLearner, batch: Batch, columns: Sequence[AnyColumn]) -> dict[str, Tensor]:
+    found = learner.columns(batch, columns)
     return {f"{learner.spec.role}/{name}": values for name, values in found.items()}
 
 
 @torch.no_grad()
-def _statistics(
-    learner: RankLearner, examples: Sequence[Example], share: list[list[int]], algorithm: Algorithm
-) -> dict[str, Tensor]:
-    """The algorithm's sums over the whole step: all micro-batches, all ranks."""
+def _statistics(learner: RankLearner, examples: Sequence[Example], algorithm: Algorithm) -> dict[str, Tensor]:
+    """The algorithm's sums over the whole step: all micro-batches, all ranks. Empty where no row is for them."""
     sums: dict[str, Tensor] = {}
-    examples = _with_rows(examples, slice(algorithm.loss_rows, None) if algorithm.loss_rows else slice(None))
-    share = [[index for index in micro if examples[index].sequences] for micro in share]
-    if not any(example.sequences for example in examples):
-        return {}
-    for micro in share:
-        batch = learner.batch(examples, micro)
-        found = algorithm.statistics(batch, _named_columns(learner, batch, algorithm))
+    rows = _with_rows(examples, slice(algorithm.loss_rows, None) if algorithm.loss_rows else slice(None))
+    rows = [example for example in rows if example.sequences]
+    # The exact KL to the reference is a term of losses, and costs a forward pass of the reference.
+    columns = [column for column in algorithm.columns if column is not Column.REFERENCE_KL]
+    for micro in learner.split(rows, learner.world_size)[learner.rank]:
+        batch = learner.batch(rows, micro)
+        found = algorithm.statistics(batch, _named_columns(learner, batch, columns))
         for name, value in found.items():
             value = value if micro else torch.zeros_like(value)  # a filler counts for nothing
             sums[name] = sums[name] + value if name in sums else value
