@@ -51,10 +51,11 @@ class ScoreNetwork(Network):
 
     @classmethod
     def load(cls, spec: LearnerSpec, dtype: torch.dtype) -> ScoreNetwork:
-        """From a saved reward model, or from any language model, whose new head is drawn from the spec's seed.
+        """From a saved reward model, or, to train, from any language model; its new head is drawn from the spec's seed.
 
         Raises:
-            ConfigError: no model, a classifier with several labels, or weights missing beside the head.
+            ConfigError: no model, a classifier with several labels, weights missing beside the head, or the head
+                missing where it is not to be trained.
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -72,6 +73,14 @@ class ScoreNetwork(Network):
                 value=f"{spec.model}: without {', '.join(beside[:3])}",
                 rule="all weights of the backbone; only the head may be new",
                 remedy="give a checkpoint of a language model, or of a reward model",
+            )
+        if missing and not spec.trainable:
+            raise ConfigError(
+                "this is a language model: it has no scalar head",
+                where=f"{spec.role}.model",
+                value=f"{spec.model}: without {', '.join(missing[:3])}",
+                rule="a saved reward model, where nothing is trained; a new head would score at random",
+                remedy="give a checkpoint of a reward model, say model=runs/a/checkpoints/step-200",
             )
         _start(model, missing, spec.seed)
         model.requires_grad_(spec.trainable)

@@ -31,11 +31,12 @@ ENCODER = dict(
 )
 
 
-def load(folder, pad_id=PAD_ID, seed=0, dtype=torch.float32, **settings):
+def load(folder, pad_id=PAD_ID, seed=0, dtype=torch.float32, trainable=True, **settings):
     spec = LearnerSpec(
         "policy",
         str(folder),
-        optimizer=OptimizerConfig(),
+        trainable=trainable,
+        optimizer=OptimizerConfig() if trainable else None,
         settings=LearnerSettings(**settings),
         pad_id=pad_id,
         network="score",
@@ -144,6 +145,16 @@ def test_an_encoder_scores_the_whole(tmp_path, kind):
     assert all(parameter.grad is not None for _, parameter in network.named_weights())
     with pytest.raises(ConfigError, match="cannot be packed"):
         load(tmp_path / "encoder", packing=True)
+
+
+def test_a_language_model_that_is_not_to_be_trained_is_no_reward_model(causal, tmp_path):
+    """Measured, it would give the scores of a head drawn at random."""
+    with pytest.raises(ConfigError, match="has no scalar head") as caught:
+        load(causal, trainable=False)
+    assert caught.value.value.endswith("without score.weight")
+    export(load(causal), tmp_path / "reward")
+    frozen = load(tmp_path / "reward", trainable=False)
+    assert not any(parameter.requires_grad for parameter in frozen.model.parameters())
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
