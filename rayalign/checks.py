@@ -35,12 +35,12 @@ def check_training(config: Config) -> None:
 def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
     """Whether the prompts, or the rows, are enough for one step. Raises ConfigError."""
     if examples is not None:
-        if examples.rows is not None and examples.rows < config.rollout.prompts:
+        if examples.known_rows is not None and examples.known_rows < config.rollout.prompts:
             raise ConfigError(
                 "there are fewer rows than one step takes",
                 where="key rollout.prompts",
                 value=config.rollout.prompts,
-                rule=f"at most {examples.rows}, the training rows of data.examples",
+                rule=f"at most {examples.known_rows}, the training rows of data.examples",
                 remedy="lower rollout.prompts, lower data.held_out, or use more rows",
             )
         return

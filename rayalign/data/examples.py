@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
+import numpy as np
+
 from rayalign.data.config import DataConfig
 from rayalign.data.groups import Tokeniser
-from rayalign.data.order import Mixture, Passes
-from rayalign.data.sources import StreamSource, TableSource
+from rayalign.data.order import Mixture, Passes, held_out_prompts, uniform
+from rayalign.data.sources import TableSource
+from rayalign.data.streams import StreamSource
 from rayalign.data.tokens import Turns
 from rayalign.errors import DataError
 from rayalign.types import Group
@@ -24,13 +27,16 @@ class ExampleSet:
     """Groups of one or several data sets, tokenised when they are taken.
 
     Attributes:
-        held_out: groups for evaluation, without label noise. A sequence that makes them when they are looked at.
+        rows: training rows in one pass; None where one source is a stream.
+        known_rows: the same, known of a short stream as well.
+        held_out: groups for evaluation, without label noise, in an order that data.shuffle_seed draws. A sequence that
+            makes them when they are looked at.
         end: the tokens that end an answer, on which an engine has to stop.
         fingerprint: of the rows and of how they become tokens; the same in every process.
     """
 
     def __init__(self, config: DataConfig, sources: Sequence[AnySource], turns: Turns, *, max_tokens: int, seed: int):
-        self._config, self._sources, self.end = config, sources, turns.end
+        self._config, self._sources, self._max, self.end = config, sources, max_tokens, turns.end
         tables = [source for source in sources if isinstance(source, TableSource)]
         if any(source.source.weight is not None for source in sources) and len(sources) > 1:
             self._pools: list[_Pool | StreamSource] = [
@@ -42,7 +48,8 @@ class ExampleSet:
             self._pools = [_Pool(tables, seed=(seed,)) if tables else sources[0]]
             self._mixture = None
         self.rows = sum(len(source.training) for source in tables) if len(tables) == len(sources) else None
-        self.held_out: Sequence[Group] = _HeldOut(sources)
+        self.known_rows = sources[0].rows if self.rows is None and len(sources) == 1 else self.rows
+        self.held_out: Sequence[Group] = _HeldOut(sources, config.shuffle_seed)
         self.fingerprint = _fingerprint(config, sources, turns, max_tokens)
 
     def step(self, index: int, count: int) -> list[Group]:
@@ -81,7 +88,8 @@ class ExampleSet:
         if counts["skipped"]:
             parts.append(f"{counts['skipped']:,} skipped ({', '.join(reasons)})")
         if counts["truncated"]:
-            parts.append(f"{counts['truncated']:,} cut to {self._config.max_tokens} tokens")
+            context = " (the model's context)" if self._max < self._config.max_tokens else ""
+            parts.append(f"{counts['truncated']:,} cut to {self._max} tokens{context}")
         if counts.get("flipped"):
             parts.append(f"{counts['flipped']:,} labels turned by label_noise")
         return ", ".join(parts)
@@ -96,6 +104,7 @@ def load_examples(
     seed: int,
     processor: Callable[[], Any] | None = None,
     images: bool = False,
+    ties: bool = False,
 ) -> ExampleSet:
     """Open the data sets, read each row once to see whether it is of use, and hold some of them out.
 
@@ -105,25 +114,41 @@ def load_examples(
         seed: of the order.
         processor: gives the model's, as AutoProcessor loads it; asked for when there are images.
         images: whether each row has to have one.
+        ties: whether a pair whose annotators are undecided is of use.
 
     Raises:
         DataError: with file, row, value, rule and remedy.
     """
     turns = Turns(tokenizer, chat_template=config.chat_template)
-    tokeniser = Tokeniser(turns, max_tokens=max_tokens, processor=processor, images=images)
+    limit = "the model's context" if max_tokens < config.max_tokens else "data.max_tokens"
+    tokeniser = Tokeniser(turns, max_tokens=max_tokens, limit=limit, processor=processor, images=images)
     sources: list[AnySource] = []
     first = 0
     for place, source in enumerate(config.examples):
         if source.stream:
-            sources.append(StreamSource(source, config, kinds, tokeniser, place, seed))
+            sources.append(StreamSource(source, config, kinds, tokeniser, place, seed=seed, ties=ties))
         else:
-            table = TableSource(source, config, kinds, tokeniser, place)
+            table = TableSource(source, config, kinds, tokeniser, place, ties=ties)
             table.first = first
             first += table.rows
             sources.append(table)
+    _hold_out(config, sources)
     _check_labels(sources)
     turns = next((source.turns for source in sources if source.turns is not turns), turns)
     return ExampleSet(config, sources, turns, max_tokens=max_tokens, seed=seed)
+
+
+def _hold_out(config: DataConfig, sources: Sequence[AnySource]) -> None:
+    """A share of the prompts, with all their rows, of whatever source; of streams among the first rows."""
+    looked = [source.look() for source in sources if isinstance(source, StreamSource)]
+    keys = [source.keys for source in sources if isinstance(source, TableSource)]
+    if not looked:
+        held = held_out_prompts(np.concatenate(keys), config.held_out, config.shuffle_seed)
+    else:  # as a stream's rows come, each prompt by itself
+        known = np.unique(np.concatenate([*keys, np.zeros(0, np.uint64)]))
+        held = np.concatenate([*looked, known[uniform(config.shuffle_seed, known) < config.held_out]])
+    for source in sources:
+        source.hold_out(held)
 
 
 class _Pool:
@@ -131,7 +156,16 @@ class _Pool:
 
     def __init__(self, sources: Sequence[TableSource], *, seed: Sequence[int]):
         self._sources = sources
-        self._passes = Passes(sum(len(source.training) for source in sources), seed=seed)
+        count = sum(len(source.training) for source in sources)
+        if not count:
+            raise DataError(
+                "no row is left to learn from",
+                where=", ".join(source.source.path for source in sources),
+                value=f"all rows held out: {sum(len(source.held_out) for source in sources)}",
+                rule="at least one row of each source that has a weight is trained on",
+                remedy="lower data.held_out, write more rows, or take the weights out",
+            )
+        self._passes = Passes(count, seed=seed)
 
     def take(self, position: int) -> Group | None:
         epoch, row = self._passes[position]
@@ -143,15 +177,16 @@ class _Pool:
 
 
 class _HeldOut(Sequence[Group]):
-    """Rows that are held out, made into groups when they are looked at."""
+    """Rows that are held out, made into groups when they are looked at. The first of them are a fair sample of all."""
 
-    def __init__(self, sources: Sequence[AnySource]):
-        self._places: list[tuple[TableSource, int] | Group] = []
+    def __init__(self, sources: Sequence[AnySource], seed: int):
+        places: list[tuple[TableSource, int] | Group] = []
         for source in sources:
             if isinstance(source, TableSource):
-                self._places += [(source, index) for index in source.held_out.tolist()]
+                places += [(source, index) for index in source.held_out.tolist()]
             else:
-                self._places += source.held_out()
+                places += source.held_out()
+        self._places = [places[i] for i in np.random.default_rng(seed).permutation(len(places)).tolist()]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -176,17 +211,19 @@ class _HeldOut(Sequence[Group]):
 def _check_labels(sources: Sequence[AnySource]) -> None:
     """Good and bad answers can only be told apart when there are both."""
     labelled = [source for source in sources if source.kind == "label"]
-    if not labelled or any(isinstance(source, StreamSource) for source in labelled):
-        return
     labels = set().union(*(source.labels for source in labelled))
-    if len(labels) == 1 and len(labelled) == len(sources):
-        raise DataError(
-            "all labels are equal",
-            where=", ".join(source.source.path for source in labelled),
-            value=f"each answer is {'good' if labels == {1.0} else 'bad'}",
-            rule="good answers and bad ones",
-            remedy="add the others, or use an algorithm that learns from good answers alone, as sft does",
-        )
+    if len(labels) != 1 or len(labelled) < len(sources):
+        return
+    first = max((source.looked_at for source in labelled if isinstance(source, StreamSource)), default=0)
+    word = "good" if labels == {1.0} else "bad"
+    raise DataError(
+        "all labels are equal",
+        where=", ".join(source.source.path for source in labelled),
+        value=f"each of the stream's first {first:,} answers is {word}" if first else f"each answer is {word}",
+        rule="good answers and bad ones",
+        remedy="add the others, or use an algorithm that learns from good answers alone, as sft does"
+        + ("; mix rows that are sorted, or take stream out" if first else ""),
+    )
 
 
 def _fingerprint(config: DataConfig, sources: Sequence[AnySource], turns: Turns, max_tokens: int) -> str:

@@ -19,14 +19,21 @@ class Tokeniser:
     """Rows as groups of at most `max_tokens` a prompt with an answer.
 
     Args:
+        limit: what sets max_tokens, in words.
         processor: gives the model's, for rows with images. Raises ConfigError for a model that sees none.
         images: whether each row has to have one.
     """
 
     def __init__(
-        self, turns: Turns, *, max_tokens: int, processor: Callable[[], Any] | None = None, images: bool = False
+        self,
+        turns: Turns,
+        *,
+        max_tokens: int,
+        limit: str = "data.max_tokens",
+        processor: Callable[[], Any] | None = None,
+        images: bool = False,
     ):
-        self.turns, self._max, self._processor, self._images = turns, max_tokens, processor, images
+        self.turns, self._max, self._limit, self._processor, self._images = turns, max_tokens, limit, processor, images
         self._roles: dict[tuple[str, ...], bool] = {}
 
     def reading(self, reading: Reading, where: str) -> Tokeniser:
@@ -50,11 +57,16 @@ class Tokeniser:
                 remedy="use such a model, or take the column out of the data",
             )
         turns = ImageTurns(self._processor(), chat_template=self.turns.chat_template)
-        return Tokeniser(turns, max_tokens=self._max, images=self._images)
+        return Tokeniser(turns, max_tokens=self._max, limit=self._limit, images=self._images)
 
-    def group(self, row: Row, where: str, *, index: int, id: str) -> Group:
-        """Raises DataError when the prompt leaves no room for an answer, or when the template refuses the row."""
-        prompt, answers = self._ids(row, where)
+    def group(self, row: Row, where: str, *, index: int, id: str) -> tuple[Group, bool]:
+        """The group, and whether something of the row was cut.
+
+        Raises:
+            DataError: the prompt leaves no room for an answer, or the template refuses the row.
+        """
+        whole_prompt, answers = self._ids(row, where)
+        prompt = whole_prompt
         if row.images:  # a prompt cut in an image would be of no use
             cut = [answer[: self._max - len(prompt)] for answer in answers]
         else:
@@ -63,7 +75,7 @@ class Tokeniser:
             Completion(f"{id}/{k}", ids, (), "stop" if ids == whole else "length", -1)
             for k, (ids, whole) in enumerate(zip(cut, answers, strict=True))
         )
-        return Group(
+        group = Group(
             id,
             Prompt(
                 index,
@@ -78,6 +90,7 @@ class Tokeniser:
             row.preferences,
             row.votes,
         )
+        return group, len(prompt) < len(whole_prompt) or any(c.finish_reason == "length" for c in completions)
 
     def is_cut(self, row: Row, where: str) -> bool:
         """Whether something of this row is lost. Texts so short that it cannot be are not tokenised.
@@ -97,7 +110,9 @@ class Tokeniser:
     def _check_roles(self, row: Row, where: str) -> None:
         """What a template refuses is the order of roles: each order is tried once."""
         roles = tuple(message["role"] for message in row.prompt)
-        if self.turns.chat_template and roles not in self._roles:
+        if not self.turns.chat_template:
+            self.turns.one_text(row.prompt, where)
+        elif roles not in self._roles:
             self.turns.answer(row.prompt, row.answers[0], where)
             self._roles[roles] = True
 
@@ -115,12 +130,13 @@ class Tokeniser:
         else:
             prompt = self.turns.prompt(row.prompt, where)
         if len(prompt) >= self._max or not prompt:
+            more = "raise data.max_tokens" if self._limit == "data.max_tokens" else "use a model with a longer context"
             raise DataError(
                 "a prompt fills the context" if prompt else "a prompt has no tokens",
                 where=where,
                 value=f"{len(prompt)} tokens",
-                rule=f"1 to {self._max - 1} tokens, so that an answer has room in data.max_tokens={self._max}",
-                remedy="raise data.max_tokens, shorten or drop the prompt, or set data.on_bad_row=skip",
+                rule=f"1 to {self._max - 1} tokens, so that an answer has room in {self._limit}={self._max}",
+                remedy=f"shorten or drop the prompt, {more}, or set data.on_bad_row=skip",
             )
         return prompt, [self.turns.answer(row.prompt, answer, where) for answer in row.answers]
 

@@ -79,13 +79,17 @@ def with_marks(messages: Messages, count: int, where: str) -> list[dict[str, Any
     return [*messages[:first], shown, *messages[first + 1 :]]
 
 
-def flat(value: Any) -> Any:
-    """Messages whose content is a list of parts ({type: image}, {type: text, text: …}) with `<image>` in a text."""
+def flat(value: Any, *, images: bool) -> Any:
+    """Messages whose content is a list of parts ({type: image}, {type: text, text: …}) as texts with `<image>` in them.
+
+    Args:
+        images: whether the row has any; else parts that are images stay as they are.
+    """
     if isinstance(value, list):
-        return [flat(each) for each in value]
+        return [flat(each, images=images) for each in value]
     if isinstance(value, dict) and isinstance(value.get("content"), list):
         parts = [part if isinstance(part, dict) else {} for part in value["content"]]
-        if all(part.get("type") == "image" or isinstance(part.get("text"), str) for part in parts):
+        if all(images if part.get("type") == "image" else isinstance(part.get("text"), str) for part in parts):
             texts = (MARK if part.get("type") == "image" else part["text"] for part in parts)
             return {**value, "content": "".join(texts)}
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -49,13 +50,18 @@ def is_message(value: Any) -> bool:
 
 def split_prompt(first: Any, second: Any, where: str, *, chat: bool) -> tuple[Any, str, str]:
     """Two conversations that begin alike → (prompt, answer, answer): messages cut behind the last common one, texts
-    with turns (`\\n\\nHuman:`, `\\n\\nAssistant:`) behind the last common turn's mark.
+    with turns (`\\n\\nHuman:`, `\\n\\nAssistant:`) behind the last common turn's mark, other texts behind the last
+    common word.
 
     Args:
         chat: whether a chat template follows, so that a text's turns become messages.
     """
-    if isinstance(first, str) and isinstance(second, str) and not chat:
-        return _split_texts(first, second, where)
+    if isinstance(first, str) and isinstance(second, str):
+        if not (_turns(first) or _turns(second)):
+            prompt, *answers = _split_words(first, second, where)
+            return (prompt, *(answer.lstrip() if chat else answer for answer in answers))  # a template sets its own
+        if not chat:
+            return _split_texts(first, second, where)
     one, two = _conversation(first, where), _conversation(second, where)
     common = 0
     while common < min(len(one), len(two)) - 1 and one[common] == two[common]:
@@ -92,8 +98,8 @@ def _conversation(value: Any, where: str) -> list[Message]:
     if isinstance(value, list) and value and all(map(is_message, value)):
         return [{"role": m["role"], "content": m["content"]} for m in value]
     if isinstance(value, str):
-        marks = list(_TURN.finditer(value))
-        if marks and not value[: marks[0].start()].strip():
+        marks = _turns(value)
+        if marks:
             ends = [mark.start() for mark in marks[1:]] + [len(value)]
             return [
                 {"role": _ROLES[mark[1]], "content": value[mark.end() : end].strip()}
@@ -115,6 +121,21 @@ def _conversation(value: Any, where: str) -> list[Message]:
     )
 
 
+def _turns(text: str) -> list[re.Match[str]]:
+    """The marks of a dialogue's turns; none of a text that does not begin with one."""
+    marks = list(_TURN.finditer(text))
+    return marks if marks and not text[: marks[0].start()].strip() else []
+
+
+def _split_words(first: str, second: str, where: str) -> tuple[str, str, str]:
+    """An answer begins with the space in front of its first word, as it does where a model continues the prompt."""
+    common = len(os.path.commonprefix([first, second]))
+    for cut in range(min(common, len(first) - 1, len(second) - 1), 0, -1):
+        if first[cut].isspace() and second[cut].isspace() and not first[cut - 1].isspace():
+            return first[:cut], first[cut:], second[cut:]
+    raise _no_common(first, second, where)
+
+
 def _split_texts(first: str, second: str, where: str) -> tuple[str, str, str]:
     marks = [
         mark for mark in _TURN.finditer(first) if mark[1] == "Assistant" and second.startswith(first[: mark.end()])
@@ -131,6 +152,6 @@ def _no_common(first: Any, second: Any, where: str) -> DataError:
         where=where,
         value=f"{json.dumps(first, ensure_ascii=False, default=str)[:80]} and "
         f"{json.dumps(second, ensure_ascii=False, default=str)[:80]}",
-        rule="a column with the prompt, or conversations that begin with the same messages",
+        rule="a column with the prompt, or texts or messages of which the first are the same",
         remedy="add a prompt to the row, or name its column: columns: {prompt: …}",
     )

@@ -25,12 +25,32 @@ def uniform(seed: int, index: int | np.ndarray) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def held_out_places(count: int, share: float, seed: int) -> np.ndarray:
-    """Which of `count` rows are held out: at least one and not all of them, where there are two."""
+def held_out_count(count: int, share: float) -> int:
+    """How many of `count` rows are held out: at least one and not all of them, where there are two."""
     held = round(count * share)
-    if share > 0 and count > 1:
-        held = min(max(held, 1), count - 1)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:held])
+    return min(max(held, 1), count - 1) if share > 0 and count > 1 else held
+
+
+def held_out_prompts(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which prompts are held out with all their rows, in an order that the seed draws, as long as their rows fit in the
+    share; at least one of two.
+
+    Args:
+        keys: [n] uint64, of the prompt of each row.
+    """
+    found, sizes = np.unique(keys, return_counts=True)
+    left = held_out_count(len(keys), share)
+    if not left or len(found) < 2:
+        return found[:0]
+    order = np.argsort(uniform(seed, found), kind="stable")
+    held = []
+    for place, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        if size <= left:
+            held.append(place)
+            left -= size
+        if not left:
+            break
+    return found[held or [order[np.argmin(sizes[order])]]]
 
 
 class Passes:

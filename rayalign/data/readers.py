@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rayalign.data.columns import NAMES, Reading
 from rayalign.data.images import Found, flat, images_of, with_marks
-from rayalign.data.messages import Message, behind_prompt, only_answer, prompt_messages, split_prompt
+from rayalign.data.messages import Message, behind_prompt, prompt_messages, split_prompt
 from rayalign.errors import DataError
 
 Numbers = tuple[float, ...]
+KNOWN = frozenset(name for names in NAMES.values() for name in names)
+NOTHING = (None, [], "")
 LABELS = {"true": 1.0, "false": 0.0, "good": 1.0, "bad": 0.0, "desirable": 1.0, "undesirable": 0.0}
 
 
@@ -50,27 +53,35 @@ class Reader:
 
     Args:
         system: a system message to put before every prompt that has none.
+        again: reads columns as those of the first row were read.
+        first: the columns of the first row.
         chat: whether a chat template follows.
+        ties: whether a pair may be one whose halves are equally good, as its probability of ½ says.
         folder: where relative paths of images start.
     """
 
-    def __init__(self, reading: Reading, *, system: str | None, chat: bool, folder: Path = Path()):
-        self.kind, self._needs, self._columns = reading.form.kind, reading.form.needs, reading.columns
+    def __init__(
+        self,
+        again: Callable[[Sequence[str]], Reading],
+        first: Sequence[str],
+        *,
+        system: str | None,
+        chat: bool,
+        ties: bool = False,
+        folder: Path = Path(),
+    ):
+        self.reading = again(first)
+        self.kind, self._needs, self._columns = self.reading.form.kind, self.reading.form.needs, self.reading.columns
+        self._again, self._first, self._ties = again, tuple(first), ties
         self._system, self._chat, self._folder = system, chat, folder
+        self._others: dict[tuple[str, ...], bool] = {}
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
+        self._check_columns(row, where)
         name, images = self._columns.get("images"), ()
         if name is not None:
             images = images_of(row.get(name), self._folder, where)
-            row = {column: flat(value) for column, value in row.items() if column != name}
-        elif unseen := next((column for column in NAMES["images"] if row.get(column)), None):
-            raise _bad(
-                f"this row has {unseen}, and the first one has no such column",
-                str(row[unseen])[:80],
-                f"the same columns in each row: {unseen}: [] in the first one, say",
-                where,
-                as_it_is=True,
-            )
+        row = {column: flat(value, images=name is not None) for column, value in row.items() if column != name}
         prompt, answers = self._texts(row, where)
         for answer in answers:
             if not answer.strip():
@@ -88,6 +99,25 @@ class Reader:
         said = getattr(self, f"_{self.kind}")(row, answers, where)
         return Row(self.kind, messages, tuple(answers), extra=extra, images=images, **said)
 
+    def _check_columns(self, row: Mapping[str, Any], where: str) -> None:
+        """What the first row has not, and what would be read otherwise if it had, is not left unread."""
+        new = tuple(name for name in row if name in KNOWN and name not in self._first and row[name] not in NOTHING)
+        if not new:
+            return
+        if new not in self._others:
+            try:
+                self._others[new] = self._again([*self._first, *new]) == self.reading
+            except DataError:
+                self._others[new] = False
+        if not self._others[new]:
+            raise _bad(
+                f"this row has {', '.join(new)}, and the first one has no such column",
+                str(row[new[0]])[:80],
+                f"the same columns in each row: {new[0]} in the first one, too",
+                where,
+                as_it_is=True,
+            )
+
     def _cell(self, row: Mapping[str, Any], role: str, where: str) -> Any:
         name = self._columns[role]
         if name not in row:
@@ -101,7 +131,16 @@ class Reader:
             messages = self._cell(row, "messages", where)
             if not isinstance(messages, list) or len(messages) < 2:
                 raise _bad("this is not a conversation", messages, "messages, the last one the assistant's", where)
-            return messages[:-1], [only_answer([_message(messages[-1], where)], where)]
+            last = _message(messages[-1], where)
+            if last["role"] != "assistant":
+                raise _bad(
+                    "this conversation does not end with the assistant",
+                    f"the last role is {last['role']}",
+                    "messages up to an answer, which is trained on",
+                    where,
+                    as_it_is=True,
+                )
+            return messages[:-1], [last["content"]]
         given = self._columns.get("prompt")
         prompt = row.get(given) if given else None
         if self.kind == "pair":
@@ -123,17 +162,22 @@ class Reader:
         return {"scores": (1.0,)}
 
     def _pair(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
-        said: dict[str, Any] = {"scores": (1.0, 0.0)}
+        """The better half is the one that most annotators prefer, whatever its column is called."""
         if "votes" in self._columns:
-            first, second = _counts(self._cell(row, "votes", where), where, length=2)
+            value = self._cell(row, "votes", where)
+            first, second = _counts(value, where, length=2)
             chosen = first / (first + second)
         elif "probability" in self._columns:
-            chosen = _number(self._cell(row, "probability", where), "a probability", where)
+            value = chosen = _number(self._cell(row, "probability", where), "a probability", where)
             if not 0 <= chosen <= 1:
                 raise _bad("a probability is out of range", chosen, "from 0 to 1, that the chosen one is better", where)
         else:
-            return said
-        return said | {"preferences": ((0.5, chosen), (1 - chosen, 0.5))}
+            return {"scores": (1.0, 0.0)}
+        if chosen == 0.5 and not self._ties:
+            rule = "one that is better, unless the loss learns from probabilities alone (soft, psi_po)"
+            raise _bad("both answers are equally good", value, rule, where)
+        scores = (1.0, 0.0) if chosen >= 0.5 else (0.0, 1.0)
+        return {"scores": scores, "preferences": ((0.5, chosen), (1 - chosen, 0.5))}
 
     def _label(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
         value = self._cell(row, "label", where)
@@ -168,6 +212,16 @@ class Reader:
         if not ratings or any(each != round(each) for each in ratings):
             raise _bad("these are no ratings", value, "one whole number or more", where)
         return {"scores": None, "ratings": tuple(map(int, ratings))}
+
+
+def prompt_key(row: Row) -> int:
+    """64 bits of the prompt, its images included: the same for rows that ask the same."""
+    found = hashlib.blake2b(digest_size=8)
+    for message in row.prompt:
+        found.update(f"{message['role']}\x1f{message['content'].strip()}\x1e".encode(errors="surrogatepass"))
+    for image in row.images:
+        found.update(image if isinstance(image, bytes) else str(image).encode(errors="surrogateescape"))
+    return int.from_bytes(found.digest(), "big")
 
 
 def counted(ratings: Sequence[int], lowest: int, highest: int) -> Numbers:

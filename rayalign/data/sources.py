@@ -1,8 +1,8 @@
-"""One source of examples: its usable rows found once, or read as a stream, and its noise."""
+"""One source of examples: its usable rows, found once, and its noise. Streams are in `streams`."""
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,14 +13,13 @@ import numpy as np
 from rayalign.data.columns import Reading, read_columns
 from rayalign.data.config import DataConfig, SourceConfig
 from rayalign.data.groups import Tokeniser
-from rayalign.data.order import held_out_places, uniform
-from rayalign.data.readers import Reader, Row, counted
-from rayalign.data.tables import Numbered, Stream, open_table
+from rayalign.data.order import uniform
+from rayalign.data.readers import Reader, Row, counted, prompt_key
+from rayalign.data.tables import open_table
 from rayalign.data.tokens import Turns
 from rayalign.errors import DataError
 from rayalign.types import Group
 
-HELD_OUT_OF = 1000  # rows of a stream among which those held out are drawn
 Counts = Counter[str]
 
 
@@ -50,10 +49,16 @@ class Noise:
     def apply(self, row: Row, index: int) -> Row:
         if self._noise is None or not self.turned(np.array([index]))[0]:
             return row
-        count = len(row.answers)
-        if self._noise.kind == "uniform" and row.kind == "ranked":
-            return row.turned(np.random.default_rng([self._noise.seed, index]).permutation(count).tolist())
-        return row.turned(range(count)[::-1])
+        drawn = np.random.default_rng([self._noise.seed, index]).permutation(len(row.answers))
+        if row.kind != "ranked":
+            return row.turned(range(len(row.answers))[::-1])
+        if self._noise.kind == "uniform":
+            return row.turned(drawn.tolist())
+        # The best answer takes the place of the worst, the second that of the last but one; of equals any.
+        best_first = drawn[np.argsort(-np.array(row.scores)[drawn], kind="stable")]
+        order = np.empty_like(drawn)
+        order[best_first[::-1]] = best_first
+        return row.turned(order.tolist())
 
 
 class Source:
@@ -61,22 +66,40 @@ class Source:
 
     Args:
         place: the source's place in the config, part of the names of its groups.
+        ties: whether pairs may be equally good, see `readers.Reader`.
+
+    Attributes:
         first: added to a row's number to make the prompt's index.
     """
 
-    def __init__(self, source: SourceConfig, data: DataConfig, kinds: Sequence[str], tokeniser: Tokeniser, place: int):
+    def __init__(
+        self,
+        source: SourceConfig,
+        data: DataConfig,
+        kinds: Sequence[str],
+        tokeniser: Tokeniser,
+        place: int,
+        *,
+        ties: bool = False,
+    ):
+        self._ties = ties
         self.source, self._data, self._kinds, self._tokeniser = source, data, kinds, tokeniser
         self.place, self.first, self.kind = place, 0, ""
         self.counts: Counts = Counter()
         self.classes: tuple[int, int] | None = None
+        self.labels: set[float] = set()
         self._reader: Reader | None = None
         self._dropped: set[int] = set()
 
     def _start(self, row: dict[str, object]) -> Reading:
-        reading = read_columns(list(row), self.source.columns, self._kinds, self.source.path)
+        def read(found: Sequence[str]) -> Reading:
+            return read_columns(found, self.source.columns, self._kinds, self.source.path)
+
         path = Path(self.source.path).expanduser()
         folder = path if path.is_dir() else path.parent if path.is_file() else Path()
-        self._reader = Reader(reading, system=self._data.system, chat=self._data.chat_template, folder=folder)
+        chat = self._data.chat_template
+        self._reader = Reader(read, list(row), system=self._data.system, chat=chat, ties=self._ties, folder=folder)
+        reading = self._reader.reading
         self._tokeniser = self._tokeniser.reading(reading, self.source.path)
         self.kind = reading.form.kind
         self._noise = Noise(self.source, self.kind)
@@ -87,7 +110,8 @@ class Source:
         """How its texts become tokens."""
         return self._tokeniser.turns
 
-    def _group(self, row: Row, index: int, where: str, name: str, *, noisy: bool) -> Group:
+    def _group(self, row: Row, index: int, where: str, name: str, *, noisy: bool) -> tuple[Group, bool]:
+        """The group, and whether something of it was cut."""
         if noisy:
             row = self._noise.apply(row, index)
         if row.ratings and self.classes is not None:
@@ -105,19 +129,38 @@ class Source:
 class TableSource(Source):
     """A data set whose rows are all there: each is read once to see whether it is of use, tokenised when taken."""
 
-    def __init__(self, source: SourceConfig, data: DataConfig, kinds: Sequence[str], tokeniser: Tokeniser, place: int):
-        super().__init__(source, data, kinds, tokeniser, place)
+    def __init__(
+        self,
+        source: SourceConfig,
+        data: DataConfig,
+        kinds: Sequence[str],
+        tokeniser: Tokeniser,
+        place: int,
+        *,
+        ties: bool = False,
+    ):
+        super().__init__(source, data, kinds, tokeniser, place, ties=ties)
         self._table = open_table(source)
         self.rows = min(len(self._table), source.limit or len(self._table))
-        self.labels: set[float] = set()
-        good = np.fromiter(self._usable(), np.int64)
-        if not len(good):
+        self._keys = array("Q")
+        self.training = np.fromiter(self._usable(), np.int64)
+        self.held_out = self.training[:0]
+        if not len(self.training):
             raise self._nothing()
-        held = held_out_places(len(good), data.held_out, data.shuffle_seed)
-        self.held_out, self.training = good[held], np.delete(good, held)
+        self.fingerprint = self._table.fingerprint
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Of the prompt of each row of use, until `hold_out`."""
+        return np.frombuffer(self._keys, np.uint64)
+
+    def hold_out(self, prompts: np.ndarray) -> None:
+        """Keep the rows with these prompts' keys out of training."""
+        held = np.isin(self.keys, prompts)
+        self.held_out, self.training = self.training[held], self.training[~held]
+        self._keys = array("Q")
         if flipped := int(self._noise.turned(self.training).sum()):
             self.counts["flipped"] = flipped
-        self.fingerprint = self._table.fingerprint
 
     def _usable(self) -> Iterator[int]:
         for index in range(self.rows):
@@ -141,13 +184,14 @@ class TableSource(Source):
             if row.ratings:
                 known = (*row.ratings, *(self.classes or ()))
                 self.classes = (min(known), max(known))
+            self._keys.append(prompt_key(row))
             yield index
 
     def group(self, index: int, name: str, *, noisy: bool = True) -> Group | None:
         """The group of a row that is of use; None for one that turns out not to be when it is tokenised."""
         where = self._table.where(index)
         try:
-            return self._group(self._reader.read(self._table.row(index), where), index, where, name, noisy=noisy)
+            return self._group(self._reader.read(self._table.row(index), where), index, where, name, noisy=noisy)[0]
         except DataError as error:
             if self._data.on_bad_row == "error" or index not in self._dropped:
                 self._refuse(error)
@@ -165,86 +209,3 @@ class TableSource(Source):
             if reasons
             else "write rows, or name another file",
         )
-
-
-class StreamSource(Source):
-    """A data set that is read as it comes, through a shuffle buffer, from its beginning again and again."""
-
-    def __init__(
-        self, source: SourceConfig, data: DataConfig, kinds: Sequence[str], tokeniser: Tokeniser, place: int, seed: int
-    ):
-        super().__init__(source, data, kinds, tokeniser, place)
-        self._seed, self._position, self._open = seed, 0, iter(())
-        self._rows = Stream(source)
-        self.fingerprint = self._rows.fingerprint
-        first = next((row for _, _, row in self._rows if not isinstance(row, DataError)), None)
-        if first is None:
-            raise self._nothing("there is not one row in this data")
-        reading = self._start(first)
-        if reading.form.needs[-1] == "ratings":
-            raise DataError(
-                "the classes of a stream's ratings are not known",
-                where=source.path,
-                value="ratings, and stream: true",
-                rule="the lowest and the highest rating of all rows, which nobody knows before the end",
-                remedy="write votes (how many annotators chose each class), or take stream out",
-            )
-
-    def held_out(self) -> Iterator[Group]:
-        for index, where, raw in itertools.islice(self._rows, HELD_OUT_OF):
-            if self._is_held_out(index) and (group := self._read(index, where, raw, "held", noisy=False)):
-                yield group
-
-    def take(self, position: int) -> Group | None:
-        """The row at this position in the order of the run; None when it is of no use."""
-        if position < self._position or self._position == 0:
-            self._open, self._position = self._endless(), 0
-        for epoch, (index, where, raw) in self._open:
-            self._position += 1
-            if self._position > position:
-                return self._read(index, where, raw, str(epoch), noisy=True)
-        raise AssertionError("a stream has no end")
-
-    def _is_held_out(self, index: int) -> bool:
-        return index < HELD_OUT_OF and bool(uniform(self._data.shuffle_seed, index) < self._data.held_out)
-
-    def _endless(self) -> Iterator[tuple[int, Numbered]]:
-        for epoch in itertools.count():
-            random = np.random.default_rng([self._seed, self.place, epoch])
-            buffer: list[Numbered] = []
-            for each in self._rows:
-                if self._is_held_out(each[0]):
-                    continue
-                if len(buffer) < self._data.shuffle_buffer:
-                    buffer.append(each)
-                    continue
-                slot = int(random.integers(len(buffer)))
-                yield epoch, buffer[slot]
-                buffer[slot] = each
-            if not buffer:
-                raise self._nothing("no row of this stream is left to learn from")
-            for slot in random.permutation(len(buffer)):
-                yield epoch, buffer[slot]
-
-    def _nothing(self, what: str) -> DataError:
-        return DataError(
-            what,
-            where=self.source.path,
-            value="0 rows",
-            rule="at least one row that is not held out",
-            remedy="write rows, name another data set, or lower data.held_out",
-        )
-
-    def _read(
-        self, index: int, where: str, raw: dict[str, object] | DataError, name: str, *, noisy: bool
-    ) -> Group | None:
-        first = index not in self._dropped
-        try:
-            if isinstance(raw, DataError):
-                raise raw
-            return self._group(self._reader.read(raw, where), index, where, name, noisy=noisy)
-        except DataError as error:
-            self._dropped.add(index)
-            if first or self._data.on_bad_row == "error":
-                self._refuse(error)
-            return None

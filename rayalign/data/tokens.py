@@ -29,7 +29,7 @@ class Turns:
         """What an engine continues. Raises DataError when there is no template, or when it refuses the messages."""
         if self.chat_template:
             return self._ids(self._render(messages, where, add_generation_prompt=True))
-        text = "".join(m["content"] for m in messages)
+        text = self.one_text(messages, where)
         ids = list(self.tokenizer(text)["input_ids"])
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
@@ -37,6 +37,19 @@ class Turns:
         if len(ids) > 1 and ids[-1] == end and not text.endswith(self.tokenizer.eos_token):
             del ids[-1]  # a tokenizer that ends every text would end the prompt before its answer
         return tuple(ids)
+
+    @staticmethod
+    def one_text(messages: Messages, where: str) -> str:
+        """A prompt as it is continued without a chat template. Raises DataError for more than one message."""
+        if len(messages) == 1:
+            return messages[0]["content"]
+        raise DataError(
+            "without a chat template a prompt is one text",
+            where=where,
+            value=f"messages of {', '.join(m['role'] for m in messages)}",
+            rule="data.chat_template=false continues a text as it stands, and nothing says where a message ends in it",
+            remedy="set data.chat_template=true, write each prompt as one text, or take data.system out",
+        )
 
     def answer(self, messages: Messages, text: str, where: str) -> tuple[int, ...]:
         """An answer to these messages, the token that ends it included."""

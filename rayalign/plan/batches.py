@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from rayalign.build import prompts_for
-from rayalign.data.order import held_out_places
+from rayalign.data.order import held_out_count
 from rayalign.data.rows import read_rows
 from rayalign.errors import DataError, RayalignError
 from rayalign.plan.learners import has_reference, uses_exact_kl
@@ -82,7 +82,7 @@ def _held_out(config: Config, rows: int) -> int:
     """As `data.prompts` splits, and offline all of them."""
     if not config.algorithm.request(config.sampling.sampling()):
         return rows
-    return len(held_out_places(rows, config.data.held_out, config.data.shuffle_seed))
+    return held_out_count(rows, config.data.held_out)
 
 
 def examples_of_a_prompt(config: Config, lengths: Lengths) -> list[Example]:

@@ -10,7 +10,7 @@ from rayalign.build import examples_for, load_tokenizer
 from rayalign.data.columns import read_columns
 from rayalign.data.config import SourceConfig
 from rayalign.data.examples import ExampleSet
-from rayalign.data.order import held_out_places
+from rayalign.data.order import held_out_count
 from rayalign.data.rows import SUFFIXES
 from rayalign.data.tables import open_table
 from rayalign.errors import DataError, RayalignError
@@ -86,7 +86,7 @@ def _bounds(
     single = all(kind in ("completion", "label", "votes") for kind, _ in known)
     answers = max(number for _, number in known)
     ranked = tuple(-float(rank) for rank in range(answers))
-    held = None if count is None else len(held_out_places(count, config.data.held_out, config.data.shuffle_seed))
+    held = None if count is None else held_out_count(count, config.data.held_out)
     return Rows(
         mean=most,
         longest=most,

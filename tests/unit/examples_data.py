@@ -26,10 +26,19 @@ def write(path: Path, rows: list) -> Path:
 
 
 def load(
-    tokenizer, examples, kinds=KINDS, *, max_tokens: int = 200, seed: int = 0, held_out: float = 0.0, **settings
+    tokenizer,
+    examples,
+    kinds=KINDS,
+    *,
+    max_tokens: int = 200,
+    context: int | None = None,
+    seed: int = 0,
+    held_out: float = 0.0,
+    **settings,
 ) -> ExampleSet:
-    config = DataConfig(examples=examples, held_out=held_out, **settings)
-    return load_examples(config, tokenizer, kinds=kinds, max_tokens=max_tokens, seed=seed)
+    config = DataConfig(examples=examples, held_out=held_out, max_tokens=max_tokens, **settings)
+    room = max_tokens if context is None else min(max_tokens, context)
+    return load_examples(config, tokenizer, kinds=kinds, max_tokens=room, seed=seed)
 
 
 def one(tokenizer, folder: Path, row: dict, **settings):

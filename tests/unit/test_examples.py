@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from rayalign.data.config import DataConfig
+from rayalign.data.examples import load_examples
 from rayalign.errors import DataError
 from tests.tiny_models import build_tokenizer
 from tests.unit.examples_data import KINDS, PAIRS, load, one, texts, write
@@ -62,9 +64,26 @@ def test_votes_and_probabilities_are_preferences(tokenizer, tmp_path):
     pair = {"prompt": "q", "chosen": "x", "rejected": "y"}
     assert one(tokenizer, tmp_path, pair).preferences is None
     assert one(tokenizer, tmp_path, pair | {"votes": [3, 1]}).preferences == ((0.5, 0.75), (0.25, 0.5))
+    assert one(tokenizer, tmp_path, pair | {"votes": [3, 1]}).scores == (1.0, 0.0)
     assert one(tokenizer, tmp_path, pair | {"probability": 0.75}).preferences == ((0.5, 0.75), (0.25, 0.5))
     ranked = one(tokenizer, tmp_path, {"prompt": "q", "completions": ["x", "y", "z"], "votes": [3, 0, 0]})
     assert ranked.preferences == ((0.5, 1.0, 1.0), (0.0, 0.5, 0.5), (0.0, 0.5, 0.5))
+
+
+def test_votes_decide_which_half_is_better(tokenizer, tmp_path):
+    pair = {"prompt": "q", "chosen": "x", "rejected": "y"}
+    for said in ({"votes": [1, 9]}, {"probability": 0.1}):
+        group = one(tokenizer, tmp_path, pair | said)
+        assert (group.texts, group.scores) == (("x", "y"), (0.0, 1.0))
+        assert group.preferences == ((0.5, 0.1), (0.9, 0.5))
+
+
+def test_undecided_annotators_are_of_use_to_losses_of_probabilities_alone(tokenizer, tmp_path):
+    row = {"prompt": "q", "chosen": "x", "rejected": "y", "votes": [5, 5]}
+    config = DataConfig(examples=str(write(tmp_path / "a.jsonl", [row])), held_out=0)
+    loaded = load_examples(config, tokenizer, kinds=("pair",), max_tokens=50, seed=0, ties=True)
+    (group,) = loaded.step(0, 1)
+    assert (group.scores, group.preferences) == ((1.0, 0.0), ((0.5, 0.5), (0.5, 0.5)))
 
 
 def test_ratings_are_counted_by_the_classes_of_the_whole_set(tokenizer, tmp_path):
@@ -112,6 +131,34 @@ def test_texts_without_a_template_are_cut_at_the_last_common_turn(tokenizer, tmp
     row = {"chosen": "\n\nHuman: a\n\nAssistant: good x", "rejected": "\n\nHuman: a\n\nAssistant: good y"}
     group = one(tokenizer, tmp_path, row, chat_template=False)
     assert texts(tokenizer, group) == ["\n\nHuman: a\n\nAssistant:", " good x<eos>", " good y<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "prompt", "answers"),
+    [
+        ("Q: 2+2? A: 4", "Q: 2+2? A: 5", "Q: 2+2? A:", (" 4", " 5")),
+        ("Q: why?\nA: because", "Q: why?\nA: before", "Q: why?\nA:", (" because", " before")),
+        ("say it", "say it again", "say", (" it", " it again")),
+        ("a b\n\nc", "a b\n\nd", "a b", ("\n\nc", "\n\nd")),
+    ],
+)
+def test_plain_texts_are_cut_behind_the_last_common_word(tokenizer, tmp_path, first, second, prompt, answers):
+    row = {"chosen": first, "rejected": second}
+    group = one(tokenizer, tmp_path, row, chat_template=False)
+    assert texts(tokenizer, group) == [prompt, *(f"{answer}<eos>" for answer in answers)]
+    chat = one(tokenizer, tmp_path, row)
+    assert texts(tokenizer, chat) == [f"<user>{prompt}<assistant>", *(f"{a.lstrip()}<eos>" for a in answers)]
+
+
+def test_texts_in_parts_are_texts(tokenizer, tmp_path):
+    def parts(*said):
+        return [{"type": "text", "text": each} for each in said]
+
+    row = {"messages": [{"role": "user", "content": parts("a", "b")}, {"role": "assistant", "content": parts("x")}]}
+    assert texts(tokenizer, one(tokenizer, tmp_path, row)) == ["<user>ab<assistant>", "x<eos>"]
+    row["messages"][0]["content"].append({"type": "image"})
+    with pytest.raises(DataError, match="this is not a prompt"):
+        one(tokenizer, tmp_path, row)
 
 
 def test_a_conversation_is_a_prompt_and_its_last_answer(tokenizer, tmp_path):

@@ -17,6 +17,7 @@ from tests.unit.examples_data import KINDS, PAIRS, load, write
 PAIR = {"prompt": "q", "chosen": "x", "rejected": "y"}
 RANKED = {"prompt": "q", "completions": ["x", "y", "z"]}
 SAID = {"prompt": "q", "completion": "x"}
+TALK = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]}
 NAN = float("nan")
 
 
@@ -34,12 +35,26 @@ BAD_ROWS = [
     (PAIR, {"prompt": "q", "chosen": "x"}, "there is no column 'rejected'", "prompt, chosen"),
     (PAIR, PAIR | {"prompt": ""}, "this is not a prompt", '""'),
     (PAIR, PAIR | {"prompt": 3}, "this is not a prompt", "3"),
-    (PAIR, {"prompt": None, "chosen": "x", "rejected": "y"}, "an answer without a prompt has no turns", '"x"'),
+    (PAIR, {"prompt": None, "chosen": "x", "rejected": "y"}, "the two answers have no prompt in common", '"x"'),
+    (
+        PAIR,
+        {"prompt": None, "chosen": "x", "rejected": [{"role": "user", "content": "a"}]},
+        "an answer without a",
+        '"x"',
+    ),
     (PAIR, PAIR | {"chosen": [{"role": "user", "content": "a"}]}, "an answer is not one message", "user"),
     (PAIR | {"votes": [2, 1]}, PAIR | {"votes": [2, -1]}, "these votes cannot be", "[2, -1]"),
     (PAIR | {"votes": [2, 1]}, PAIR | {"votes": [0, 0]}, "these votes cannot be", "[0, 0]"),
     (PAIR | {"votes": [2, 1]}, PAIR | {"votes": [2, 1, 0]}, "there are not as many votes as answers", "[2, 1, 0]"),
     (PAIR | {"votes": [2, 1]}, PAIR | {"votes": 2}, "the votes are not a list", "2"),
+    (PAIR | {"votes": [2, 1]}, PAIR | {"votes": [5, 5]}, "both answers are equally good", "[5, 5]"),
+    (PAIR | {"probability": 1}, PAIR | {"probability": 0.5}, "both answers are equally good", "0.5"),
+    (PAIR, PAIR | {"votes": [6, 4]}, "this row has votes, and the first one has no such column", "[6, 4]"),
+    (PAIR, PAIR | {"margin": 2}, "this row has margin, and the first one has no such column", "2"),
+    (PAIR, PAIR | {"completion": "z"}, "this row has completion, and the first one has no such column", "z"),
+    (SAID, SAID | {"ratings": [1, 2]}, "this row has ratings, and the first one has no such column", "[1, 2]"),
+    (TALK, {"messages": [*TALK["messages"], TALK["messages"][0]]}, "this conversation does not end", "role is user"),
+    (TALK, {"messages": TALK["messages"][1:]}, "this is not a conversation", "assistant"),
     (PAIR | {"probability": 1}, PAIR | {"probability": 1.1}, "a probability is out of range", "1.1"),
     (PAIR | {"probability": 1}, PAIR | {"probability": NAN}, "a probability is not a finite number", "NaN"),
     (PAIR | {"margin": 1}, PAIR | {"margin": NAN}, "a margin is not a finite number", "NaN"),
@@ -78,6 +93,15 @@ def test_a_bad_row_is_an_error_with_its_line_or_a_counted_skip(tokenizer, tmp_pa
     assert (loaded.rows, loaded.counts["skipped"]) == (len(others), 1)
     assert loaded.counts[f"skipped: {error.value.what}"] == 1
     assert len(loaded.step(0, 2 * len(others))) == 2 * len(others)
+
+
+def test_columns_that_change_nothing_may_come_later(tokenizer, tmp_path):
+    rows = [PAIR, PAIR | {"votes": None, "images": [], "genre": "opera"}, PAIR | {"question": "q", "note": 1}]
+    loaded = load(tokenizer, str(write(tmp_path / "a.jsonl", rows)), ("pair",))
+    assert loaded.rows == 3
+    given = {"path": str(write(tmp_path / "b.jsonl", [PAIR, PAIR | {"completion": "z"}])), "columns": {
+        "chosen": "chosen", "rejected": "rejected"}}  # fmt: skip
+    assert load(tokenizer, given).rows == 2
 
 
 def test_a_broken_line_is_an_error_or_a_skip(tokenizer, tmp_path):

@@ -155,9 +155,33 @@ def test_noise_turns_pairs_round_but_not_held_out_ones(tokenizer, tmp_path, pair
     for group in loaded.step(0, 16):
         assert group.texts[0].startswith("bad") and group.scores == (1.0, 0.0)
     assert all(group.texts[0].startswith("good") for group in loaded.held_out)
-    ranked = [{"prompt": "q", "completions": ["x", "y", "z"], "ranks": [1, 2, 3]}]
-    group = load(tokenizer, source | {"path": str(write(tmp_path / "r.jsonl", ranked))}).step(0, 1)[0]
-    assert (group.texts, group.scores) == (("z", "y", "x"), (-1.0, -2.0, -3.0))
+
+
+@pytest.mark.parametrize(
+    ("said", "before", "after"),
+    [
+        ({"ranks": [1, 2, 3]}, "xyz", ["zyx"]),
+        ({"ranks": [2, 1, 3]}, "yxz", ["zxy"]),
+        ({"ranks": [3, 1, 2]}, "yzx", ["xzy"]),
+        ({"choice": 1}, "y", ["x", "z"]),
+        ({"votes": [1, 6, 3]}, "yzx", ["xzy"]),
+    ],
+)
+def test_noise_turns_a_ranking_round_wherever_the_best_stands(tokenizer, tmp_path, said, before, after):
+    rows = [{"prompt": f"q{i}", "completions": ["x", "y", "z"], **said} for i in range(30)]
+    path = str(write(tmp_path / "r.jsonl", rows))
+
+    def rankings(source):
+        found = set()
+        for group in load(tokenizer, source).step(0, 30):
+            best_first = sorted(range(3), key=lambda i: -group.scores[i])
+            found.add("".join(group.texts[i] for i in best_first)[: len(before)])
+            if group.preferences is not None:
+                assert group.preferences[best_first[0]][best_first[2]] > 0.8
+        return found
+
+    assert rankings(path) == {before}
+    assert rankings({"path": path, "label_noise": {"prob": 1}}) == set(after)
 
 
 def test_noise_without_labels_is_refused(tokenizer, tmp_path):

@@ -51,6 +51,19 @@ def test_without_template_prompt_and_answer_are_tokenised_apart(tmp_path):
     assert texts(tokenizer, with_begin)[0] == "<s>hi"
 
 
+def test_without_template_a_prompt_is_one_text(tmp_path):
+    tokenizer = bytes_tokenizer(None)
+    talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    path = str(write(tmp_path / "a.jsonl", [ROW, ROW | {"prompt": talk}]))
+    with pytest.raises(DataError, match="a.jsonl:2: without a chat template a prompt is one text") as error:
+        load(tokenizer, path, chat_template=False)
+    assert "user, assistant, user" in str(error.value)
+    with pytest.raises(DataError, match="a.jsonl:1: without a chat template") as error:
+        load(tokenizer, path, chat_template=False, system="be kind")
+    assert "messages of system, user" in str(error.value) and "data.system" in str(error.value)
+    assert load(tokenizer, path, chat_template=False, on_bad_row="skip").rows == 1
+
+
 def test_an_end_token_that_the_data_bring_is_not_doubled(tmp_path):
     tokenizer = bytes_tokenizer()
     assert texts(tokenizer, one(tokenizer, tmp_path, ROW | {"completion": "yes<|im_end|>"}))[1] == "yes<|im_end|>"
@@ -138,6 +151,16 @@ def test_a_prompt_that_fills_the_context_is_refused_or_counted(tmp_path):
     loaded = load(tokenizer, path, max_tokens=50, on_bad_row="skip")
     assert (loaded.rows, loaded.counts["skipped"], loaded.counts["skipped: a prompt fills the context"]) == (20, 1, 1)
     assert load(tokenizer, path, max_tokens=51).rows == 21
+
+
+def test_a_limit_that_is_the_models_context_is_called_so(tmp_path):
+    tokenizer = build_tokenizer()
+    path = str(write(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "z" * 48, "chosen": "a", "rejected": "b"}]))
+    with pytest.raises(DataError, match="a prompt fills the context") as error:
+        load(tokenizer, path, max_tokens=4096, context=50)
+    assert "the model's context=50" in str(error.value) and "data.max_tokens" not in str(error.value)
+    loaded = load(tokenizer, path, max_tokens=4096, context=51)
+    assert "1 cut to 51 tokens (the model's context)" in loaded.describe()
 
 
 def test_the_fingerprint_tells_tokenizers_apart():
