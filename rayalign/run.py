@@ -26,7 +26,9 @@ class TrainConfig(Record):
     """The length of the run, and the use of one rollout."""
 
     steps: int = Field(100, ge=1, description="training steps")
-    epochs: int = Field(1, ge=1, description="passes over the examples of one step")
+    epochs: int = Field(
+        1, ge=1, description="passes over the samples of one step; of a data set more passes are more steps"
+    )
     minibatches: int = Field(1, ge=1, description="optimiser steps in one pass")
 
 
@@ -180,14 +182,19 @@ class Run:
         """Raises TrainingStopped when many rollouts in a row left nothing to learn from."""
         if state.empty_rollouts < self.rollout.max_empty:
             return
+        if self.algorithm.request(self.sampling):
+            what, remedy = "rollouts", "look at samples.jsonl: the scorer has to tell answers apart; or raise "
+            value, remedy = "every prompt's completions were all scored the same", f"{remedy}sampling.temperature"
+        else:
+            what, value = "steps", "no row left an example: what */dropped and pairs/same_answer in metrics.jsonl count"
+            remedy = "answers of a row have to differ, and one has to be better, also once they are cut: "
+            remedy += "raise data.max_tokens where answers begin alike, or correct the data"
         raise TrainingStopped(
-            "no training example was left in many rollouts in a row",
+            f"no training example was left in many {what} in a row",
             where=f"step {state.step}",
-            value=f"{state.empty_rollouts} rollouts in which every prompt's completions were all scored the same",
+            value=f"{state.empty_rollouts} {what} in which {value}",
             rule=f"rollout.max_empty={self.rollout.max_empty}",
-            remedy="look at the data: answers of a row have to differ, and one has to be better"
-            if self.algorithm.rows and self.collector is None
-            else "look at samples.jsonl: the scorer has to tell answers apart; or raise sampling.temperature",
+            remedy=remedy,
         )
 
     def _evaluation_due(self, step: int) -> bool:

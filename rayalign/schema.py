@@ -143,6 +143,37 @@ class Config(Record):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_is_learned_from(self) -> Config:
+        name, passes = self.algorithm.name, self.train.epochs
+        if self.algorithm.request(self.sampling.sampling()):
+            if self.data.examples:
+                raise Unfit(
+                    "nothing would be learned from these rows",
+                    key="data.examples",
+                    rule=f"{name} learns from samples of its own here"
+                    + (f", {self.algorithm.samples} a prompt" if hasattr(self.algorithm, "samples") else ""),
+                    remedy="take data.examples out, or use an algorithm that learns from a data set, as preference does "
+                    "(cringe with samples: 0)",
+                )
+            return self
+        if passes > 1:
+            raise Unfit(
+                "a step's rows would be learned from several times in a row",
+                key="train.epochs",
+                rule=f"1 with data.examples: each step of {name} takes the next rollout.prompts rows, pass after pass",
+                remedy=f"for {passes} passes over the data raise train.steps to {passes} × rows ÷ rollout.prompts",
+            )
+        for key, value in (("depth", self.rollout.depth), ("resample_every", self.rollout.resample_every - 1)):
+            if value:
+                raise Unfit(
+                    "there are no samples that could be old, or used again",
+                    key=f"rollout.{key}",
+                    rule=f"not set where {name} learns from data.examples",
+                    remedy=f"take rollout.{key} out",
+                )
+        return self
+
     @property
     def samples(self) -> bool:
         """Whether completions are sampled at all, in training or in evaluations."""

@@ -125,7 +125,7 @@ class RobustDPO(PairLoss):
 
 
 class SoftDPO(PairLoss):
-    """DPO on probabilities instead of labels: shares of votes, or what a judge gives."""
+    """DPO on probabilities instead of labels: shares of votes, or what a judge gives. Certain labels make it DPO."""
 
     paper: ClassVar = "Lee et al. 2023 (RLAIF), arXiv:2309.00267"
     name: Literal["soft"] = Field("soft", description="which loss")
@@ -154,7 +154,11 @@ class IPO(PairLoss):
 
 
 class PsiPO(PairLoss):
-    """Ψ-PO: the gap is drawn to the difference of utilities E Ψ(P(y ≻ y′)) over τ; identity Ψ is IPO."""
+    """Ψ-PO: the gap is drawn to the difference of utilities E Ψ(P(y ≻ y′)) over τ.
+
+    With the identity for Ψ, a pair alone and its label certain it is IPO: votes, probabilities or more than two
+    answers a prompt are what it is for.
+    """
 
     paper: ClassVar = "Azar et al. 2023, arXiv:2310.12036"
     name: Literal["psi_po"] = Field("psi_po", description="which loss")
@@ -257,7 +261,11 @@ class ORPO(PairLoss):
 
 
 class SPIN(PairLoss):
-    """Self-play: the data's answer against the previous iterate's own, which is the reference."""
+    """Self-play: the data's answer against the previous iterate's own, which is the reference.
+
+    On a data set it is one iteration, whose rejected answers the reference has written before; on any others it is
+    DPO with β = λ.
+    """
 
     paper: ClassVar = "Chen et al. 2024, arXiv:2401.01335"
     name: Literal["spin"] = Field("spin", description="which loss")

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from rayalign.algorithms.base import Regularised
 from rayalign.algorithms.groups import distinct, paired, probabilities, row, scored
-from rayalign.algorithms.losses import DPO, AnyPairLoss, Mix, Pair, PsiPO
+from rayalign.algorithms.losses import DPO, AnyPairLoss, Mix, Pair, PsiPO, SoftDPO
+from rayalign.errors import DataError
 from rayalign.maths.logprobs import sequence_logprob
 from rayalign.record import Record
 from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
 
 Unrated = Literal["certain", "bradley_terry"]
 UNRATED = "P(i ≻ j) of answers whose annotators gave none: certain, 1 for the better one; bradley_terry, by the scores"
+UNRATED_ROWS = f"{UNRATED}; none: certain, but for the loss soft, which then wants votes or probabilities"
 
 
 class PairAlgorithm(Regularised):
@@ -25,17 +27,33 @@ class PairAlgorithm(Regularised):
     pairs: Literal["best_worst", "all"] = Field("best_worst", description="which pairs of the K are trained on")
     pair_loss: AnyPairLoss = Field(DPO(), alias="loss", description="the loss of one pair")
     nll_weight: float = Field(0.0, ge=0, description="adds the chosen answer's mean negative log-likelihood")
-    unrated: Unrated = Field("certain", description=UNRATED)
+    unrated: Unrated | None = Field(None, description=UNRATED_ROWS)
 
     @property
     def needs(self) -> tuple[tuple[str, Column], ...]:
         return (("reference", Column.LOGPS),) if self.pair_loss.reference else ()  # type: ignore[attr-defined]
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
-        """Pairs (chosen, rejected). What `groups.paired` leaves out is counted in pairs/dropped."""
+        """Pairs (chosen, rejected). What `groups.paired` leaves out is counted in pairs/dropped.
+
+        Raises:
+            DataError: a loss on probabilities, and a row without them, unless `unrated` says what it then is.
+        """
         pairs, metrics = paired(groups, self.pairs)
-        values = {id(group): _Values(group, self.pair_loss, self.unrated) for group, _, _ in pairs}
+        values = {key: self._values(group) for key, group in {id(group): group for group, _, _ in pairs}.items()}
         return [self._example(group, i, j, values[id(group)]) for group, i, j in pairs], metrics
+
+    def _values(self, group: Group) -> _Values:
+        soft = any(isinstance(part, SoftDPO) for part in _parts(self.pair_loss))
+        if soft and self.unrated is None and group.preferences is None:
+            raise DataError(
+                "a pair has neither votes nor a probability",
+                where=f"row {group.id}",
+                value="chosen and rejected alone",
+                rule="a column votes or probability beside each pair with loss: soft; without them it is plain dpo",
+                remedy="map it, data.examples.columns={probability: my_column}, or set algorithm.unrated=certain",
+            )
+        return _Values(group, self.pair_loss, self.unrated or "certain")
 
     def _example(self, group: Group, chosen: int, rejected: int, values: _Values) -> Example:
         rows = [row(group, chosen), row(group, rejected)]

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rayalign.api import run_evaluation, run_training
 from rayalign.build import examples_for, load_tokenizer
 from rayalign.config import parse_config
-from rayalign.errors import ConfigError
+from rayalign.errors import ConfigError, TrainingStopped
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut, tiny_config
 
@@ -187,6 +187,17 @@ def test_a_reward_model_is_no_policy(config):
 def test_fewer_rows_than_one_step_takes(config):
     with pytest.raises(ConfigError, match="fewer rows than one step"):
         run_training(config({"name": "preference"}, "pair", rollout__prompts=20))
+
+
+def test_answers_that_are_the_same_once_cut_stop_the_run_with_the_reason(config, tmp_path):
+    rows = [{"prompt": "say", "chosen": "word " * 90 + "yes", "rejected": "word " * 90 + "no"}] * 12
+    settings = config(
+        {"name": "preference"}, "pair", data__examples=write(tmp_path / "alike.jsonl", rows), rollout__max_empty=2
+    )
+    with pytest.raises(TrainingStopped, match="2 steps in which no row left an example") as error:
+        run_training(settings)
+    assert "raise data.max_tokens" in error.value.remedy and "samples.jsonl" not in str(error.value)
+    assert records(tmp_path / "run")[0]["pairs/same_answer"] == 6.0
 
 
 def test_rows_beyond_the_models_context_are_cut(config, tmp_path):

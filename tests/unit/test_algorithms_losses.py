@@ -13,6 +13,7 @@ from rayalign.algorithms.kto import KTO
 from rayalign.algorithms.losses import PAIR_LOSSES, Pair
 from rayalign.algorithms.online_preference import OnlinePreference
 from rayalign.algorithms.preference import Preference
+from rayalign.errors import DataError
 from rayalign.maths import preference as maths
 from rayalign.maths.cringe import cringe_loss_of_top, cringe_token_loss
 from rayalign.registry import resolve
@@ -52,7 +53,7 @@ WANTED = {
 @pytest.mark.parametrize("name", [name for name in PAIR_LOSSES if name != "mix"])
 def test_pair_losses_are_those_of_maths(name):
     settings, wanted = WANTED[name]
-    loss, metrics = whole(Preference(loss={"name": name, **settings}), PAIRS)
+    loss, metrics = whole(Preference(loss={"name": name, **settings}, unrated="certain"), PAIRS)
     assert loss == pytest.approx(float(wanted.mean()), rel=1e-5)
     assert metrics["logps/chosen"] == pytest.approx(float(W.mean()), rel=1e-5)
     assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
@@ -125,8 +126,18 @@ def test_probabilities_are_those_of_annotators_where_there_are_any():
 def test_scores_of_samples_are_read_as_a_bradley_terry_annotators():
     (example,), _ = OnlinePreference(samples=2, loss="soft").examples([group("s", [1], [[2], [3]], (0.5, -1.0))])
     assert example.values == {"prob_chosen": pytest.approx(1 / (1 + math.exp(-1.5)))}
-    (example,), _ = Preference(loss="soft").examples([group("s", [1], [[2], [3]], (0.5, -1.0))])
+    (example,), _ = Preference(loss="soft", unrated="certain").examples([group("s", [1], [[2], [3]], (0.5, -1.0))])
     assert example.values == {"prob_chosen": 1.0}
+
+
+@pytest.mark.parametrize("loss", ["soft", {"name": "mix", "losses": ["soft", "simpo"]}])
+def test_the_soft_loss_wants_probabilities_unless_it_is_told_what_their_lack_means(loss):
+    """A column of them that was not mapped would else make it plain DPO, silently."""
+    with pytest.raises(DataError, match="neither votes nor a probability") as caught:
+        Preference(loss=loss).examples(PAIRS)
+    assert caught.value.where == "row row-0"
+    assert len(Preference(loss=loss, unrated="certain").examples(PAIRS)[0]) == len(PAIRS)
+    assert len(Preference(loss="psi_po").examples(PAIRS)[0]) == len(PAIRS)
 
 
 def test_utilities_of_ranked_answers_are_means_over_all_of_them():

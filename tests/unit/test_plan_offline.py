@@ -62,16 +62,16 @@ def printed(plan) -> str:
 
 def test_a_step_of_pairs_by_hand(offline):
     learner = {"name": "deepspeed", "ranks": 2, "micro_batch_tokens": 100}
-    config = offline(rollout={"prompts": 8}, train={"steps": 10, "epochs": 2}, learner=learner, placement="ray")
+    config = offline(rollout={"prompts": 8}, train={"steps": 10}, learner=learner, placement="ray")
     batches, micro = count_batches(config, LENGTHS)
     assert (batches.prompts, batches.samples, batches.completions, batches.rollouts) == (8, 2, 0, 0)
     assert (batches.examples, batches.rows, batches.share) == (8, 2, 4)
     # A pair is 2 rows of 20 tokens, so that 2 pairs fit 100 tokens: 2 micro-batches of 80 with 4 answers of 8.
     assert (batches.micro_batches, micro.tokens, micro.longest, micro.positions) == (2, 80, 20, 32)
-    assert (batches.optimizer_steps_in_run, batches.pushes) == (20, 0)
+    assert (batches.optimizer_steps_in_run, batches.pushes) == (10, 0)
     assert batches.passes == 10 * 8 / 16
     assert (batches.evaluations, batches.evaluation_rows, batches.evaluation_completions) == (2, 4, 0)
-    assert tokens_of_a_step(config, LENGTHS, batches) == Tokens(0.0, 0.0, 8 * 2 * 15.0 * 2, 8 * 2 * 15.0)
+    assert tokens_of_a_step(config, LENGTHS, batches) == Tokens(0.0, 0.0, 8 * 2 * 15.0, 8 * 2 * 15.0)
 
 
 @pytest.mark.parametrize(
