@@ -114,6 +114,7 @@ def _group(config: Config, lengths: Lengths, index: int) -> Group:
         completions,
         tuple(map(str, range(len(tokens)))),
         scores,
+        preferences=None if rows is None else ((0.5,) * len(tokens),) * len(tokens),
         votes=None if rows is None else ((1.0, 1.0),) * len(tokens),
     )
 
