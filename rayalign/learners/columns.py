@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rayalign.errors import ConfigError
+from rayalign.maths.cringe import label_and_top
 from rayalign.maths.logprobs import token_entropy, token_logprobs
 from rayalign.types import AnyColumn, Column, TopLogits
 
@@ -135,13 +136,8 @@ def top_logits(logits: Tensor, labels: Tensor, k: int, *, temperature: float = 1
             rule=f"from 1 to {logits.shape[-1] - 1}, the size of the vocabulary without one",
             remedy="lower the algorithm's top_k",
         )
-    labels = labels.unsqueeze(-1)
-    own = logits.gather(-1, labels)
-    top, ids = logits.topk(k + 1, -1)
-    # A stable sort on "is the label" moves it to the end, if it is there; the last one is then left out.
-    order = (ids == labels).to(torch.uint8).argsort(dim=-1, stable=True)[:, :k]
-    found = torch.cat([own, top.gather(-1, order)], -1)
-    return found.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    own, top = label_and_top(logits, labels, k)
+    return torch.cat([own.unsqueeze(-1), top], -1) / temperature
 
 
 def reference_kl(logits: Tensor, reference: Tensor, *, temperature: float = 1.0) -> Tensor:

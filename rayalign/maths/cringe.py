@@ -46,13 +46,27 @@ def cringe_token_loss(
         )
     if not 1 <= top_k < logits.shape[-1]:
         raise ValueError(f"top_k must lie in [1, {logits.shape[-1] - 1}] for this vocabulary, it is {top_k}")
-    labels = labels.clamp(min=0).long().unsqueeze(-1)
-    (negative,) = promote(logits.gather(-1, labels).squeeze(-1))
-    top, ids = logits.topk(top_k + 1, -1)
-    (top,) = promote(top)
+    label, top = label_and_top(logits, labels.clamp(min=0).long(), top_k)
+    return cringe_loss_of_top(label, top, mask, generator=generator)
+
+
+def label_and_top(logits: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `cringe_loss_of_top` looks at: each label's logit, and the k largest of other tokens, largest first.
+
+    Args:
+        logits: […, V].
+        labels: […] from 0 to V − 1.
+        k: from 1 to V − 1.
+
+    Returns:
+        […] and […, k], float32 at least.
+    """
+    labels = labels.unsqueeze(-1)
+    top, ids = logits.topk(k + 1, -1)
     # A stable sort on "is the label" moves it to the end, if it is there; the last one is then left out.
-    order = (ids == labels).to(torch.uint8).argsort(dim=-1, stable=True)[..., :top_k]
-    return cringe_loss_of_top(negative, top.gather(-1, order), mask, generator=generator)
+    order = (ids == labels).to(torch.uint8).argsort(dim=-1, stable=True)[..., :k]
+    label, top = promote(logits.gather(-1, labels).squeeze(-1), top.gather(-1, order))
+    return label, top
 
 
 def cringe_loss_of_top(

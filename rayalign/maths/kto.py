@@ -1,6 +1,8 @@
 """KTO: answers that are each good or bad, against a reference point. Imported through `preference`.
 
-B answers. Log-probs are sums over an answer's tokens, in nats.
+B answers. Log-probs are sums over an answer's tokens, in nats. `kto_reference_point` and `kto_pair_loss` take all
+answers of a step at once. A learner has them in micro-batches: `algorithms.kto` adds up the same sums and counts in a
+pass before, and gives `kto_loss` the points.
 """
 
 from __future__ import annotations
