@@ -57,6 +57,13 @@ class Data:
             parts.append(f"{count}{len(prompts.held_out)} held out{skipped}")
         return "; ".join(parts)
 
+    def fingerprints(self) -> dict[str, str]:
+        """By key of the config."""
+        found = {"data.examples": self.examples.fingerprint} if self.examples else {}
+        if self.prompts.training or self.prompts.held_out:
+            found["data.prompts"] = self.prompts.fingerprint
+        return found
+
 
 @dataclass(frozen=True)
 class Result:
@@ -90,8 +97,9 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     prompts = prompts_for(config, tokenizer)
     examples = examples_for(config, tokenizer)
     check_rollouts(config, prompts, examples)
-    with run_directory(config, name) as run_dir:
-        return _run(config, tokenizer, Data(prompts, examples), run_dir)
+    data = Data(prompts, examples)
+    with run_directory(config, name, data.fingerprints()) as run_dir:
+        return _run(config, tokenizer, data, run_dir)
 
 
 def _run(config: Config, tokenizer: Any, data: Data, run_dir: Path) -> Result:
@@ -154,11 +162,14 @@ def _train(
         resume=config.resume,
         evaluations=before,
     )
+    counts = data.examples.counts if data.examples else {}
     try:
         with run.interrupt.listen(console.say), console.bars(config.train.steps):
             state = train(run)
     finally:
         rollouts.close()
+        if data.examples and data.examples.counts != counts:  # what is known of some rows only when they are taken
+            console.say(f"data: {data.examples.describe()}")
     if {0, state.step} <= run.evaluations.keys() and state.step:
         print_before_after(
             run.evaluations[0], run.evaluations[state.step], show=config.evaluation.show, seed=config.seed

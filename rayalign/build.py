@@ -279,7 +279,10 @@ def has_cached_reference(config: Config) -> bool:
 def with_cached_reference(config: Config, roles: Roles, examples: ExampleSet, say: Callable[[str], None]) -> Roles:
     """The log-probs of all rows that this run annotates, from the policy before its first step, as its reference."""
     algorithm, steps, count = config.algorithm, config.train.steps, config.rollout.prompts
-    parts = (algorithm.examples(examples.step(step, count))[0] for step in range(steps))
+    # Rows that mean the same in every pass are looked at once, not once a pass.
+    once = getattr(algorithm, "by_row", False) and examples.rows is not None and examples.rows < steps * count
+    taken = examples.once(count) if once else (examples.step(step, count) for step in range(steps))
+    parts = (algorithm.examples(groups)[0] for groups in taken)
     held_out = algorithm.examples(examples.held_out[: config.evaluation.rows])[0]
     known = fingerprint(
         examples.fingerprint,

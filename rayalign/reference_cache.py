@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from rayalign.protocols import Learner
 from rayalign.types import AnyColumn, Column, Example
 from rayalign.types import Sequence as Row
 
+PROGRESS = 20  # of these batches, between two lines that say how far it is
 BATCH = 256  # examples that the policy is asked for at a time
 Key = bytes
 
@@ -89,13 +91,13 @@ def cached_reference(
     Raises:
         CheckpointError: the file cannot be written.
     """
-    known = _read(file)
+    known = _read(file, say)
     found: dict[Key, np.ndarray] = {}
     waiting: dict[Key, Row] = {}  # no more than one batch: rows may have images
 
     def compute() -> None:
-        if not found:
-            say("log-probs of the reference, for rows that have none on disk")
+        if len(found) % (PROGRESS * BATCH) == 0:
+            say(f"log-probs of the reference, for rows that have none on disk: {len(found):,} done")
         annotated = policy.annotate([Example((row,)) for row in waiting.values()], (Column.LOGPS,))
         for key, example in zip(waiting, annotated, strict=True):
             found[key] = example.sequences[0].columns["policy/logps"]
@@ -119,15 +121,26 @@ def cached_reference(
 
 
 def fingerprint(data: str, model: str, **settings: Any) -> str:
-    """Of the data, of the model's files (names, sizes, times of change) and of what log-probs depend on besides."""
+    """Of the data, of the model and of what log-probs depend on besides.
+
+    A folder is known by its files (names, sizes, times of change), a hub id by the commit that was downloaded last.
+    """
     path = Path(model)
-    files = (
-        [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir()) if p.is_file()]
-        if path.is_dir()
-        else []
-    )
+    files: list[Any]
+    if path.is_dir():
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir()) if p.is_file()]
+    else:
+        files = [_commit(model)]
     text = json.dumps([data, model, files, settings], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _commit(model: str) -> str | None:
+    """Of a hub id, as its snapshot in the cache of the hub is called."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _joined(known: CachedReference, keys: list[Key], arrays: list[np.ndarray]) -> CachedReference:
@@ -138,12 +151,19 @@ def _joined(known: CachedReference, keys: list[Key], arrays: list[np.ndarray]) -
     return CachedReference(index, np.concatenate([known.logps, *arrays]).astype(np.float32))
 
 
-def _read(file: Path) -> CachedReference:
+def _read(file: Path, say: Callable[[str], None]) -> CachedReference:
+    """What the file has: nothing when it is not there, or damaged; it is then written anew."""
+    nothing = CachedReference({}, np.zeros(0, np.float32))
     if not file.is_file():
-        return CachedReference({}, np.zeros(0, np.float32))
-    with np.load(file) as found:
-        index = {k.tobytes(): (int(a), int(b)) for k, (a, b) in zip(found["keys"], found["places"], strict=True)}
-        return CachedReference(index, found["logps"])
+        return nothing
+    try:
+        with np.load(file) as found:
+            keys, places, logps = found["keys"], found["places"], found["logps"]
+        index = {k.tobytes(): (int(a), int(b)) for k, (a, b) in zip(keys, places, strict=True)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        say(f"{file} is damaged and is not used: {type(error).__name__}: {error}")
+        return nothing
+    return CachedReference(index, logps)
 
 
 def _write(file: Path, cache: CachedReference) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock, Timeout
 
@@ -29,12 +30,16 @@ FIXED = (
     "evaluation.prompts",
     "evaluation.samples",
 )
+DATA = "data.json"  # fingerprints
 FREE = ("deadline_s", "max_replacements", "count")  # wherever they stand
 
 
 @contextmanager
-def run_directory(config: Config, name: str) -> Iterator[Path]:
+def run_directory(config: Config, name: str, data: Mapping[str, str] = MappingProxyType({})) -> Iterator[Path]:
     """A new folder, or with resume=true an old one, that no other run uses while inside.
+
+    Args:
+        data: key of the config → fingerprint of what stands there; a run goes on with the same data only.
 
     Raises:
         ConfigError: it is not what the config asks for, cannot be made, or is in use.
@@ -64,7 +69,7 @@ def run_directory(config: Config, name: str) -> Iterator[Path]:
         ) from None
     try:
         _check(run_dir, config)  # again: another run may have come and gone
-        _write(run_dir, config)
+        _write(run_dir, config, data)
         yield run_dir
     finally:
         lock.release()
@@ -99,9 +104,11 @@ def _check(run_dir: Path, config: Config) -> None:
         )
 
 
-def _write(run_dir: Path, config: Config) -> None:
+def _write(run_dir: Path, config: Config, data: Mapping[str, str]) -> None:
     if config.resume:
         _check_same_run(config, load_config(run_dir / "config.yaml"))
+        _check_same_data(run_dir, data)
+    (run_dir / DATA).write_text(json.dumps(dict(data), indent=1))
     save_config(config.model_copy(update={"resume": False}), run_dir / "config.yaml")
     (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1))
 
@@ -111,7 +118,7 @@ def _holds_something(run_dir: Path) -> bool:
     if run_dir.is_file():
         return True
     found = [path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size] if run_dir.exists() else []
-    before_the_first_step = ("config.yaml", "versions.json", "log", "tensorboard", "wandb", "mlflow-run-id")
+    before_the_first_step = ("config.yaml", "versions.json", DATA, "log", "tensorboard", "wandb", "mlflow-run-id")
     return any(path.relative_to(run_dir).parts[0] not in before_the_first_step for path in found)
 
 
@@ -127,6 +134,22 @@ def _check_same_run(config: Config, before: Config) -> None:
                 value="nothing" if new.get(key) is None else new[key],
                 rule=f"{old.get(key)}, as in the run's config.yaml",
                 remedy="change it back, or start a new run from the checkpoint with model.path",
+            )
+
+
+def _check_same_data(run_dir: Path, data: Mapping[str, str]) -> None:
+    """Raises ConfigError when the rows, or how they become tokens, are not those that the run began with."""
+    file = run_dir / DATA
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    for key, fingerprint in data.items():
+        if before.get(key, fingerprint) != fingerprint:
+            raise ConfigError(
+                "the data are not those that the run began with",
+                where=f"key {key}",
+                value=f"fingerprint {fingerprint}",
+                rule=f"{before[key]}, of the same rows, tokenizer and chat template: else rows that were held out "
+                "would be trained on",
+                remedy="put the data back as they were, or start a new run from the checkpoint with model.path",
             )
 
 

@@ -25,6 +25,7 @@ class Offline(Record):
     needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
     statistics: ClassVar = None
     loss_rows: ClassVar[int | None] = None
+    by_row: ClassVar[bool] = False  # whether the rows of an example are the same whatever else its step has
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return []

@@ -47,6 +47,10 @@ class KTO(Regularised):
         return None if self.paired else 1
 
     @property
+    def by_row(self) -> bool:  # type: ignore[override]
+        return self.paired
+
+    @property
     def rows(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("pair",) if self.paired else ("label", "pair")
 

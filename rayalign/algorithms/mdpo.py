@@ -28,6 +28,7 @@ class MDPO(Regularised):
     paper: ClassVar = "Wang et al. 2024, arXiv:2406.11839"
     rows: ClassVar = ("pair", "ranked")
     images: ClassVar = True
+    by_row: ClassVar = True
     needs: ClassVar = (("reference", Column.LOGPS),)
 
     name: Literal["mdpo"] = "mdpo"

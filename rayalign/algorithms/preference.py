@@ -78,6 +78,7 @@ class Preference(PairAlgorithm):
 
     paper: ClassVar = "Rafailov et al. 2023, arXiv:2305.18290"
     rows: ClassVar = ("pair", "ranked")
+    by_row: ClassVar = True
     name: Literal["preference"] = "preference"
     pairs: Literal["best_worst", "all"] = Field("all", description="which pairs of ranked answers are trained on")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,13 @@ class ExampleSet:
         """
         taken = (self._slot(slot) for slot in range(index * count, (index + 1) * count))
         return [group for group in taken if group is not None]
+
+    def once(self, count: int) -> Iterator[list[Group]]:
+        """All training rows of sources that are no streams, each once, in parts of `count`."""
+        tables = (source for source in self._sources if isinstance(source, TableSource))
+        rows = ((table, row) for table in tables for row in table.training.tolist())
+        while part := list(itertools.islice(rows, count)):
+            yield [group for table, row in part if (group := table.group(row, "0")) is not None]
 
     def _slot(self, slot: int) -> Group | None:
         pool, position = self._mixture[slot] if self._mixture else (0, slot)

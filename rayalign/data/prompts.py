@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,12 @@ class PromptSet:
     training: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     skipped: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the prompts' tokens, and of which are held out."""
+        known = [[(p.index, p.token_ids) for p in part] for part in (self.training, self.held_out)]
+        return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
 
 
 def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSet:

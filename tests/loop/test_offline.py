@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rayalign.api import run_evaluation, run_training
 from rayalign.build import examples_for, load_tokenizer
 from rayalign.config import parse_config
-from rayalign.errors import ConfigError, TrainingStopped
+from rayalign.errors import ConfigError, DataError, TrainingStopped
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut, tiny_config
 
@@ -133,6 +134,70 @@ def test_cached_log_probs_of_the_reference_are_those_of_a_live_one(config, tmp_p
     found = run_evaluation(config(cached, "pair"), model=str(trained)).metrics
     last = records(tmp_path / "cached", "evaluations")[-1]["metrics"]
     assert found["held_out/rewards/margins"] == pytest.approx(last["held_out/rewards/margins"], abs=1e-5)
+
+
+def test_rows_of_several_passes_are_looked_at_once(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cached = {"name": "preference", "reference": {"cached": True}}
+    noise = {"label_noise": {"prob": 0.5}}
+    plain = config(cached, "pair")
+    settings = config(cached, "pair", data__examples={"path": plain.data.examples[0].path, **noise})
+    loaded = examples_for(settings, load_tokenizer(settings))
+    passed = [group for part in loaded.once(5) for group in part]
+    assert len(passed) == len({group.prompt.index for group in passed}) == 18
+    assert {(g.prompt.text, g.texts) for g in passed} == {(g.prompt.text, g.texts) for g in loaded.step(5, 18)}
+    live = config({"name": "preference"}, "pair", data=settings.data.model_dump(mode="json"), run_dir=None)
+    runs = [
+        run_training(each.model_copy(update={"run_dir": str(tmp_path / f"run-{place}")})).run_dir
+        for place, each in enumerate((live, settings))
+    ]
+    for old, new in zip(*map(records, runs), strict=True):
+        assert new["loss"] == pytest.approx(old["loss"], abs=1e-6)
+
+
+def test_a_run_does_not_go_on_with_other_data(config, tmp_path, data):
+    first = config({"name": "preference"}, "pair", train__steps=1, run_dir=str(tmp_path / "run"))
+    run_training(first)
+    again = config({"name": "preference"}, "pair", train__steps=2, run_dir=str(tmp_path / "run"), resume=True)
+    file = Path(data["pair"])
+    rows = file.read_text()
+    file.write_text(rows + json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(ConfigError, match="the data are not those that the run began with") as error:
+        run_training(again)
+    assert error.value.where == "key data.examples" and "held out" in error.value.rule
+    file.write_text(rows)
+    assert run_training(again).step == 2
+
+
+def test_what_a_stream_has_left_out_is_said_at_the_end(config, tmp_path, capsys):
+    rows = [{"prompt": f"say {word}", "chosen": "word " * (60 if word == "calm" else 1), "rejected": "no"}
+            for word in WORDS]  # fmt: skip
+    rows.append({"prompt": "say", "chosen": "no", "rejected": "no"})
+    source = {"path": write(tmp_path / "rows.jsonl", rows), "stream": True}
+    skipping = {"data__on_bad_row": "skip", "data__held_out": 0, "rollout__prompts": 4, "train__steps": 6}
+    run_training(config({"name": "preference"}, "pair", data__examples=source, **skipping))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 skipped (1 × the two answers are the same), 1 cut to 48 tokens" in told
+
+
+def test_a_short_stream_with_fewer_rows_than_one_step_takes(config, data):
+    source = {"path": data["pair"], "stream": True}
+    with pytest.raises(ConfigError, match="fewer rows than one step"):
+        run_training(config({"name": "preference"}, "pair", data__examples=source, rollout__prompts=30))
+
+
+def test_undecided_annotators_teach_losses_of_probabilities_alone(config, tmp_path):
+    rows = [{"prompt": f"say {w}", "chosen": "tea", "rejected": "no", "votes": [5, 5]} for w in WORDS]
+    votes = write(tmp_path / "votes.jsonl", rows)
+    for loss in ("soft", "psi_po", {"name": "mix", "losses": ["soft", "psi_po"], "weights": [1, 1]}):
+        settings = config({"name": "preference", "loss": loss}, "pair", data__examples=votes)
+        (group,) = examples_for(settings, load_tokenizer(settings)).step(0, 1)
+        (example,) = settings.algorithm.examples([group])[0]
+        assert example.values["prob_chosen"] == 0.5
+    for loss in ("dpo", {"name": "mix", "losses": ["soft", "dpo"], "weights": [1, 1]}):
+        settings = config({"name": "preference", "loss": loss}, "pair", data__examples=votes)
+        with pytest.raises(DataError, match="both answers are equally good"):
+            examples_for(settings, load_tokenizer(settings))
 
 
 def test_prompts_beside_a_data_set_are_sampled_in_evaluations(config, tmp_path, model):
