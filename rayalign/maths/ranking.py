@@ -47,8 +47,8 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tens
 def k_choose_2_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
     """Mean over one prompt's pairs of different ranks of −log σ(r_better − r_worse). Three [B, K] → [B], nats.
 
-    A prompt weighs the same whatever its K. One without such a pair gives 0 with zero gradient; it leaves
-    the denominator of the mean over prompts (see `has_ranked_pair`).
+    A prompt weighs the same whatever its K. One without such a pair gives 0 with zero gradient and has to
+    leave the denominator of the mean over prompts: the reward model makes no example of it.
 
     Source: Ouyang et al. 2022 (InstructGPT) eq. 1.
 
@@ -60,17 +60,6 @@ def k_choose_2_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
     losses = -logsigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))
     losses = torch.where(pairs, losses, torch.zeros_like(losses))
     return divide(losses.sum((1, 2)), pairs.sum((1, 2)))
-
-
-def has_ranked_pair(ranks: Tensor, mask: Tensor) -> Tensor:
-    """Which prompts have two candidates of different ranks: the denominator of `k_choose_2_loss`. → bool [B].
-
-    Raises:
-        ValueError: shapes that differ or are not [B, K].
-    """
-    require_dims(2, ranks=ranks)
-    require_same_shape(ranks=ranks, mask=mask)
-    return _ranked_pairs(ranks, mask != 0).flatten(1).any(-1)
 
 
 def best_of_choice_loss(scores: Tensor, choice: Tensor, mask: Tensor) -> Tensor:
