@@ -136,7 +136,7 @@ class Tokeniser:
                 where=where,
                 value=f"{len(prompt)} tokens",
                 rule=f"1 to {self._max - 1} tokens, so that an answer has room in {self._limit}={self._max}",
-                remedy=f"shorten or drop the prompt, {more}, or set data.on_bad_row=skip",
+                remedy=f"{more}, shorten or drop the prompt, or set data.on_bad_row=skip",
             )
         return prompt, [self.turns.answer(row.prompt, answer, where) for answer in row.answers]
 

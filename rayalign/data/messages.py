@@ -152,6 +152,6 @@ def _no_common(first: Any, second: Any, where: str) -> DataError:
         where=where,
         value=f"{json.dumps(first, ensure_ascii=False, default=str)[:80]} and "
         f"{json.dumps(second, ensure_ascii=False, default=str)[:80]}",
-        rule="a column with the prompt, or texts or messages of which the first are the same",
+        rule="a column with the prompt, or answers that begin with the same words or messages",
         remedy="add a prompt to the row, or name its column: columns: {prompt: …}",
     )
