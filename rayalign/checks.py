@@ -33,7 +33,12 @@ def check_training(config: Config) -> None:
 
 
 def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
-    """Whether the prompts, or the rows, are enough for one step. Raises ConfigError."""
+    """Whether the prompts, or the rows, are enough for one step, and have what the algorithm wants of them.
+
+    Raises:
+        ConfigError: there are too few.
+        DataError: a row of the first step lacks something.
+    """
     if examples is not None:
         if examples.known_rows is not None and examples.known_rows < config.rollout.prompts:
             raise ConfigError(
@@ -43,6 +48,8 @@ def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | No
                 rule=f"at most {examples.known_rows}, the training rows of data.examples",
                 remedy="lower rollout.prompts, lower data.held_out, or use more rows",
             )
+        if examples.rows is not None:  # the loss may want a column that they do not have
+            config.algorithm.examples(examples.step(0, config.rollout.prompts))
         return
     if len(prompts.training) < config.rollout.prompts:
         raise ConfigError(

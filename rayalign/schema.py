@@ -153,8 +153,8 @@ class Config(Record):
                     key="data.examples",
                     rule=f"{name} learns from samples of its own here"
                     + (f", {self.algorithm.samples} a prompt" if hasattr(self.algorithm, "samples") else ""),
-                    remedy="take data.examples out, or use an algorithm that learns from a data set, as preference does "
-                    "(cringe with samples: 0)",
+                    remedy="take data.examples out, or use an algorithm that learns from a data set, as preference "
+                    "does (cringe with samples: 0)",
                 )
             return self
         if passes > 1:

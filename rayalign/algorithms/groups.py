@@ -20,6 +20,11 @@ def row(group: Group, index: int) -> Row:
     return Row(group.prompt.token_ids, completion.token_ids, completion.logps, images=group.prompt.images)
 
 
+def place_of(group: Group) -> str:
+    """Where a person finds this row of a data set: its number, counted from 1 through all sources."""
+    return f"data.examples, row {group.prompt.index + 1}"
+
+
 def scored(group: Group) -> list[int]:
     """The completions whose score is a finite number."""
     return [index for index, score in enumerate(group.scores or ()) if math.isfinite(score)]

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rayalign.algorithms.base import Regularised
-from rayalign.algorithms.groups import distinct, paired, probabilities, row, scored
+from rayalign.algorithms.groups import distinct, paired, place_of, probabilities, row, scored
 from rayalign.algorithms.losses import DPO, AnyPairLoss, Mix, Pair, PsiPO, SoftDPO
 from rayalign.errors import DataError
 from rayalign.maths.logprobs import sequence_logprob
@@ -48,7 +48,7 @@ class PairAlgorithm(Regularised):
         if soft and self.unrated is None and group.preferences is None:
             raise DataError(
                 "a pair has neither votes nor a probability",
-                where=f"row {group.id}",
+                where=place_of(group),
                 value="chosen and rejected alone",
                 rule="a column votes or probability beside each pair with loss: soft; without them it is plain dpo",
                 remedy="map it, data.examples.columns={probability: my_column}, or set algorithm.unrated=certain",

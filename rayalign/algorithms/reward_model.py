@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rayalign.algorithms.base import Offline
-from rayalign.algorithms.groups import distinct, paired, row
+from rayalign.algorithms.groups import distinct, paired, place_of, row
 from rayalign.algorithms.reward_losses import AnyRewardLoss, BradleyTerry, Ranked
 from rayalign.errors import DataError
 from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
@@ -124,8 +124,8 @@ def _margin(group: Group) -> float:
     if not isinstance(margin, int | float) or isinstance(margin, bool) or not float("-inf") < margin < float("inf"):
         raise DataError(
             "a pair has no margin",
-            where=f"row {group.id}",
-            value=margin,
+            where=place_of(group),
+            value="no margin" if margin is None else margin,
             rule="a finite number in the column margin of each row, with loss.margin: column",
             remedy="add the column, or set algorithm.loss.margin to a number",
         )

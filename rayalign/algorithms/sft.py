@@ -16,9 +16,9 @@ from rayalign.types import AnyColumn, Batch, Example, Group, Metrics, Terms, Top
 
 
 class SFT(Regularised):
-    """Supervised fine-tuning on completions; of pairs and ranked answers the best one. Prompts are not trained on:
-    of a conversation the last answer is learned, and the turns before it are its prompt.
+    """Supervised fine-tuning on completions; of pairs and ranked answers the best one. Prompts are not trained on.
 
+    Of a conversation the last answer is learned; the turns before it are its prompt.
     The regulariser is averaged as the likelihood is: over tokens with token_mean.
     """
 

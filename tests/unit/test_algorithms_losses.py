@@ -135,7 +135,7 @@ def test_the_soft_loss_wants_probabilities_unless_it_is_told_what_their_lack_mea
     """A column of them that was not mapped would else make it plain DPO, silently."""
     with pytest.raises(DataError, match="neither votes nor a probability") as caught:
         Preference(loss=loss).examples(PAIRS)
-    assert caught.value.where == "row row-0"
+    assert caught.value.where == "data.examples, row 1"
     assert len(Preference(loss=loss, unrated="certain").examples(PAIRS)[0]) == len(PAIRS)
     assert len(Preference(loss="psi_po").examples(PAIRS)[0]) == len(PAIRS)
 

@@ -82,7 +82,7 @@ def test_margins_come_from_the_column():
     scores = torch.cat([rewards(g) for g in groups])
     wanted = ranking.bradley_terry_loss(scores[:, 0], scores[:, 1], margin=torch.arange(4))
     assert whole(algorithm, groups)[0] == pytest.approx(float(wanted.mean()), rel=1e-5)
-    with pytest.raises(DataError, match="row-0"):
+    with pytest.raises(DataError, match="row 1: a pair has no margin"):
         algorithm.examples(PAIRS)
 
 
