@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def free_port() -> int:
+    """Of this machine, where ranks can meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def spawn(main: Callable[..., None], args: tuple, ranks: int, *, join: bool = True) -> Any:

@@ -22,7 +22,7 @@ from rayalign.protocols import UpdatePlan
 from rayalign.sync.flat import unpack
 from rayalign.types import Column
 from tests.contract.learner_cases import DPO, PROBES, Broken, Centred, Compared, Distilled, pairs, specs, train, weights
-from tests.ranks import spawn
+from tests.ranks import free_port, spawn
 
 TRAINING = {  # name → settings, examples, plan
     "whole": ({}, 5, {}),
@@ -223,12 +223,9 @@ def close(roles: dict) -> None:
 
 def launch(world_size: int, stages: list[int], model: Path, out: Path, timeout: timedelta) -> None:
     """Spawn the ranks and wait. Raises what a rank raised, or TimeoutError when they hang."""
-    import socket
     import time
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     target: Callable = main
     context = spawn(target, (world_size, port, stages, str(model), str(out)), world_size, join=False)
     end = time.monotonic() + timeout.total_seconds()

@@ -5,7 +5,6 @@ Rank 0 writes what was found to a file; the test compares. What holds on every r
 
 from __future__ import annotations
 
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ from rayalign.learners.settings import LoraConfig
 from rayalign.sync.flat import unpack
 from rayalign.types import Column
 from tests.contract.learner_cases import OPTIMIZER, PROBES, Compared, Distilled, pairs, train, weights
-from tests.ranks import spawn
+from tests.ranks import free_port, spawn
 
 LORA = LoraConfig(rank=4, alpha=8)
 
@@ -220,9 +219,7 @@ def main(rank: int, world_size: int, port: int, stages: list[int], model: str, o
 
 def launch(world_size: int, stages: list[int], model: Path, out: Path, timeout: timedelta) -> None:
     """Spawn the ranks and wait. Raises what a rank raised, or TimeoutError when they hang."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = (world_size, port, stages, str(model), str(out))
     context = spawn(main, arguments, world_size, join=False)
     end = time.monotonic() + timeout.total_seconds()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 
 from rayalign.learners.torch import TorchLearnerConfig
 from tests.contract.algorithms_rank import CASES, main, specs, two_steps
 from tests.contract.learner_cases import smooth, weights
-from tests.ranks import spawn
+from tests.ranks import free_port, spawn
 from tests.tiny_models import build_tiny_llama
 
 
@@ -27,9 +25,7 @@ def model(tmp_path_factory):
 def two_ranks(model, tmp_path_factory):
     """The folder with what two ranks found."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     spawn(main, (2, port, str(model), str(out)), 2)
     return out
 

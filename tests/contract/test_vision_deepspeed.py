@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from rayalign.learners.torch import TorchLearnerConfig
 from tests.contract.algorithms_rank import specs, two_steps
 from tests.contract.learner_cases import smooth, weights
 from tests.contract.vision_rank import CASES, STAGES, main
-from tests.ranks import spawn
+from tests.ranks import free_port, spawn
 from tests.tiny_vision import build_tiny_llava
 
 
@@ -28,9 +26,7 @@ def model(tmp_path_factory):
 def two_ranks(model, tmp_path_factory):
     """The folder with what two ranks found."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     spawn(main, (2, port, str(model), str(out)), 2)
     return out
 

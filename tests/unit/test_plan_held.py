@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from rayalign.plan.zero import Zero, torch_state, trained_state
 from rayalign.protocols import UpdatePlan
 from rayalign.types import Example
 from rayalign.types import Sequence as Row
-from tests.ranks import spawn
+from tests.ranks import free_port, spawn
 
 CASES = [(stage, dtype, "none") for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
 CASES += [(stage, dtype, "cpu") for stage in (2, 3) for dtype in ("float32", "bfloat16")]
@@ -94,9 +93,7 @@ def folder(tmp_path_factory):
 
 
 def run(ranks: int, model: Path, cases: list, out: Path) -> list[list[int]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     spawn(of_one_rank, (ranks, port, str(model), cases, str(out)), ranks)
     return json.loads((out / "found.json").read_text())
 
