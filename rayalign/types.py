@@ -52,7 +52,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of one request. `top_k=0` and `top_p=1.0` mean off; temperature 0 is greedy."""
+    """Sampling parameters of one request. `top_k=0` and `top_p=1.0` mean off; temperature 0 is greedy.
+
+    Attributes:
+        choices: tokens whose log-probs are wanted at the first generated position, whatever is sampled there:
+            those of the whole distribution at temperature 1. What a judge answers is read from them.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -60,6 +65,7 @@ class Sampling:
     top_k: int = 0
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    choices: tuple[int, ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -89,6 +95,8 @@ class Completion:
         finish_reason: "stop" (an end token), "length" (cut at `max_tokens`).
         version: of the weights that sampled it.
         engine: the name of the engine that served it, for the log.
+        choice_logps: of `Sampling.choices`, in their order; empty where none were asked for. What exp(·) of them
+            adds up to is the share of the distribution that is on the choices.
     """
 
     request_id: str
@@ -97,6 +105,7 @@ class Completion:
     finish_reason: str
     version: int
     engine: str = ""
+    choice_logps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Group:
         preferences: P(i ≻ j) for all K×K pairs, where annotators' votes or a judge gave it; the diagonal is ½.
             None: only the scores are known.
         votes: of a data set, for each completion the annotators' votes: counts by class.
+        metrics: what the scorer says of this group besides, averaged over the groups of a step or an evaluation.
     """
 
     id: str
@@ -120,6 +130,22 @@ class Group:
     scores: tuple[float, ...] | None = None
     preferences: tuple[tuple[float, ...], ...] | None = None
     votes: tuple[tuple[float, ...], ...] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a scorer may give for one group instead of its scores alone.
+
+    Attributes:
+        scores: one for each of the K completions, higher is better.
+        preferences: K×K, P(i ≻ j), P(i ≻ j) + P(j ≻ i) = 1; None: only the scores are known.
+        metrics: by name, of this group; they are averaged over the groups of a rollout that have them.
+    """
+
+    scores: tuple[float, ...]
+    preferences: tuple[tuple[float, ...], ...] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Column(enum.Enum):
