@@ -29,13 +29,21 @@ class Question:
         messages: {"role": …, "content": …} each, the last one the user's.
         answers: what may be answered, each one token of the model that is asked, as it stands at the very
             beginning of its turn.
-        reasoning: tokens of thinking aloud before the answer, at most; 0: the answer at once.
+        reasoning: tokens of thinking aloud before the answer, at most; 0: the answer at once. The thinking is the
+            assistant's turn after `messages`; then the user says `conclude`, and the answer opens the next turn.
+        conclude: what asks for the answer after the thinking.
     """
 
     id: str
     messages: tuple[dict[str, str], ...]
     answers: tuple[str, ...]
     reasoning: int = 0
+    conclude: str = ""
+
+    def concluded(self, reasoning: str) -> tuple[dict[str, str], ...]:
+        """The messages that the answer follows, after this thinking."""
+        said = {"role": "assistant", "content": reasoning}
+        return (*self.messages, said, {"role": "user", "content": self.conclude})
 
 
 @dataclass(frozen=True)
