@@ -10,6 +10,8 @@ import torch
 from rayalign.errors import DataError
 from rayalign.types import Request
 
+MOST_CHOICES = 128  # vLLM's limit of logprob_token_ids
+
 
 def check_requests(requests: Sequence[Request], open_ids: Iterable[str], *, max_context: int, engine: str) -> None:
     """Refuse requests that cannot be served whole, before any of them is taken in.
@@ -32,6 +34,7 @@ def check_requests(requests: Sequence[Request], open_ids: Iterable[str], *, max_
                 rule="at least 1 of each",
                 remedy="drop empty prompts from the data, set max_tokens to 1 or more",
             )
+        check_choices(request)
         if prompt + new > max_context:
             raise DataError(
                 "prompt and completion are longer than the engine's context",
@@ -40,6 +43,19 @@ def check_requests(requests: Sequence[Request], open_ids: Iterable[str], *, max_
                 rule=f"at most {max_context} (engine.max_context)",
                 remedy="shorten or drop the prompt, lower max_tokens, or raise engine.max_context",
             )
+
+
+def check_choices(request: Request) -> None:
+    """Raises DataError for more choices than engines look up at once, or one of them twice."""
+    choices = request.sampling.choices
+    if len(choices) > MOST_CHOICES or len(set(choices)) < len(choices):
+        raise DataError(
+            "these choices cannot be told apart" if len(choices) <= MOST_CHOICES else "too many choices",
+            where=f"request {request.id}",
+            value=f"{len(choices)} tokens, {len(set(choices))} of them different",
+            rule=f"at most {MOST_CHOICES} different tokens",
+            remedy="ask for fewer",
+        )
 
 
 def check_sequences(sequences: Sequence[tuple[int, ...]], *, max_context: int, engine: str) -> None:

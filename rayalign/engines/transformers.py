@@ -67,6 +67,7 @@ class _Row:
     generator: torch.Generator
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    choice_logps: tuple[float, ...] = ()
     finish_reason: str = ""
 
 
@@ -227,13 +228,21 @@ class TransformersEngine:
 
     def _completion(self, row: _Row) -> Completion:
         return Completion(
-            row.request.id, tuple(row.token_ids), tuple(row.logps), row.finish_reason, self.version, self.name
+            row.request.id,
+            tuple(row.token_ids),
+            tuple(row.logps),
+            row.finish_reason,
+            self.version,
+            self.name,
+            row.choice_logps,
         )
 
 
 def _extend(row: _Row, logits: torch.Tensor) -> None:
     """Sample one token from logits float32 [V], note its log-prob, and see whether it was the last."""
     sampling = row.request.sampling
+    if sampling.choices and not row.token_ids:
+        row.choice_logps = tuple(logits.log_softmax(-1)[list(sampling.choices)].tolist())
     if len(row.token_ids) < sampling.min_tokens:
         logits = logits.index_fill(0, row.end_ids, -torch.inf)
     logps = processed_logps(logits, sampling)

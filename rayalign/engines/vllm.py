@@ -30,9 +30,10 @@ from rayalign.memory import peak_gib
 from rayalign.protocols import Chunk, WeightPush
 from rayalign.record import Record
 from rayalign.sync.flat import check_names, verify
-from rayalign.types import Completion, Request
+from rayalign.types import Completion, Request, Sampling
 
 GIB = 1 << 30
+PLAIN = Sampling(max_tokens=1, temperature=0.0)
 
 
 class VLLMEngineConfig(Record):
@@ -89,6 +90,7 @@ class VLLMEngine:
     ):
         self.config, self.name, self.version = config, name, 0
         self._open: dict[str, Request] = {}
+        self._choices: dict[str, tuple[float, ...]] = {}  # what is known already of open requests with choices
         self._failed_load = False
         self._end_ids = end_token_ids(model, trust_remote_code=trust_remote_code)
         self._on_gpu = torch.cuda.is_available()
@@ -130,20 +132,25 @@ class VLLMEngine:
             )
         check_requests(requests, self._open, max_context=self.config.max_context, engine=self.name)
         for request in requests:
-            self._add(request.id, request.prompt_ids, self._sampling(request))
+            # vLLM gives log-probs of the distribution that is sampled: where that is another, they are asked first.
+            first = replace(request, sampling=PLAIN) if _asks_apart(request.sampling) else request
+            self._add(request.id, request.prompt_ids, self._sampling(first, request.sampling.choices))
             self._open[request.id] = request
 
     def poll(self, timeout_s: float = 1.0) -> list[Completion]:
         deadline = time.monotonic() + timeout_s
         finished: list[Completion] = []
         while self._open and not finished:  # at least one step, so that polling always gets on
-            finished = [self._completion(output) for output in self._step() if output.request_id in self._open]
+            ended = [self._completion(output) for output in self._step() if output.request_id in self._open]
+            finished = [completion for completion in ended if completion is not None]
             if time.monotonic() >= deadline:
                 break
         return finished
 
     def abort(self, request_ids: Iterable[str]) -> None:
         ids = [request_id for request_id in request_ids if self._open.pop(request_id, None) is not None]
+        for request_id in ids:
+            self._choices.pop(request_id, None)
         if ids:
             self._llm.llm_engine.abort_request(ids)
 
@@ -199,6 +206,7 @@ class VLLMEngine:
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         self._open.clear()
+        self._choices.clear()
         destroy_model_parallel()
         destroy_distributed_environment()
         gc.collect()
@@ -221,7 +229,7 @@ class VLLMEngine:
             ) from error
         return [output for output in outputs if output.finished]
 
-    def _sampling(self, request: Request) -> Any:
+    def _sampling(self, request: Request, choices: tuple[int, ...] = ()) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -234,17 +242,26 @@ class VLLMEngine:
             top_k=sampling.top_k,
             stop_token_ids=sorted({*self._end_ids, *sampling.stop_token_ids}),
             seed=request.seed,
-            logprobs=0,  # of the sampled token alone
+            logprobs=len(choices),  # of the sampled token, and these
+            logprob_token_ids=list(choices) or None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, output: Any) -> Completion:
-        del self._open[output.request_id]
-        sampled = output.outputs[0]
+    def _completion(self, output: Any) -> Completion | None:
+        """None when the choices alone were asked for, and what was wanted is asked for now."""
+        request, sampled = self._open[output.request_id], output.outputs[0]
+        if request.sampling.choices and request.id not in self._choices:
+            at = sampled.logprobs[0]
+            self._choices[request.id] = tuple(at[token].logprob for token in request.sampling.choices)
+            if _asks_apart(request.sampling):
+                self._add(request.id, request.prompt_ids, self._sampling(request))
+                return None
+        del self._open[request.id]
         token_ids = tuple(sampled.token_ids)
         logps = tuple(at[token].logprob for token, at in zip(token_ids, sampled.logprobs, strict=True))
-        return Completion(output.request_id, token_ids, logps, sampled.finish_reason, self.version, self.name)
+        choices = self._choices.pop(request.id, ())
+        return Completion(request.id, token_ids, logps, sampled.finish_reason, self.version, self.name, choices)
 
     def _drop_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -267,6 +284,12 @@ class VLLMEngine:
             for path, chunk in zip(paths, chunks, strict=True):
                 path.write_bytes(memoryview(chunk.data))
             yield [replace(chunk, data=str(path)) for path, chunk in zip(paths, chunks, strict=True)]
+
+
+def _asks_apart(sampling: Sampling) -> bool:
+    """Whether the log-probs that are sampled are not those of the whole distribution at temperature 1."""
+    greedy = sampling.temperature == 0 and sampling.min_tokens == 0  # which vLLM takes from unscaled logits
+    return bool(sampling.choices) and not greedy and (sampling.temperature != 1 or sampling.truncated)
 
 
 def _prompt_logps(output: Any, sequence: tuple[int, ...]) -> np.ndarray:

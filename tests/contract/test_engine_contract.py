@@ -135,6 +135,56 @@ def test_mixed_sampling_in_one_batch_gives_the_logps_that_were_sampled(
         np.testing.assert_allclose(completion.logps, expected, atol=TOLERANCE, err_msg=str(request.sampling))
 
 
+def test_choices_have_the_logps_of_the_whole_distribution_however_it_is_sampled(
+    engine: Engine, base_model: PreTrainedModel
+) -> None:
+    """At the first position and temperature 1, before top-k, top-p and min_tokens; beside requests without any."""
+    choices = (EOS_ID, 99, 12, 40)
+    expected = forward_logits(base_model, (*PROMPT, 0))[-1].log_softmax(-1)[list(choices)].numpy()
+    kinds = [
+        {"max_tokens": 1, "temperature": 0.0},
+        {"temperature": 0.0},
+        {},
+        {"temperature": 0.6, "top_k": 2},
+        {"top_p": 0.1},
+        {"min_tokens": 5},
+        {"temperature": 0.0, "min_tokens": 5},
+        {"max_tokens": 1, "temperature": 2.0},
+    ]
+    asked = [ask(index, seed=index, choices=choices, **kind) for index, kind in enumerate(kinds)]
+    others = [ask(20 + index, seed=index, **kind) for index, kind in enumerate(kinds)]
+    mixed = [request for pair in zip(asked, others, strict=True) for request in pair]
+    found = {completion.request_id: completion for completion in serve(engine, *mixed)}
+    for request, other in zip(asked, others, strict=True):
+        completion, same = found[request.id], found[other.id]
+        np.testing.assert_allclose(completion.choice_logps, expected, atol=TOLERANCE, err_msg=str(request.sampling))
+        assert same.choice_logps == ()
+        assert completion.token_ids == same.token_ids and completion.finish_reason == same.finish_reason
+        np.testing.assert_allclose(completion.logps, same.logps, atol=TOLERANCE)
+    (turned,) = serve(engine, ask(0, max_tokens=1, temperature=0.0, choices=choices[::-1]))
+    np.testing.assert_allclose(turned.choice_logps, expected[::-1], atol=TOLERANCE)
+    (reading,) = serve(engine, ask(0, prompt=(7,), max_tokens=1, choices=(5,)))
+    first = forward_logits(base_model, (7, 0))[-1].log_softmax(-1)[5]
+    np.testing.assert_allclose(reading.choice_logps, [float(first)], atol=TOLERANCE)
+
+
+def test_choices_of_aborted_requests_are_forgotten(engine: Engine, base_model: PreTrainedModel) -> None:
+    engine.submit([ask(0, choices=(9,), temperature=0.5, max_tokens=50, min_tokens=50), ask(1, max_tokens=2)])
+    while not engine.poll(0.0):
+        pass
+    engine.abort(["r0"])
+    (again,) = serve(engine, ask(0, choices=(10,), temperature=0.5))
+    expected = forward_logits(base_model, (*PROMPT, 0))[-1].log_softmax(-1)[10]
+    np.testing.assert_allclose(again.choice_logps, [float(expected)], atol=TOLERANCE)
+
+
+def test_choices_that_cannot_be_told_apart_are_refused(engine: Engine) -> None:
+    with pytest.raises(DataError, match="request r0: these choices cannot be told apart"):
+        engine.submit([ask(0, choices=(5, 5))])
+    with pytest.raises(DataError, match="request r1: too many choices"):
+        engine.submit([ask(1, choices=tuple(range(129)))])
+
+
 def test_greedy_takes_the_likeliest_token(engine: Engine, base_model: PreTrainedModel) -> None:
     (completion,) = serve(engine, ask(0, temperature=0.0, seed=9))
     logits = forward_logits(base_model, PROMPT + completion.token_ids)[len(PROMPT) - 1 :]
