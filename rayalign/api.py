@@ -200,6 +200,7 @@ def _rollouts(config: Config, collector: Collector | None, data: Data, console: 
         count=config.rollout.prompts,
         depth=config.rollout.depth,
         resample_every=config.rollout.resample_every,
+        at_once=config.rollout.set_size(len(data.prompts.training), config.train.steps),
         progress=console.sampled,
     )
 

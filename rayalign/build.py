@@ -165,14 +165,8 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
         seed=config.seed,
         processor=lambda: load_processor(config),
         images=getattr(config.algorithm, "images", False),
-        ties=_takes_ties(config.algorithm),
+        ties=getattr(config.algorithm, "takes_ties", False),
     )
-
-
-def _takes_ties(algorithm: Any) -> bool:
-    """Whether all that it learns of a pair is the probability that one half is better: ½ says something, too."""
-    loss = getattr(algorithm, "pair_loss", None)
-    return all(part is not None and part.name in ("soft", "psi_po") for part in getattr(loss, "losses", (loss,)))
 
 
 def decoder(tokenizer: Any) -> Callable[[Any], str]:

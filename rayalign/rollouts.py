@@ -1,8 +1,9 @@
-"""Prompts → scored groups, at a depth, and read again as often as the config says.
+"""Prompts → scored groups, at a depth, and used again as often as the config says.
 
-Rollout number s is drawn once, used for `resample_every` training steps, and sampled by the weights
-that were current `depth` rollouts before it is used. So a run is reproducible at any depth: what was
-sampled by which version is a matter of counting, never of timing.
+A set of rollouts is drawn at once and used for `resample_every` training steps, or for the whole run. The steps take
+turns with its rollouts: one, used in each of the steps, or `at_once` of them. A set is sampled by the weights that
+were current `depth` sets before it is used. So a run is reproducible at any depth: what was sampled by which version
+is a matter of counting, never of timing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayalign.errors import EngineLost
 from rayalign.protocols import Engine, Scorer
-from rayalign.record import Record
+from rayalign.record import Record, Unfit
 from rayalign.types import Completion, Group, Metrics, Prompt, Request, Sampling
 
 Progress = Callable[[int, int], None]  # completions done, completions asked for
+Often = Annotated[int, Field(ge=1)] | Literal["never"]
 
 
 class RolloutConfig(Record):
@@ -29,9 +32,48 @@ class RolloutConfig(Record):
 
     prompts: int = Field(8, ge=1, description="prompts of one training step; offline, rows of data")
     depth: int = Field(0, ge=0, le=8, description="0: on-policy; d: rollout t is sampled by the weights of step t−d")
-    resample_every: int = Field(1, ge=1, description="training steps that use one rollout before the next is sampled")
+    resample_every: Often = Field(
+        1,
+        description="training steps that use one set of samples before the next is sampled, 1: each step its own; "
+        "never: all samples come from the initial policy, as in offline learning",
+    )
+    at_once: int | None = Field(
+        None,
+        ge=1,
+        description="rollouts of a set, of which the steps that use it take turns: with resample_every of them each "
+        "step has prompts of its own. Default 1; with never one a step, as far as the prompts go, and then again",
+    )
     monitor: int = Field(4, ge=0, description="prompts of a rollout on whose first completions KL is measured")
     max_empty: int = Field(5, ge=1, description="stop after so many rollouts in a row without a training example")
+
+    @model_validator(mode="after")
+    def _set_is_used(self) -> RolloutConfig:
+        never = self.resample_every == "never"
+        if never and self.depth:
+            raise Unfit(
+                "nothing is sampled again that could be sampled ahead",
+                key="depth",
+                rule="0 with resample_every: never",
+                remedy="take depth out",
+            )
+        if not never and self.at_once is not None and self.at_once > self.resample_every:
+            raise Unfit(
+                "samples would be thrown away unused",
+                key="at_once",
+                rule=f"at most resample_every={self.resample_every}, the steps that use them",
+                remedy=f"lower at_once to {self.resample_every}, or raise resample_every",
+            )
+        return self
+
+    def set_size(self, prompts: int, steps: int) -> int:
+        """Rollouts that are drawn at once, of so many training prompts, in a run of so many steps."""
+        if self.resample_every != "never":
+            return self.at_once or 1
+        return min(self.at_once or steps, max(1, prompts // self.prompts), steps)
+
+    def sets(self, steps: int) -> int:
+        """How often a run of so many steps samples."""
+        return 1 if self.resample_every == "never" else -(-steps // self.resample_every)
 
 
 def sample_seed(run_seed: int, rollout: int | str, prompt: int, sample: int) -> int:
@@ -49,6 +91,7 @@ class Rollout:
         version: of the weights that sampled it; None for rows of a data set.
         rollout_s: seconds until the last completion, scoring in between not counted; or those of reading.
         score_s: seconds spent in, or waiting for, the scorer.
+        age: training steps since the set that it belongs to was taken into use.
     """
 
     index: int
@@ -56,6 +99,7 @@ class Rollout:
     groups: tuple[Group, ...]
     rollout_s: float
     score_s: float
+    age: int = 0
 
     def metrics(self, *, first_use: bool = True) -> Metrics:
         """Of the samples; and, in the step that uses them first, of the time they took."""
@@ -72,6 +116,7 @@ class Rollout:
             **shared,
             "reward/mean": float(scores.mean()),
             "reward/std": float(scores.std()),
+            **group_metrics(self.groups),
             "rollout/version": float(self.version),
             **(self._speed(float(lengths.sum())) if first_use else {}),
         }
@@ -82,6 +127,15 @@ class Rollout:
             "time/rollout_s": self.rollout_s,
             "time/score_s": self.score_s,
         }
+
+
+def group_metrics(groups: Sequence[Group]) -> Metrics:
+    """What the scorer says of groups besides their scores: the mean of each number over the groups that have it."""
+    found: dict[str, list[float]] = {}
+    for group in groups:
+        for name, value in group.metrics.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
 
 @dataclass
@@ -158,8 +212,9 @@ class Rollouts:
 
     Args:
         sampling: one entry a completion (K), as the algorithm's `request` gives it.
-        depth: rollouts that are sampled ahead of the one in use.
-        resample_every: training steps that use one rollout.
+        depth: sets that are sampled ahead of the one in use.
+        resample_every: training steps that use one set, or "never".
+        at_once: rollouts of a set.
     """
 
     def __init__(
@@ -171,36 +226,46 @@ class Rollouts:
         seed: int,
         count: int,
         depth: int,
-        resample_every: int,
+        resample_every: int | str,
+        at_once: int = 1,
         progress: Progress | None = None,
     ):
         self._collector, self._prompts, self._sampling = collector, prompts, sampling
-        self._seed, self._count, self._depth, self._every = seed, count, depth, resample_every
+        self._seed, self._count, self._depth = seed, count, depth
+        self._every, self._at_once = resample_every, at_once
         self.progress = progress
         self._open: dict[int, Future[Rollout]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if depth else None
 
     def samples_before(self, step: int) -> bool:
         """Whether sampling starts at the beginning of this step, so that fresh weights are needed."""
-        return self.fresh(step)
+        return self._set(step)[1] == 0
 
     def fresh(self, step: int) -> bool:
         """Whether this step (counted from 0) is the first that uses its rollout."""
-        return step % self._every == 0
+        return self._set(step)[1] < self._at_once
 
     def start(self, step: int) -> None:
         """Begin what is due at the beginning of a step, with the weights that the engine has now."""
-        current = step // self._every
-        for index in range(current, current + self._depth + 1):
+        current = self._set(step)[0]
+        for index in range(current * self._at_once, (current + self._depth + 1) * self._at_once):
             if index not in self._open:
                 self._open[index] = self._submit(index)
 
     def take(self, step: int) -> Rollout:
-        """The rollout of this step, once it is whole. What no later step can use is forgotten."""
-        index = step // self._every
-        for old in [i for i in self._open if i < index]:
+        """The rollout of this step, once it is whole, with seeds of this step. What no later one can use is
+        forgotten."""
+        current, age = self._set(step)
+        for old in [i for i in self._open if i < current * self._at_once]:
             del self._open[old]
-        return self._open[index].result()
+        rollout = self._open[current * self._at_once + age % self._at_once].result()
+        seeds = [sample_seed(self._seed, f"step-{step}", group.prompt.index, 0) for group in rollout.groups]
+        groups = tuple(replace(group, seed=seed) for group, seed in zip(rollout.groups, seeds, strict=True))
+        return replace(rollout, groups=groups, age=age)
+
+    def _set(self, step: int) -> tuple[int, int]:
+        """The number of the set that a step uses, and how many steps have used it before."""
+        return (0, step) if self._every == "never" else divmod(step, self._every)
 
     def settle(self) -> None:
         """Wait until no request is open: an engine takes new weights only then."""
@@ -213,6 +278,8 @@ class Rollouts:
         return [rollout.result() for rollout in self._open.values()]
 
     def restore(self, rollouts: Sequence[Rollout]) -> None:
+        if self._every == "never" and rollouts:
+            self._at_once = len(rollouts)  # as many as the run began with, also when it is to have other steps now
         for rollout in rollouts:
             self._open[rollout.index] = Future()
             self._open[rollout.index].set_result(rollout)

@@ -103,13 +103,14 @@ class Run:
         return synced
 
     def annotate(self, examples: list[Example], rollout: Rollout) -> tuple[list[Example], Metrics]:
-        """The columns that the algorithm needs, and KL on completions that no score has selected."""
+        """The columns that the algorithm needs, and KL on completions that no score has selected, where they are new:
+        on samples of older weights its estimators estimate something else, and k1 may well be negative."""
         if self.turns and self.collector is not None:
             self.collector.engine.sleep()
         for role, column in self.algorithm.needs:
             examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
-        sampled = rollout.version is not None and not self.sampling.truncated
+        sampled = rollout.version is not None and not rollout.age and not self.sampling.truncated
         if self.roles.reference is None or not sampled or not unselected:
             return examples, {}
         k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
@@ -174,8 +175,9 @@ class Run:
             self.say(f"checkpoint {self.checkpoints.save(whole, self.roles, self.tokenizer)}")
 
     def after(self, state: TrainerState, learned: bool) -> TrainerState:
-        """The state one step on. A rollout without an example counts once, however often it is used."""
-        fresh = self.rollouts.fresh(state.step)
+        """The state one step on. A rollout without an example counts once, however often it is used, if another will
+        be sampled."""
+        fresh = self.rollouts.fresh(state.step) or self.rollout.resample_every == "never"
         return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh)
 
     def check_learning(self, state: TrainerState) -> None:

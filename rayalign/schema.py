@@ -154,7 +154,7 @@ class Config(Record):
                     rule=f"{name} learns from samples of its own here"
                     + (f", {self.algorithm.samples} a prompt" if hasattr(self.algorithm, "samples") else ""),
                     remedy="take data.examples out, or use an algorithm that learns from a data set, as preference "
-                    "does (cringe with samples: 0)",
+                    "does (cringe and kto with samples: 0)",
                 )
             return self
         if passes > 1:
@@ -164,8 +164,9 @@ class Config(Record):
                 rule=f"1 with data.examples: each step of {name} takes the next rollout.prompts rows, pass after pass",
                 remedy=f"for {passes} passes over the data raise train.steps to {passes} × rows ÷ rollout.prompts",
             )
-        for key, value in (("depth", self.rollout.depth), ("resample_every", self.rollout.resample_every - 1)):
-            if value:
+        rollout = self.rollout
+        for key, usual in (("depth", 0), ("resample_every", 1), ("at_once", None)):
+            if getattr(rollout, key) != usual:
                 raise Unfit(
                     "there are no samples that could be old, or used again",
                     key=f"rollout.{key}",

@@ -41,6 +41,7 @@ class Prompt:
         token_ids: what an engine continues.
         extra: the row's other columns, for scorers.
         images: in the order in which their tokens stand in `token_ids`.
+        messages: the whole conversation up to the answer, a system message included, as role and content.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
     images: tuple[Picture, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Group:
             None: only the scores are known.
         votes: of a data set, for each completion the annotators' votes: counts by class.
         metrics: what the scorer says of this group besides, averaged over the groups of a step or an evaluation.
+        seed: of what an algorithm draws of this group: a function of run, step and prompt where it was sampled.
     """
 
     id: str
@@ -131,6 +134,7 @@ class Group:
     preferences: tuple[tuple[float, ...], ...] | None = None
     votes: tuple[tuple[float, ...], ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rayalign.algorithms.base import Regularised, refuse_cache
 from rayalign.algorithms.groups import Seeds, labelled, paired, row
 from rayalign.algorithms.labels import Labels, counts, values_of
+from rayalign.algorithms.pairing import Pairing, Which
 from rayalign.maths.cringe import binary_cringe_loss, cringe_loss_of_top, pairwise_cringe_gate
 from rayalign.maths.logprobs import mean_logprob, sequence_logprob
 from rayalign.record import Unfit
@@ -32,8 +33,10 @@ class Cringe(Regularised):
     margin: float = Field(0.0, description="pairwise: how far apart log-probs of a pair should be, nats")
     temperature: float = Field(10.0, gt=0, description="pairwise: how softly the gate closes there, nats")
     samples: int = Field(0, ge=0, description="completions sampled for each prompt; 0: learn from data.examples")
-    good_above: float = Field(0.5, description="binary: an answer with a score above this is good")
-    pairs: Literal["best_worst", "all"] = Field("best_worst", description="pairwise: which pairs of ranked answers")
+    good_above: float | Literal["mean"] = Field(
+        0.5, description="binary: an answer with a score above this is good; mean: of samples, above their prompt's mean"
+    )
+    pairs: Which = Field("best_worst", description="pairwise: which pairs of ranked answers; random: two of the samples")
 
     @property
     def rows(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -52,7 +55,7 @@ class Cringe(Regularised):
         """Single answers, or pairs (chosen, rejected). What cannot be told apart is dropped and counted."""
         seeds = Seeds(groups)
         if self.variant == "pairwise":
-            pairs, metrics = paired(groups, self.pairs)
+            pairs, metrics = Pairing(self.pairs).of(groups) if self.samples else paired(groups, self.pairs)
             return [
                 Example((row(group, i), row(group, j)), {"seed": seeds.of(group, i, j)}) for group, i, j in pairs
             ], metrics
@@ -113,6 +116,21 @@ class Cringe(Regularised):
                 key="samples",
                 rule="0, or 2 or more, with variant: pairwise",
                 remedy="set samples: 4",
+            )
+        for key, value in (("good_above", "mean"), ("pairs", "random")):
+            if not self.samples and getattr(self, key) == value:
+                raise Unfit(
+                    "this is for samples, and a data set is learned from",
+                    key=key,
+                    rule=f"{value} with samples above 0 only",
+                    remedy=f"take {key} out, or set samples: 4",
+                )
+        if self.samples == 1 and self.good_above == "mean":
+            raise Unfit(
+                "one sample is its own mean, so neither good nor bad",
+                key="samples",
+                rule="0, or 2 or more, with good_above: mean",
+                remedy="set samples: 4, or good_above: 0.5, say",
             )
         if self.samples:
             refuse_cache(self.reference)

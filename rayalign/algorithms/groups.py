@@ -73,19 +73,34 @@ def _pairs_of(group: Group, which: str) -> tuple[list[tuple[int, int]], int, int
     return differ, wanted - len(found), len(found) - len(differ)
 
 
-def labelled(groups: Sequence[Group], good_above: float) -> tuple[list[tuple[Group, int, bool]], int]:
+def labelled(groups: Sequence[Group], good_above: float | str) -> tuple[list[tuple[Group, int, bool]], int]:
     """Each completion alone as (its group, its place there, whether it is good), and how many were left out.
 
-    Left out are those without a finite score, and an answer that is called good and bad in one group.
+    Left out are those without a finite score, an answer that is called good and bad in one group, and with "mean"
+    those that are neither.
+
+    Args:
+        good_above: a score, or "mean": above the mean of the group's scores an answer is good, below it bad.
     """
     found, dropped = [], 0
     for group in groups:
-        labels = {index: group.scores[index] > good_above for index in scored(group)}
+        labels = _labels_of(group, good_above)
         said = {(group.completions[index].token_ids, good) for index, good in labels.items()}
         kept = [i for i, good in labels.items() if (group.completions[i].token_ids, not good) not in said]
         found += [(group, index, labels[index]) for index in kept]
         dropped += len(group.completions) - len(kept)
     return found, dropped
+
+
+def _labels_of(group: Group, good_above: float | str) -> dict[int, bool]:
+    """Whether each completion is good, by its place; see `labelled`."""
+    kept = scored(group)
+    if good_above != "mean":
+        return {index: group.scores[index] > good_above for index in kept}
+    if len({group.scores[index] for index in kept}) < 2:  # a mean in floating point may not equal its equal scores
+        return {}
+    mean = math.fsum(group.scores[index] for index in kept) / len(kept)
+    return {index: group.scores[index] > mean for index in kept if group.scores[index] != mean}
 
 
 def probabilities(group: Group, kept: Sequence[int], unrated: str) -> Tensor:

@@ -10,13 +10,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rayalign.algorithms.base import Regularised
+from rayalign.algorithms.base import Regularised, refuse_cache
 from rayalign.algorithms.groups import labelled, paired, row
 from rayalign.algorithms.labels import Labels, counts, values_of
 from rayalign.maths.logprobs import sequence_logprob
 from rayalign.maths.preference import kto_loss
 from rayalign.record import Unfit
-from rayalign.types import Batch, Column, Example, Group, Metrics, Terms
+from rayalign.types import Batch, Column, Example, Group, Metrics, Sampling, Terms
 from rayalign.types import Sequence as Row
 
 Weight = Annotated[float, Field(ge=0)] | Literal["auto"]
@@ -28,6 +28,9 @@ class KTO(Regularised):
     The point is the mean log-ratio of mismatched answers, the next one's with this one's prompt: an example has
     a second row for it, which only the statistics look at. It is cut where it would be longer than the step's longest
     answer with its own prompt. `paired` takes pairs, and the other half's mean instead.
+
+    With `samples` above 0 it is online: the policy's own answers, good or bad by the sign of their score's distance
+    from the mean of their prompt's, or above a threshold.
     """
 
     paper: ClassVar = "Ethayarajh et al. 2024, arXiv:2402.01306"
@@ -41,6 +44,10 @@ class KTO(Regularised):
         1.0, description="λ_U, of bad answers; auto: all bad ones of a step weigh as all its good ones"
     )
     paired: bool = Field(False, description="the paired variant: a pair's halves against each other's mean log-ratio")
+    samples: int = Field(0, ge=0, description="completions sampled for each prompt; 0: learn from data.examples")
+    good_above: float | Literal["mean"] = Field(
+        "mean", description="sampled answers with a score above this are good; mean: above their prompt's mean"
+    )
 
     @property
     def loss_rows(self) -> int | None:  # type: ignore[override]
@@ -52,14 +59,19 @@ class KTO(Regularised):
 
     @property
     def rows(self) -> tuple[str, ...]:  # type: ignore[override]
+        if self.samples:
+            return ()
         return ("pair",) if self.paired else ("label", "pair")
+
+    def request(self, sampling: Sampling) -> list[Sampling]:
+        return [sampling] * self.samples
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
         """(answer, mismatched answer) of each label, or pairs. What has no clear label is dropped and counted."""
         if self.paired:
             pairs, metrics = paired(groups, "best_worst")
             return [Example((row(group, i), row(group, j))) for group, i, j in pairs], metrics
-        answers, dropped = labelled(groups, 0.5)
+        answers, dropped = labelled(groups, self.good_above if self.samples else 0.5)  # 0.5: rows say 1 or 0
         rows = [row(group, index) for group, index, _ in answers]
         total, good = len(answers), sum(label for *_, label in answers)
         weights = self._weights(good, total - good)
@@ -146,6 +158,26 @@ class KTO(Regularised):
                     rule="1.0 with paired: true",
                     remedy=f"take {key} out, or set paired: false",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> KTO:
+        if not self.samples and self.good_above != "mean":
+            raise Unfit(
+                "a data set says itself which answers are good",
+                key="good_above",
+                rule="only with samples above 0",
+                remedy="take good_above out, or set samples: 4 to learn from samples",
+            )
+        if self.samples == 1 and (self.paired or self.good_above == "mean"):
+            raise Unfit(
+                "one sample makes no pair" if self.paired else "one sample is its own mean, so neither good nor bad",
+                key="samples",
+                rule="0, or 2 or more" + ("" if self.paired else ", with good_above: mean"),
+                remedy="set samples: 4" + ("" if self.paired else ", or good_above: 0.5, say"),
+            )
+        if self.samples:
+            refuse_cache(self.reference)
         return self
 
     def _of(self, ratio: Tensor, good: Tensor, point: Tensor) -> Tensor:

@@ -33,13 +33,22 @@ class PairAlgorithm(Regularised):
     def needs(self) -> tuple[tuple[str, Column], ...]:
         return (("reference", Column.LOGPS),) if self.pair_loss.reference else ()  # type: ignore[attr-defined]
 
+    @property
+    def takes_ties(self) -> bool:
+        """Whether all that the loss learns of a pair is the probability that one half is better: ½ says something too."""
+        return all(isinstance(part, SoftDPO | PsiPO) for part in _parts(self.pair_loss))
+
+    def paired(self, groups: Sequence[Group]) -> tuple[list[tuple[Group, int, int]], Metrics]:
+        """(group, chosen, rejected) of each pair, and the metrics of what was kept and left out."""
+        return paired(groups, self.pairs)
+
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
-        """Pairs (chosen, rejected). What `groups.paired` leaves out is counted in pairs/dropped.
+        """Pairs (chosen, rejected). What `paired` leaves out is counted in pairs/dropped.
 
         Raises:
             DataError: a loss on probabilities, and a row without them, unless `unrated` says what it then is.
         """
-        pairs, metrics = paired(groups, self.pairs)
+        pairs, metrics = self.paired(groups)
         values = {key: self._values(group) for key, group in {id(group): group for group, _, _ in pairs}.items()}
         return [self._example(group, i, j, values[id(group)]) for group, i, j in pairs], metrics
 

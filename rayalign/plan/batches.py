@@ -103,7 +103,7 @@ def _group(config: Config, lengths: Lengths, index: int) -> Group:
     completions = tuple(
         Completion(str(k), (k + 2 + len(tokens) * index,) * length, (), "stop", -1) for k, length in enumerate(tokens)
     )
-    scores = tuple(float(k) for k in range(len(asked)))
+    scores = tuple(2.0**k for k in range(len(asked)))  # none is the mean of all, which would be neither good nor bad
     if rows is not None:
         choice = len(rows.scores) > 1 and set(rows.scores) == {0.0, 1.0}
         falling = tuple(-float(k) for k in range(len(rows.scores)))
@@ -154,7 +154,7 @@ def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
     largest = max((len(micro) for rank in plan for micro in rank), default=0)
     longest = max((len(row) for row in rows), default=0)
     steps = training.epochs * minibatches
-    rollouts = math.ceil(training.steps / rollout.resample_every) if asked else 0
+    rollouts = rollout.sets(training.steps) * _at_once(config, lengths) if asked else 0
     pushes, evaluations = _pushes(config, lengths), _evaluations(config, lengths)
     saved = training.steps // config.checkpoint.every if config.checkpoint.every else 0
     last = not config.checkpoint.every or training.steps % config.checkpoint.every != 0
@@ -194,6 +194,12 @@ def _passes(config: Config, rollouts: int, lengths: Lengths) -> float | None:
     return rollouts / (training // prompts) if training and training >= prompts else None
 
 
+def _at_once(config: Config, lengths: Lengths) -> int:
+    """Rollouts that are sampled together; prompts that cannot be counted are taken to be enough."""
+    steps = config.train.steps
+    return config.rollout.set_size(lengths.training or steps * config.rollout.prompts, steps)
+
+
 def _measured_rows(config: Config, lengths: Lengths) -> int:
     """Held-out rows of one evaluation."""
     if lengths.rows is None:
@@ -222,7 +228,8 @@ def _pushes(config: Config, lengths: Lengths) -> int:
     if not config.samples:
         return 0
     every, steps = config.rollout.resample_every, config.train.steps
-    rollouts = set(range(every, steps + 1, every)) if lengths.rows is None else set()
+    again = lengths.rows is None and every != "never"
+    rollouts = set(range(every, steps + 1, every)) if again else set()
     return 1 + len(rollouts | (_evaluations(config, lengths) - {0}))
 
 
