@@ -20,6 +20,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "label": ("label",),
     "completions": ("completions", "responses", "answers"),
     "ranks": ("ranks",),
+    "scores": ("scores",),
     "choice": ("choice",),
     "votes": ("votes",),
     "ratings": ("ratings",),
@@ -46,11 +47,13 @@ FORMS = (
     Form("pair", ("chosen", "rejected"), _PAIR),
     Form("pair", ("real", "generated"), _PAIR),
     Form("ranked", ("completions", "ranks")),
+    Form("ranked", ("completions", "scores")),
     Form("ranked", ("completions", "choice")),
     Form("ranked", ("completions", "votes")),
     Form("label", ("completion", "label")),
     Form("votes", ("completion", "votes")),
     Form("votes", ("completion", "ratings")),
+    Form("answers", ("completions",)),
     Form("completion", ("completion",)),
     Form("completion", ("messages",), ("images",)),
 )
@@ -159,6 +162,18 @@ def _ambiguous(found: Sequence[str], forms: Sequence[Form], names: Mapping[str, 
     )
 
 
+def _in_words(forms: Sequence[Form]) -> str:
+    """'prompt/chosen/rejected, or prompt/completions/(ranks, votes)': forms that differ in the last column as one."""
+    alike: dict[str, list[str]] = {}
+    for form in forms:
+        *first, last = str(form).split("/")
+        alike.setdefault("/".join(first), []).append(last)
+    return ", or ".join(
+        f"{first}/{lasts[0] if len(lasts) == 1 else '(' + ', '.join(lasts) + ')'}" if first else lasts[0]
+        for first, lasts in alike.items()
+    )
+
+
 def _two_names(found: Sequence[str], role: str, here: Sequence[str], where: str) -> DataError:
     return DataError(
         f"more than one column may be the {role}",
@@ -175,7 +190,7 @@ def _unfit(
     found: Sequence[str], forms: Sequence[Form], kinds: Sequence[str], names: Mapping[str, list[str]], where: str
 ) -> DataError:
     known = [form for form in FORMS if form.kind in kinds]
-    rule = f"the algorithm learns from {', or '.join(map(str, known))}"
+    rule = f"the algorithm learns from {_in_words(known)}"
     value = f"columns {', '.join(found)}" if found else "no column"
     if forms:
         inner = [form for form in known if set(form.needs) < set(forms[0].needs)]

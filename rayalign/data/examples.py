@@ -21,7 +21,9 @@ from rayalign.errors import DataError
 from rayalign.types import Group
 
 AnySource = TableSource | StreamSource
-KINDS = {"pair": "pairs", "completion": "answers", "label": "labelled answers", "ranked": "ranked", "votes": "voted on"}
+KINDS = {"pair": "pairs", "completion": "answers", "label": "labelled answers", "ranked": "ranked", "votes": "voted on"} | {
+    "answers": "answers to compare"
+}
 
 
 class ExampleSet:
@@ -117,7 +119,7 @@ def load_examples(
     """Open the data sets, read each row once to see whether it is of use, and hold some of them out.
 
     Args:
-        kinds: of rows, that the algorithm learns from: "completion", "pair", "label", "ranked", "votes".
+        kinds: of rows, that the algorithm learns from: "completion", "pair", "label", "ranked", "votes", "answers".
         max_tokens: of a prompt with an answer; what is longer is cut, and counted.
         seed: of the order.
         processor: gives the model's, as AutoProcessor loads it; asked for when there are images.

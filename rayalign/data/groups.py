@@ -83,6 +83,7 @@ class Tokeniser:
                 prompt,
                 dict(row.extra or {}),
                 tuple(opened(image, where) for image in row.images),
+                tuple(row.prompt),
             ),
             completions,
             row.answers,

@@ -72,7 +72,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) 
             skipped += 1
             continue
         extra = {key: value for key, value in row.items() if key != config.prompt_column}
-        prompts.append(Prompt(index, messages[-1]["content"], token_ids, extra))
+        prompts.append(Prompt(index, messages[-1]["content"], token_ids, extra, messages=tuple(messages)))
     if not prompts:
         raise DataError(
             "every prompt is too long",

@@ -26,7 +26,7 @@ class Row:
     """What `types.Group` holds, before there are tokens.
 
     Attributes:
-        kind: "completion", "pair", "label", "ranked" or "votes".
+        kind: "completion", "pair", "label", "ranked", "votes", or "answers", which nobody has judged.
         ratings: whole numbers of annotators, which become votes once the classes are known.
         images: of the prompt, in the order of `<image>` in its texts.
     """
@@ -152,14 +152,18 @@ class Reader:
         else:
             prompt = self._cell(row, "prompt", where)
             values = self._cell(row, self._needs[0], where)
-            values = values if self.kind == "ranked" else [values]
-            if not isinstance(values, list) or (self.kind == "ranked" and len(values) < 2):
+            several = self.kind in ("ranked", "answers")
+            values = values if several else [values]
+            if not isinstance(values, list) or (several and len(values) < 2):
                 raise _bad("there are not several answers to compare", values, "a list of two or more answers", where)
         messages = prompt_messages(prompt, None, where)
         return prompt, [behind_prompt(value, messages, where) for value in values]
 
     def _completion(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
         return {"scores": (1.0,)}
+
+    def _answers(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
+        return {"scores": None}
 
     def _pair(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
         """The better half is the one that most annotators prefer, whatever its column is called."""
@@ -196,6 +200,9 @@ class Reader:
         if role == "votes":
             votes = _counts(value, where, length=count)
             said = {"scores": votes, "preferences": _beaten(votes)}
+        elif role == "scores":
+            scores = _list(value, "scores", where, length=count)
+            said = {"scores": tuple(_number(score, "a score", where) for score in scores)}
         else:
             ranks = _list(value, "ranks", where, length=count)
             said = {"scores": tuple(-_number(rank, "a rank", where) for rank in ranks)}
