@@ -13,7 +13,7 @@ from pydantic import Field
 from rayalign.maths.divergence import kl_k1, kl_k3
 from rayalign.protocols import Algorithm, Roles
 from rayalign.record import Record
-from rayalign.rollouts import Collector, Progress, sample_seed
+from rayalign.rollouts import Collector, Progress, group_metrics, sample_seed
 from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling
 from rayalign.types import Sequence as Row
 
@@ -100,7 +100,7 @@ def evaluate(
                 )
             )
     evaluation = Evaluation(step, tuple(found))
-    return Evaluation(step, tuple(found), summarise(evaluation, seed=seed))
+    return Evaluation(step, tuple(found), group_metrics(groups) | summarise(evaluation, seed=seed))
 
 
 def measure(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> Metrics:

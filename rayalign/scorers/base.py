@@ -1,19 +1,23 @@
-"""What a scorer is, and a scorer in this process."""
+"""What a scorer is, what it may give, and a scorer in this process."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pydantic import Field
 
 from rayalign.errors import ScoreError
 from rayalign.memory import peak_gib
 from rayalign.record import Record
-from rayalign.types import Group
+from rayalign.types import Group, Judgement
 
-ScoreFunction = Callable[[Sequence[Group]], Sequence[Sequence[float]]]
+# Groups → for each of them one score a completion, or a Judgement. It may have `close()`, called at the end, and
+# `memory_gib()`, the peak memory of processes of its own.
+ScoreFunction = Callable[[Sequence[Group]], Sequence[Sequence[float] | Judgement]]
+AT_ONCE = 32  # groups that are scored in one call: more would keep others waiting for the first of them
 
 
 class ScorerConfig(Record):
@@ -21,43 +25,109 @@ class ScorerConfig(Record):
 
     name: str
     count: int = Field(1, ge=1, description="scorer actors")
-    deadline_s: float = Field(300.0, gt=0, description="longest time for the scores of one group")
+    deadline_s: float = Field(300.0, gt=0, description="seconds without the scores of any group after which one is lost")
     max_replacements: int = Field(3, ge=0, description="dead scorer actors that are replaced in one run")
 
     def start(self) -> ScoreFunction:
         """Load what is needed, in the process that will score, and return the function that scores
-        groups: one score a completion, higher is better."""
+        groups: one score a completion, higher is better; or a Judgement, with preferences and metrics besides."""
         raise ScoreError(f"the scorer {self.name} defines no start()", remedy="return a function from groups to scores")
+
+    def check(self, model: str, *, trust_remote_code: bool = False) -> None:
+        """Whether what it needs is there, looked at by the driver before anything is started. Raises ConfigError.
+
+        Args:
+            model: of the policy, a folder or a hub id.
+        """
+
+    @property
+    def gpus(self) -> int:
+        """That each of its actors takes, on a cluster that has some."""
+        return 0
+
+    @property
+    def borrows_engine(self) -> bool:
+        """Whether it asks the policy's engine, with the reference's weights, between samplings: it is then no actor
+        but lives with the driver, see `scorers.lent`."""
+        return False
 
 
 class LocalScorer:
-    """A scorer in this process: scores at once, and hands the groups back at the next poll."""
+    """A scorer in this process: `poll` scores what was submitted."""
 
     def __init__(self, config: ScorerConfig, *, name: str = "scorer-0"):
-        self._score, self._done, self.name = config.start(), [], name
+        self._score: Any = config.start()
+        self._waiting: list[Group] = []
+        self.name = name
 
     def submit(self, groups: Sequence[Group]) -> None:
-        self._done += score_groups(self._score, groups, who=self.name)
+        self._waiting += groups
 
     def poll(self, timeout_s: float = 1.0) -> list[Group]:
-        done, self._done = self._done, []
-        return done
+        """Some groups at least, when any wait, however long it takes."""
+        taken, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+        return score_groups(self._score, taken, who=self.name) if taken else []
 
     def memory_gib(self) -> float:
-        return peak_gib()
+        return peak_gib() + (self._score.memory_gib() if hasattr(self._score, "memory_gib") else 0.0)
 
     def close(self) -> None:
-        self._done = []
+        self._waiting = []
+        if hasattr(self._score, "close"):
+            self._score.close()
 
 
 def score_groups(score: ScoreFunction, groups: Sequence[Group], *, who: str) -> list[Group]:
-    """The groups with their scores. Raises ScoreError when a score is missing or not a finite number."""
-    scores = list(score(groups))
-    if len(scores) != len(groups):
+    """The groups with their scores, and what else is said of them.
+
+    Raises:
+        ScoreError: scores are missing, or something is not a finite number or no probability.
+    """
+    found = list(score(groups))
+    if len(found) != len(groups):
         raise ScoreError(
-            "the number of scored groups is wrong", where=who, value=len(scores), rule=f"{len(groups)} groups"
+            "the number of scored groups is wrong", where=who, value=len(found), rule=f"{len(groups)} groups"
         )
-    return [replace(group, scores=_checked(group, row, who)) for group, row in zip(groups, scores, strict=True)]
+    return [_judged(group, each, who) for group, each in zip(groups, found, strict=True)]
+
+
+def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group:
+    if not isinstance(found, Judgement):
+        return replace(group, scores=_checked(group, found, who))
+    metrics = {str(name): float(value) for name, value in found.metrics.items()}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ScoreError(
+                "a metric of a scorer is not a finite number",
+                where=f"{who}, prompt {group.prompt.index}",
+                value=f"{name}={value}",
+                remedy="leave a metric out where there is nothing to say",
+            )
+    preferences = None if found.preferences is None else _matrix(group, found.preferences, who)
+    return replace(group, scores=_checked(group, found.scores, who), preferences=preferences, metrics=metrics)
+
+
+def _matrix(group: Group, rows: Sequence[Sequence[float]], who: str) -> tuple[tuple[float, ...], ...]:
+    """K×K, each pair's two probabilities adding up to 1."""
+    matrix = tuple(tuple(float(prob) for prob in row) for row in rows)
+    count = len(group.completions)
+    if len(matrix) != count or any(len(row) != count for row in matrix):
+        raise ScoreError(
+            "preferences have the wrong shape",
+            where=f"{who}, prompt {group.prompt.index}",
+            value=f"{len(matrix)} rows of {sorted({len(row) for row in matrix})}",
+            rule=f"{count}×{count}, one row and one column a completion",
+        )
+    for i in range(count):
+        for j in range(i + 1):
+            if not (0 <= matrix[i][j] <= 1 and abs(matrix[i][j] + matrix[j][i] - 1) <= 1e-6):
+                raise ScoreError(
+                    "preferences are no probabilities",
+                    where=f"{who}, prompt {group.prompt.index}, completions {i} and {j}",
+                    value=f"{matrix[i][j]} and {matrix[j][i]}",
+                    rule="from 0 to 1, the two of a pair adding up to 1, and ½ on the diagonal",
+                )
+    return matrix
 
 
 def _checked(group: Group, row: Sequence[float], who: str) -> tuple[float, ...]:

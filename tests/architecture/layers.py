@@ -19,7 +19,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("maths", "decoding", "collate"),
     ("protocols",),
     ("algorithms", "sync", "trackers"),
-    ("engines", "scorers", "learners", "data"),
+    ("engines", "learners", "data"),
+    ("scorers",),  # a judge has an engine of its own, a reward model is loaded as a learner loads it
     ("rollouts", "metrics"),
     ("evaluate", "checkpoint", "reading", "reference_cache"),
     ("report", "console"),
