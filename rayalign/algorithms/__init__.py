@@ -3,9 +3,12 @@
 ALGORITHMS = {
     "cringe": "rayalign.algorithms.cringe:Cringe",
     "kto": "rayalign.algorithms.kto:KTO",
+    "label": "rayalign.algorithms.label:Label",
     "mdpo": "rayalign.algorithms.mdpo:MDPO",
     "online_preference": "rayalign.algorithms.online_preference:OnlinePreference",
     "preference": "rayalign.algorithms.preference:Preference",
+    "rejection_sampling": "rayalign.algorithms.rejection_sampling:RejectionSampling",
     "reward_model": "rayalign.algorithms.reward_model:RewardModel",
     "sft": "rayalign.algorithms.sft:SFT",
+    "spin": "rayalign.algorithms.spin:SPIN",
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from rayalign.algorithms.reference import Reference
 from rayalign.maths.logprobs import sequence_logprob
+from rayalign.protocols import Stretch
 from rayalign.record import Record, Unfit
 from rayalign.types import AnyColumn, Batch, Column, Example, Metrics, Sampling, Terms
 
@@ -22,10 +23,12 @@ class Offline(Record):
     rows: ClassVar[Sequence[str]] = ()
     network: ClassVar[str] = "causal"
     images: ClassVar[bool] = False  # whether each row has to have an image
+    learns: ClassVar[bool] = True  # else its run trains nothing: it writes a data set
     needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
     statistics: ClassVar = None
     loss_rows: ClassVar[int | None] = None
     by_row: ClassVar[bool] = False  # whether the rows of an example are the same whatever else its step has
+    self_play: ClassVar[bool] = False  # whether answers of the data meet answers that the policy wrote, see selfplay
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return []
@@ -38,6 +41,18 @@ class Offline(Record):
 
     def refresh(self, step: int) -> float | None:
         return None
+
+    def at(self, step: int) -> Self:
+        """The algorithm as it is in this step, counted from 0: a setting may change in the course of a run."""
+        return self
+
+    def stretch(self, step: int) -> Stretch | None:
+        """The part of a run that this step, counted from 0, belongs to, where each has its own learning-rate schedule."""
+        return None
+
+    def for_held_out(self) -> Offline:
+        """The algorithm whose loss and metrics are those of held-out rows of data."""
+        return self
 
     def summarise(self, metrics: Metrics) -> Metrics:
         """Metrics of all examples together, as `update` or `measure` gave them → those to be written down."""

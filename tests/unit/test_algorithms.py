@@ -67,7 +67,8 @@ def test_every_algorithm_satisfies_the_protocol(name):
     algorithm = resolve(ALGORITHMS[name])()
     assert algorithm.name == name and algorithm.network in ("causal", "score")
     assert bool(algorithm.rows) != bool(algorithm.request(Sampling(max_tokens=4)))
-    assert algorithm.credit([]) == [] and algorithm.refresh(1) is None and algorithm.columns
+    assert algorithm.credit([]) == [] and algorithm.refresh(1) is None
+    assert bool(algorithm.columns) == algorithm.learns
     assert algorithm.examples([])[0] == []
     assert algorithm.summarise({"loss": 1.0}) == {"loss": 1.0}
 
