@@ -97,6 +97,21 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Some steps of a run in a row with a learning-rate schedule of their own, warm-up included.
+
+    Attributes:
+        first: its first step, counted from 0.
+        steps: how many there are.
+        lr_scale: factor of the rate.
+    """
+
+    first: int
+    steps: int
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class UpdatePlan:
     """How one call of `update` walks over its examples.
 
@@ -105,12 +120,14 @@ class UpdatePlan:
         epochs: passes over the examples.
         minibatches: optimiser steps in each pass.
         seed: of the order of the examples in each pass (no shuffle when there is one minibatch).
+        stretch: whose schedule the learning rate follows; None: that of the whole run.
     """
 
     step: int
     epochs: int = 1
     minibatches: int = 1
     seed: int = 0
+    stretch: Stretch | None = None
 
 
 class Learner(Protocol):
@@ -184,6 +201,15 @@ class Algorithm(Protocol):
     def refresh(self, step: int) -> float | None:
         """After this step (counted from 1): the decay with which the reference follows the policy,
         0.0 to replace it, None to leave it."""
+
+    def at(self, step: int) -> Algorithm:
+        """The algorithm as it is in this step (counted from 0): a setting may change in the course of a run."""
+
+    def stretch(self, step: int) -> Stretch | None:
+        """The part of the run that this step (counted from 0) belongs to, where each has a schedule of its own."""
+
+    def for_held_out(self) -> Algorithm:
+        """The algorithm whose loss and metrics are those of held-out rows."""
 
 
 def needs_reference(algorithm: Algorithm) -> bool:

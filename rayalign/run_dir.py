@@ -31,7 +31,7 @@ FIXED = (
     "evaluation.samples",
 )
 DATA = "data.json"  # fingerprints
-FREE = ("deadline_s", "max_replacements", "count")  # wherever they stand
+FREE = ("deadline_s", "max_replacements", "count", "iterations")  # wherever they stand
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from rayalign.errors import ConfigError, DataError, TrainingStopped
 from rayalign.learners.merge import StepMetrics, weighted_sum
 from rayalign.learners.settings import learning_rate
-from rayalign.protocols import Algorithm, UpdatePlan
+from rayalign.protocols import Algorithm, Stretch, UpdatePlan
 from rayalign.sharding import minibatches
 from rayalign.types import AnyColumn, Batch, Column, Example, Terms
 
@@ -64,7 +64,7 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
         role = learner.spec.role
         raise ConfigError(f"the {role} learner is frozen and cannot be trained", where=role)
     _require(examples, "a training step")
-    rate = learning_rate(learner.spec.optimizer, plan.step, learner.spec.total_steps)
+    rate = _rate(learner, plan)
     largest, summed, positions = 0.0, {}, [0, 0]
     for epoch in range(plan.epochs):
         for part in minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch):
@@ -78,6 +78,11 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
                 positions[place] += count
     same = {"lr": rate, "grad_norm": largest, "padding": 1.0 - positions[0] / positions[1]}
     return summed, same
+
+
+def _rate(learner: RankLearner, plan: UpdatePlan) -> float:
+    part = plan.stretch or Stretch(0, learner.spec.total_steps)
+    return part.lr_scale * learning_rate(learner.spec.optimizer, plan.step - part.first, part.steps)
 
 
 @torch.no_grad()
