@@ -190,10 +190,10 @@ def start_parts(
         policy: a checkpoint other than config.model to start the policy from.
         train: whether the policy gets an optimiser.
     """
-    specs = learner_specs(config, tokenizer, policy=policy, train=train)
+    specs = learner_specs(config, tokenizer, policy=policy, train=train) if config.learns else []
     engine = config.engine.model_copy(update={"dtype": config.engine.dtype or config.model.dtype})
     arguments = {
-        "model": specs[0].model,
+        "model": model_path(policy or config.model.path),
         "seed": config.seed,
         "trust_remote_code": config.model.trust_remote_code,
     }
@@ -209,14 +209,16 @@ def start_parts(
 def _start_here(
     config: Config, engine: Any, arguments: dict[str, Any], specs: list[LearnerSpec], stack: ExitStack
 ) -> Parts:
-    learners = config.learner.build(specs, rank=0, world_size=1, address=("127.0.0.1", 0))
+    learners = config.learner.build(specs, rank=0, world_size=1, address=("127.0.0.1", 0)) if specs else {}
     for learner in learners.values():
         stack.callback(learner.close)
-    roles = Roles(learners["policy"], learners.get("reference"))
-    if not config.samples:
+    roles = Roles(learners.get("policy"), learners.get("reference"))
+    if not config.scored:
         return Parts(None, None, roles, False, peak_gib)
-    started = engine.build(name="engine-0", cores=None, **arguments)
-    stack.callback(started.close)
+    started = None
+    if config.samples:
+        started = engine.build(name="engine-0", cores=None, **arguments)
+        stack.callback(started.close)
     scorer = LocalScorer(config.scorer)
     stack.callback(scorer.close)
     return Parts(started, scorer, roles, False, peak_gib)

@@ -180,6 +180,16 @@ class Config(Record):
         """Whether completions are sampled at all, in training or in evaluations."""
         return self.data.prompts is not None
 
+    @property
+    def scored(self) -> bool:
+        """Whether a scorer is asked: of samples, or of answers of a data set that are to be labelled."""
+        return self.samples or not self.learns
+
+    @property
+    def learns(self) -> bool:
+        """Whether a policy is trained, or a data set written."""
+        return getattr(self.algorithm, "learns", True)
+
     def to_dict(self) -> dict[str, Any]:
         """As YAML would hold it, defaults included."""
         return self.model_dump(mode="json", by_alias=True)

@@ -30,7 +30,7 @@ def start_actors(
     """All actors of a run, ready; the stack ends them.
 
     Returns:
-        engine pool and scorer pool (None where nothing is sampled), roles, whether engines and learners take
+        engine pool and scorer pool (None where nothing is sampled, or scored), roles, whether engines and learners take
         turns on GPUs, and what asks all of them for their peak memory.
     """
     log_dir = log_dir.resolve()
@@ -40,64 +40,72 @@ def start_actors(
         cluster.nodes(),
         engines=engine.count if config.samples else 0,
         tensor_parallel=getattr(engine, "tensor_parallel", 1),
-        learners=config.learner.ranks,
-        scorers=config.scorer.count if config.samples else 0,
+        learners=config.learner.ranks if specs else 0,
+        scorers=config.scorer.count if config.scored else 0,
         colocate=config.placement.colocate,
     )
     kinds = {kind: [p for p in places if p.actor.startswith(kind)] for kind in ("engine", "scorer", "learner")}
     say("starting " + ", ".join(f"{len(some)} {kind}{'s'[: len(some) > 1]}" for kind, some in kinds.items() if some))
     limits = {"start_deadline_s": config.placement.start_deadline_s, "log_dir": log_dir}
-    learners = LearnerGroup(
-        kinds["learner"],
-        config.learner.build,
-        {"specs": _with_threads(specs, kinds["learner"][0])},
-        deadline_s=config.learner.deadline_s,
-        **limits,
-    )
-    stack.callback(learners.close)
-    pools = _start_pools(config, kinds, engine, arguments, limits, stack) if config.samples else ()
-    learners.start()
+    learners = _learners(config, specs, kinds["learner"], limits, stack) if specs else None
+    engines = _engines(kinds["engine"], engine, arguments, limits, stack) if config.samples else None
+    scorers = _scorers(config, kinds["scorer"], limits, stack) if config.scored else None
+    pools = [pool for pool in (engines, scorers) if pool is not None]
+    if learners is not None:
+        learners.start()
     for pool in pools:
         pool.ready()
-    learners.ready()
-    roles = Roles(*(learners.role(spec.role) for spec in specs))
+    if learners is not None:
+        learners.ready()
+    roles = Roles(*(learners.role(spec.role) for spec in specs)) if learners is not None else Roles(None)
     takes_turns = config.placement.colocate and config.rollout.depth == 0
     turns = takes_turns and any(place.gpus > 0 for place in kinds["engine"])
 
     def memory() -> float:
-        return peak_gib() + sum(pool.memory_gib() for pool in pools) + roles.policy.memory_gib()
+        trained = roles.policy.memory_gib() if roles.policy is not None else 0.0
+        return peak_gib() + sum(pool.memory_gib() for pool in pools) + trained
 
-    return *(pools or (None, None)), roles, turns, memory
+    return engines, scorers, roles, turns, memory
 
 
-def _start_pools(
-    config: Any,
-    kinds: dict[str, list[Place]],
-    engine: Any,
-    arguments: dict[str, Any],
-    limits: dict[str, Any],
-    stack: ExitStack,
-) -> tuple[EnginePool, ScorerPool]:
-    log_dir = limits["log_dir"]
+def _learners(
+    config: Any, specs: list[LearnerSpec], places: list[Place], limits: dict[str, Any], stack: ExitStack
+) -> LearnerGroup:
+    learners = LearnerGroup(
+        places,
+        config.learner.build,
+        {"specs": _with_threads(specs, places[0])},
+        deadline_s=config.learner.deadline_s,
+        **limits,
+    )
+    stack.callback(learners.close)
+    return learners
+
+
+def _engines(
+    places: list[Place], engine: Any, arguments: dict[str, Any], limits: dict[str, Any], stack: ExitStack
+) -> EnginePool:
     engines = EnginePool(
-        lambda i: _start_engine(kinds["engine"][i], log_dir, engine, arguments),
-        [p.actor for p in kinds["engine"]],
+        lambda i: _start_engine(places[i], limits["log_dir"], engine, arguments),
+        [p.actor for p in places],
         deadline_s=engine.deadline_s,
         max_replacements=engine.max_replacements,
         **limits,
     )
     stack.callback(engines.close)
+    return engines
+
+
+def _scorers(config: Any, places: list[Place], limits: dict[str, Any], stack: ExitStack) -> ScorerPool:
     scorers = ScorerPool(
-        lambda i: start_actor(
-            kinds["scorer"][i], log_dir, LocalScorer, config=config.scorer, name=kinds["scorer"][i].actor
-        ),
-        [p.actor for p in kinds["scorer"]],
+        lambda i: start_actor(places[i], limits["log_dir"], LocalScorer, config=config.scorer, name=places[i].actor),
+        [p.actor for p in places],
         deadline_s=config.scorer.deadline_s,
         max_replacements=config.scorer.max_replacements,
         **limits,
     )
     stack.callback(scorers.close)
-    return engines, scorers
+    return scorers
 
 
 def _start_engine(where: Place, log_dir: Path, engine: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
