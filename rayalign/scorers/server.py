@@ -1,0 +1,175 @@
+"""A judge behind HTTP: any server that speaks OpenAI's chat completions and gives log-probs of its top tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rayalign.errors import ScoreError
+from rayalign.scorers.asking import Answer, Question
+from rayalign.scorers.cache import USUAL, AnswerCache, key_of, open_cache
+from rayalign.scorers.remote import Caller, Connection, Failed
+
+IMPOSSIBLE = -9990.0  # what servers write for a probability of 0, as JSON has no infinity
+Token = tuple[str, float]
+
+
+class ServerAsker(Connection):
+    """A server that speaks OpenAI's chat completions, as `vllm serve` does.
+
+    An answer's log-prob is that of the first token of the reply. The server says the most likely ones only: an
+    answer that is not among them has probability 0. Tokens that differ in white space around them count as one.
+    With a reasoning step there are two requests: one that thinks aloud, one that answers.
+
+    Every reply is kept in a file under everything that it depends on (address, model, messages, sampling): asked
+    again, by another actor or a resumed run, it costs nothing.
+    """
+
+    name: Literal["server"] = "server"
+    model: str = Field(description="the model's name, as the server lists it", examples=["my-judge"])
+    top_logprobs: int = Field(
+        20, ge=2, description="most likely tokens whose log-probs are asked for; most servers give 20 at most"
+    )
+    reasoning_temperature: float = Field(0.0, ge=0, description="of the thinking before the answer; 0 is greedy")
+    extra: dict[str, Any] = Field(
+        {},
+        description="more keys of each request, as {chat_template_kwargs: {enable_thinking: false}}; null takes one out",
+    )
+    cache: str | None = Field(USUAL, description="file that keeps the replies; null: none")
+
+    def start(self) -> Server:
+        return Server(self)
+
+
+class Server:
+    """An asker, see `asking.Asker`."""
+
+    def __init__(self, config: ServerAsker, *, place: str = "scorer.ask"):
+        self._config, self._place = config, place
+        self._caller = Caller(config, place=place)
+        self._cache: AnswerCache | None = open_cache(config.cache)
+        self._answered = False
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """The answers, in the order of the questions.
+
+        Raises:
+            ScoreError: nobody answers; or, as long as there was no answer at all, a server that understands none of
+                the questions, or gives no log-probs.
+        """
+        found = self._caller.each(self._answer, questions)
+        self._answered = self._answered or any(answer.error is None for answer, _ in found)
+        if questions and not self._answered and all(misunderstood for _, misunderstood in found):
+            raise ScoreError(
+                "the server answers none of the questions",
+                where=f"key {self._place}.url, {self._config.url}",
+                value=found[0][0].error,
+                rule="chat completions with logprobs and top_logprobs for the model that is named",
+                remedy=f"correct {self._place}.model or extra, lower top_logprobs, or use a server that gives log-probs",
+            )
+        return [answer for answer, _ in found]
+
+    def tokenizes(self, answers: Sequence[str]) -> None:
+        """Nothing: the server's tokenizer is not known here. An answer of several tokens shows as a refusal."""
+
+    def memory_gib(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        self._caller.close()
+        if self._cache is not None:
+            self._cache.close()
+
+    def _answer(self, question: Question) -> tuple[Answer, bool]:
+        """The answer, and whether the server seems not to understand what is asked of it."""
+        thought = ""
+        try:
+            messages = question.messages
+            if question.reasoning:
+                thought = self._think(question)
+                messages = question.concluded(thought)
+            body = {**_sampling(1, 1.0), "logprobs": True, "top_logprobs": self._config.top_logprobs}
+            tokens = [(str(token), float(logp)) for token, logp in self._reply(messages, body, _top_tokens)]
+        except Failed as failed:
+            return Answer(question.id, None, thought, str(failed)), failed.of_any
+        if not tokens:
+            return Answer(question.id, None, thought, "it answered nothing"), False
+        return Answer(question.id, tuple(_logp(tokens, answer) for answer in question.answers), thought), False
+
+    def _think(self, question: Question) -> str:
+        body = _sampling(question.reasoning, self._config.reasoning_temperature)
+        if self._config.reasoning_temperature:  # the same thought for the same question, as far as a server goes along
+            body["seed"] = int(key_of(messages=question.messages)[:7], 16)
+        return self._reply(question.messages, body, _text)
+
+    def _reply(self, messages: Sequence[Mapping[str, str]], sampling: dict[str, Any], read: Any) -> Any:
+        """What is known of this request, or else what the server says, kept before it is used. Raises Failed."""
+        body = {"model": self._config.model, "messages": list(messages), **sampling, **self._config.extra}
+        body = {key: value for key, value in body.items() if value is not None}
+        key = key_of(url=self._config.url, body=body)
+        found = self._cache.get(key) if self._cache is not None else None
+        if found is None:
+            found = self._caller.post("/chat/completions", body, read)
+            if self._cache is not None:
+                self._cache.put(key, found)
+        return found
+
+
+def _sampling(tokens: int, temperature: float) -> dict[str, Any]:
+    # top_p is said because servers have defaults of their own; at temperature 1 log-probs are the model's, also
+    # where a server reports those of the distribution that it sampled.
+    return {"max_tokens": tokens, "temperature": temperature, "top_p": 1.0, "n": 1, "stream": False}
+
+
+def _choice(reply: Any) -> Mapping[str, Any]:
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+        raise Failed(f"a reply without choices: {json.dumps(reply)[:120]}", of_any=True)
+    return choices[0]
+
+
+def _text(reply: Any) -> str:
+    """What was said; of servers that put thinking apart, that."""
+    message = _choice(reply).get("message")
+    message = message if isinstance(message, dict) else {}
+    said = (message.get(key) for key in ("content", "reasoning", "reasoning_content"))
+    return next((text.strip() for text in said if isinstance(text, str) and text.strip()), "")
+
+
+def _top_tokens(reply: Any) -> list[Token]:
+    """The most likely first tokens with their log-probs, the one that was sampled included; none of an empty reply.
+
+    Raises:
+        Failed: there are no log-probs, or some are no numbers.
+    """
+    logprobs = _choice(reply).get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if content is None:
+        raise Failed("a reply without logprobs.content", of_any=True)
+    if not content:
+        return []
+    try:
+        first = content[0]
+        given = [(str(each["token"]), each["logprob"]) for each in first.get("top_logprobs") or ()]
+        if first["token"] not in (token for token, _ in given):
+            given.append((str(first["token"]), first["logprob"]))
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise Failed(f"logprobs.content in another form: {json.dumps(content)[:120]}", of_any=True) from error
+    for token, logp in given:
+        number = isinstance(logp, int | float) and not isinstance(logp, bool)
+        if not number or math.isnan(logp):
+            raise Failed(f"the log-prob of {token!r} is {logp}")
+    return [(token, float(logp)) for token, logp in given if logp > IMPOSSIBLE]
+
+
+def _logp(tokens: Sequence[Token], answer: str) -> float:
+    """Of all tokens that say this answer, added up as probabilities; −inf where there is none."""
+    found = [logp for token, logp in tokens if token.strip() == answer.strip()]
+    if not found:
+        return -math.inf
+    largest = max(found)
+    return largest + math.log(sum(math.exp(logp - largest) for logp in found))

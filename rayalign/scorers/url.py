@@ -1,0 +1,118 @@
+"""A reward behind a URL: texts go out by POST, numbers come back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from rayalign.errors import ScoreError
+from rayalign.scorers.base import ScoreFunction, ScorerConfig
+from rayalign.scorers.cache import AnswerCache, key_of, open_cache
+from rayalign.scorers.remote import Caller, Connection, Failed
+from rayalign.types import Group
+
+Text = dict[str, Any]  # prompt, completion, and columns
+
+
+class Url(ScorerConfig, Connection):
+    """A service of one's own: POST of a batch of texts, JSON both ways.
+
+    Request: {"prompts": [text, …], "completions": [text, …], "columns": {name: [value, …], …}}, all lists of the
+    same length, `columns` those that the config names. Reply: {"scores": [number, …]}, one for each completion in
+    their order, higher is better; a list alone will do. Status 429 and 5xx are asked again, other errors end the run.
+    """
+
+    paper: ClassVar = ""
+    name: Literal["url"] = "url"
+    url: str = Field(description="where texts are posted to, without a key in it", examples=["http://127.0.0.1:9000/score"])
+    columns: tuple[str, ...] = Field((), description="columns of data.prompts that are sent along", examples=[["topic"]])
+    max_batch: int = Field(64, ge=1, description="completions of one request")
+    cache: str | None = Field(
+        None,
+        description="file that keeps the scores, for a service that gives the same one for the same text; null: none",
+        examples=["~/.cache/rayalign/my_scores.sqlite"],
+    )
+
+    def start(self) -> _Scores:
+        return _Scores(self)
+
+
+class _Scores:
+    """The ScoreFunction: groups → scores."""
+
+    def __init__(self, config: Url):
+        self._config = config
+        self._caller = Caller(config, place="scorer")
+        self._cache: AnswerCache | None = open_cache(config.cache)
+
+    def __call__(self, groups: Sequence[Group]) -> list[list[float]]:
+        texts = [self._text(group, text) for group in groups for text in group.texts]
+        keys = [key_of(url=self._config.url, **text) for text in texts] if self._cache is not None else []
+        known = {place: score for place, key in enumerate(keys) if (score := self._cache.get(key)) is not None}
+        missing = [place for place in range(len(texts)) if place not in known]
+        size = self._config.max_batch
+        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+
+        def ask(places: Sequence[int]) -> None:
+            for place, score in zip(places, self._scores([texts[place] for place in places]), strict=True):
+                known[place] = score
+                if self._cache is not None:
+                    self._cache.put(keys[place], score)
+
+        self._caller.each(ask, batches)
+        numbers = iter(known[place] for place in range(len(texts)))
+        return [[next(numbers) for _ in group.texts] for group in groups]
+
+    def close(self) -> None:
+        self._caller.close()
+        if self._cache is not None:
+            self._cache.close()
+
+    def _text(self, group: Group, completion: str) -> Text:
+        extra = group.prompt.extra
+        lacking = [name for name in self._config.columns if name not in extra]
+        if lacking:
+            raise ScoreError(
+                f"a prompt has no column {lacking[0]!r}",
+                where="key scorer.columns",
+                value=f"prompt {group.prompt.index} has {', '.join(map(str, extra)) or 'no column besides the prompt'}",
+                rule="columns of data.prompts, in every row",
+                remedy="add the column to the prompts, or take it out of scorer.columns",
+            )
+        columns = {name: json.loads(json.dumps(extra[name], default=str)) for name in self._config.columns}
+        return {"prompt": group.prompt.text, "completion": completion, "columns": columns}
+
+    def _scores(self, texts: Sequence[Text]) -> list[float]:
+        body = {
+            "prompts": [text["prompt"] for text in texts],
+            "completions": [text["completion"] for text in texts],
+            "columns": {name: [text["columns"][name] for text in texts] for name in self._config.columns},
+        }
+        try:
+            return self._caller.post("", body, lambda reply: _numbers(reply, len(texts)))
+        except Failed as failed:
+            raise ScoreError(
+                "the service gave no usable scores",
+                where=f"key scorer.url, {self._config.url}",
+                value=str(failed),
+                rule=f'{{"scores": […]}} with a finite number for each of {len(texts)} completions, in their order',
+                remedy="look at the service's log; lower scorer.max_batch if it takes fewer at a time",
+            ) from failed
+
+
+def _numbers(reply: Any, count: int) -> list[float]:
+    """Raises Failed when the reply is not one finite number a completion."""
+    scores = reply.get("scores") if isinstance(reply, dict) else reply
+    if not isinstance(scores, list):
+        keys = ", ".join(map(str, reply)) if isinstance(reply, dict) else type(reply).__name__
+        raise Failed(f"a reply without scores: {keys or 'an empty object'}")
+    if len(scores) != count:
+        raise Failed(f"{len(scores)} scores for {count} completions")
+    for place, score in enumerate(scores):
+        if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
+            raise Failed(f"the score of completion {place} of the request is {json.dumps(score)[:80]}")
+    return [float(score) for score in scores]
