@@ -227,9 +227,10 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Roles:
-    """The learners of a run by name. `reference` is None where the algorithm needs none."""
+    """The learners of a run by name. `reference` is None where the algorithm needs none; `policy` where nothing is
+    trained, as data are labelled."""
 
-    policy: Learner
+    policy: Learner | None
     reference: Learner | None = None
 
     def items(self) -> list[tuple[str, Learner]]:
