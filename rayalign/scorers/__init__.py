@@ -1,5 +1,10 @@
 """Scorers by name: each is a record whose `start()` gives a function from groups to scores."""
 
 SCORERS = {
+    "judge": "rayalign.scorers.judge:Judge",
     "rules": "rayalign.scorers.rules:Rules",
+    "python": "rayalign.scorers.python:Python",
+    "url": "rayalign.scorers.url:Url",
+    "reward_model": "rayalign.scorers.reward_model:RewardModelScorer",
+    "mix": "rayalign.scorers.mix:Mix",
 }

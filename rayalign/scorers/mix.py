@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
 from rayalign.record import Record, Unfit
 from rayalign.registry import Tagged
 from rayalign.scorers import SCORERS
-from rayalign.scorers.base import ScoreFunction, ScorerConfig
+from rayalign.scorers.asking import Asker
+from rayalign.scorers.base import ScoreFunction, ScorerConfig, score_groups
 from rayalign.types import Group, Judgement
 
 SINGLE = {name: dotted for name, dotted in SCORERS.items() if name != "mix"}
@@ -29,14 +30,15 @@ class Part(Record):
     label: str | None = Field(
         None,
         pattern=r"^[\w.-]+$",
-        description="of its metric scores/LABEL; none: its name, or its rule",
+        description="of its metric scores/LABEL; none: its name, or that of its rule or function",
         examples=["brevity"],
     )
 
     @property
     def called(self) -> str:
-        """The label, or else what it is: a rule by its own name."""
-        return self.label or str(getattr(self.scorer, "rule", None) or self.scorer.name).rpartition(":")[2]
+        """The label, or else what it is: a rule, or a function, by its own name."""
+        own = getattr(self.scorer, "rule", None) or getattr(self.scorer, "function", None)
+        return self.label or str(own or self.scorer.name).rpartition(":")[2]  # type: ignore[attr-defined]
 
 
 class Mix(ScorerConfig):
@@ -78,53 +80,95 @@ class Mix(ScorerConfig):
                 rule="at least one weight that is not 0, or every completion scores 0",
                 remedy="set weight: 1.0 for the scorer that counts; one of weight 0 is only reported",
             )
+        if self.borrows_engine and self.count > 1:
+            raise Unfit(
+                "the policy's engines are one pool",
+                key="count",
+                rule="1 with a judge that asks the policy",
+                remedy="take count out; engine.count are asked",
+            )
         return self
 
-    def start(self) -> ScoreFunction:
-        started = [part.scorer.start() for part in self.scorers]
+    def check(self, model: str, *, trust_remote_code: bool = False) -> None:
+        for part in self.scorers:
+            part.scorer.check(model, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
 
-        def score_groups(groups: Sequence[Group]) -> list[Judgement]:
-            given = [list(score(groups)) for score in started]
-            for part, rows in zip(self.scorers, given, strict=True):
-                check_rows(groups, rows, who=part.called)
-            return [self._joined([as_judgement(rows[at]) for rows in given]) for at in range(len(groups))]
+    @property
+    def gpus(self) -> int:
+        """The most that one of them takes: they take turns on it."""
+        return max(part.scorer.gpus for part in self.scorers)  # type: ignore[attr-defined]
 
-        return score_groups
+    @property
+    def borrows_engine(self) -> bool:
+        return any(part.scorer.borrows_engine for part in self.scorers)  # type: ignore[attr-defined]
 
-    def _joined(self, given: Sequence[Judgement]) -> Judgement:
-        """The parts' judgements of one group as one."""
-        rows = [standardised(each.scores) if self.standardise == "group" else each.scores for each in given]
-        weights = [part.weight for part in self.scorers]
-        scores = tuple(math.fsum(w * s for w, s in zip(weights, column, strict=True)) for column in zip(*rows, strict=True))
-        metrics: dict[str, float] = {}
-        for part, each in zip(self.scorers, given, strict=True):
-            metrics |= {name if name not in metrics else f"{part.called}/{name}": n for name, n in each.metrics.items()}
-            metrics[f"scores/{part.called}"] = math.fsum(each.scores) / len(each.scores)
-        return Judgement(scores, _preferences(given, weights), metrics)
+    def start(self) -> Mixing:
+        return Mixing(self)
+
+    def start_with(self, asker: Asker) -> Mixing:
+        """With an asker for the judges that ask the policy."""
+        return Mixing(self, asker)
+
+
+class Mixing:
+    """A `ScoreFunction`: what the parts give, each checked as if it were alone."""
+
+    def __init__(self, config: Mix, lent: Asker | None = None):
+        self._config = config
+        self._started: list[ScoreFunction] = []
+        try:
+            for scorer in (part.scorer for part in config.scorers):
+                borrows = lent is not None and scorer.borrows_engine  # type: ignore[attr-defined]
+                self._started.append(scorer.start_with(lent) if borrows else scorer.start())  # type: ignore[attr-defined]
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, groups: Sequence[Group]) -> list[Judgement]:
+        parts = zip(self._config.scorers, self._started, strict=True)
+        judged = [score_groups(score, groups, who=f"scorer {part.called} of the mix") for part, score in parts]
+        return [joined(self._config, each) for each in zip(*judged, strict=True)]
+
+    def memory_gib(self) -> float:
+        return sum(score.memory_gib() for score in self._started if hasattr(score, "memory_gib"))
+
+    def close(self) -> None:
+        for score in self._started:
+            if hasattr(score, "close"):
+                score.close()
+
+
+def joined(config: Mix, given: Sequence[Group]) -> Judgement:
+    """One group, as each of the parts judged it, as one judgement."""
+    rows = [group.scores or () for group in given]
+    weights = [part.weight for part in config.scorers]
+    weighed = [standardised(row) for row in rows] if config.standardise == "group" else rows
+    columns = zip(*weighed, strict=True)
+    scores = tuple(math.fsum(w * s for w, s in zip(weights, column, strict=True)) for column in columns)
+    metrics: dict[str, float] = {}
+    for part, group, row in zip(config.scorers, given, rows, strict=True):
+        for name, number in group.metrics.items():  # of the second of two judges under its own label
+            metrics[name if name not in metrics else f"{part.called}/{name}"] = number
+        metrics[f"scores/{part.called}"] = math.fsum(row) / len(row)
+    return Judgement(scores, _preferences(given, weights), metrics)
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:
     """[K] with mean 0 and standard deviation 1 (of the K scores themselves); all 0 where they are equal."""
-    if not all(map(math.isfinite, scores)):  # left as they are: the check of scores names the completion
-        return tuple(scores)
     mean = math.fsum(scores) / len(scores)
     spread = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores))
     equal = spread <= 1e-12 * max(1.0, max(map(abs, scores)))
     return tuple(0.0 if equal else (score - mean) / spread for score in scores)
 
 
-def _preferences(given: Sequence[Judgement], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
+def _preferences(given: Sequence[Group], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
     """[K, K] mean of the parts' soft preferences by weight; None where one that counts gives none, or is a penalty."""
     counted = [(weight, each.preferences) for weight, each in zip(weights, given, strict=True) if weight]
     if any(weight < 0 or matrix is None for weight, matrix in counted):
         return None
     total = math.fsum(weight for weight, _ in counted)
-    count = len(given[0].scores)
+    count = len(given[0].completions)
     return tuple(
         tuple(math.fsum(weight * matrix[i][j] for weight, matrix in counted) / total for j in range(count))
         for i in range(count)
     )
-
-
-def as_judgement(row: Any) -> Judgement:
-    return row if isinstance(row, Judgement) else Judgement(tuple(float(score) for score in row))

@@ -109,7 +109,7 @@ def _check(function: Any, config: Python) -> None:
             rule="a function of prompts and completions that gives one number a completion",
             remedy="name a function; an object that is made in the module and can be called will do, too",
         )
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise _unfit(
             "this function is asynchronous",
             rule="def, not async def: scorer actors call it and wait",
@@ -144,7 +144,9 @@ def _columns(
     kinds = [each.kind for each in parameters.values()]
     everything = inspect.Parameter.VAR_KEYWORD in kinds
     named = {name: each for name, each in parameters.items() if name not in (*TEXTS, *arguments)}
-    named = {name: each for name, each in named.items() if each.kind not in (*POSITIONAL, inspect.Parameter.VAR_KEYWORD)}
+    named = {
+        name: each for name, each in named.items() if each.kind not in (*POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    }
 
     def columns(flat: Sequence[tuple[Group, str]]) -> dict[str, list[Any]]:
         there = {name for group, _ in flat for name in group.prompt.extra}
@@ -184,9 +186,7 @@ def _numbers(given: Any, count: int, config: Python) -> list[float]:
         except (TypeError, ValueError):
             remedy = "return a number for it; 0.0, say, where there is nothing to score"
             value = f"{score!r} for completion {place} of the call"
-            raise ScoreError(
-                "a score is no number", where=where, value=value, rule=rule, remedy=remedy
-            ) from None
+            raise ScoreError("a score is no number", where=where, value=value, rule=rule, remedy=remedy) from None
     return [float(score) for score in given]
 
 

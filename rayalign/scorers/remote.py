@@ -41,11 +41,13 @@ class Connection(Record):
     url: str = Field(description="address of the server, without a key in it", examples=["http://127.0.0.1:8000/v1"])
     key_env: str | None = Field(
         None,
-        description="environment variable that holds the key, sent as a bearer token; the key itself is written nowhere",
+        description="environment variable that holds the key, a bearer token; the key itself is written nowhere",
         examples=["OPENAI_API_KEY"],
     )
     timeout_s: float = Field(45.0, gt=0, description="longest wait for one whole reply")
-    retries: int = Field(4, ge=0, description="tries after the first: on no or half a reply, 408, 409, 425, 429 and 5xx")
+    retries: int = Field(
+        4, ge=0, description="tries after the first: on no or half a reply, 408, 409, 425, 429 and 5xx"
+    )
     backoff_s: float = Field(
         1.0, ge=0, description="wait before the first retry, twice as long before each further one; up to a minute"
     )
@@ -210,7 +212,9 @@ class Caller:
         if status in (401, 403) and not self._key:
             remedy = "put the server's key into an environment variable, and name that as key_env"
         rule = "a server that takes our requests"
-        raise self._end(ScoreError("the server refuses", where=self._where, value=self._clean(reason), rule=rule, remedy=remedy))
+        raise self._end(
+            ScoreError("the server refuses", where=self._where, value=self._clean(reason), rule=rule, remedy=remedy)
+        )
 
     def _give_up(self, reason: str) -> ScoreError:
         tries = self._set.retries + 1

@@ -37,7 +37,7 @@ class ServerAsker(Connection):
     reasoning_temperature: float = Field(0.0, ge=0, description="of the thinking before the answer; 0 is greedy")
     extra: dict[str, Any] = Field(
         {},
-        description="more keys of each request, as {chat_template_kwargs: {enable_thinking: false}}; null takes one out",
+        description="more keys of a request, as {chat_template_kwargs: {enable_thinking: false}}; null takes one out",
     )
     cache: str | None = Field(USUAL, description="file that keeps the replies; null: none")
 
@@ -69,7 +69,7 @@ class Server:
                 where=f"key {self._place}.url, {self._config.url}",
                 value=found[0][0].error,
                 rule="chat completions with logprobs and top_logprobs for the model that is named",
-                remedy=f"correct {self._place}.model or extra, lower top_logprobs, or use a server that gives log-probs",
+                remedy=f"correct {self._place}.model or extra, lower top_logprobs, or use one that gives log-probs",
             )
         return [answer for answer, _ in found]
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from rayalign.errors import ScoreError
-from rayalign.scorers.base import ScoreFunction, ScorerConfig
+from rayalign.scorers.base import ScorerConfig
 from rayalign.scorers.cache import AnswerCache, key_of, open_cache
 from rayalign.scorers.remote import Caller, Connection, Failed
 from rayalign.types import Group
@@ -28,8 +28,12 @@ class Url(ScorerConfig, Connection):
 
     paper: ClassVar = ""
     name: Literal["url"] = "url"
-    url: str = Field(description="where texts are posted to, without a key in it", examples=["http://127.0.0.1:9000/score"])
-    columns: tuple[str, ...] = Field((), description="columns of data.prompts that are sent along", examples=[["topic"]])
+    url: str = Field(
+        description="where texts are posted to, without a key in it", examples=["http://127.0.0.1:9000/score"]
+    )
+    columns: tuple[str, ...] = Field(
+        (), description="columns of data.prompts that are sent along", examples=[["topic"]]
+    )
     max_batch: int = Field(64, ge=1, description="completions of one request")
     cache: str | None = Field(
         None,
