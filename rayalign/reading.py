@@ -37,8 +37,15 @@ class Reading:
         """Each step has rows of its own."""
         return True
 
+    def milestone(self, step: int) -> bool:
+        """Each step is as any other."""
+        return False
+
     def start(self, step: int) -> None:
         pass
+
+    def ready(self, step: int) -> bool:
+        return True
 
     def take(self, step: int) -> Rollout:
         begun = time.perf_counter()

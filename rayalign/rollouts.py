@@ -245,6 +245,14 @@ class Rollouts:
         """Whether this step (counted from 0) is the first that uses its rollout."""
         return self._set(step)[1] < self._at_once
 
+    def milestone(self, step: int) -> bool:
+        """Whether, once so many steps are done, a checkpoint and an evaluation are due of themselves."""
+        return False
+
+    def ready(self, step: int) -> bool:
+        """Whether the rollout of a step that was started can be taken, however long that takes."""
+        return True
+
     def start(self, step: int) -> None:
         """Begin what is due at the beginning of a step, with the weights that the engine has now."""
         current = self._set(step)[0]

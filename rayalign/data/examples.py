@@ -72,6 +72,15 @@ class ExampleSet:
         while part := list(itertools.islice(rows, count)):
             yield [group for table, row in part if (group := table.group(row, "0")) is not None]
 
+    def row(self, number: int) -> Group | None:
+        """One of the training rows of sources that are no streams, by its number among all of them, from 0; None for
+        one that turns out to be of no use only now."""
+        for table in (source for source in self._sources if isinstance(source, TableSource)):
+            if number < len(table.training):
+                return table.group(int(table.training[number]), "0")
+            number -= len(table.training)
+        raise IndexError(number)
+
     def _slot(self, slot: int) -> Group | None:
         pool, position = self._mixture[slot] if self._mixture else (0, slot)
         return self._pools[pool].take(position)
