@@ -116,7 +116,7 @@ def _run(config: Config, tokenizer: Any, data: Data, run_dir: Path) -> Result:
                 return _train(config, parts, tokenizer, data, run_dir, checkpoints, recorder, console)
         finally:
             recorder.close()
-            _report(run_dir, console)
+            report_of(run_dir, console)
 
 
 def _train(
@@ -254,7 +254,7 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     return found
 
 
-def _report(run_dir: Path, console: Console) -> None:
+def report_of(run_dir: Path, console: Console) -> None:
     """A report of what was reached, however the run ended. One that cannot be written is said, and is no failure."""
     from rayalign.report import write_report
 

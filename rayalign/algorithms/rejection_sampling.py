@@ -38,7 +38,7 @@ class RejectionSampling(SFT):
         kept = [group for group in groups if self._gains(group)]
         examples, _ = super().examples(kept)
         counts = {"examples/kept": float(len(examples)), "examples/dropped": float(len(groups) - len(examples))}
-        return examples, counts | best_of_n(groups)
+        return examples, counts | best_of_n([[group.scores[i] for i in scored(group)] for group in groups])
 
     def _gains(self, group: Group) -> bool:
         scores = [group.scores[index] for index in scored(group)]
@@ -50,14 +50,16 @@ class RejectionSampling(SFT):
         return self
 
 
-def best_of_n(groups: Sequence[Group]) -> Metrics:
+def best_of_n(scores: Sequence[Sequence[float]]) -> Metrics:
     """What choosing the best of n gains, and how far it is from the policy at most (nats). Prompts weigh the same.
 
     best_of_n/reward: mean of the best scores; best_of_n/mean_reward: of all scores; best_of_n/gain: their difference;
     best_of_n/kl_bound: log n − (n−1)/n, an upper bound on KL(best of n ‖ policy), the mean over prompts where n
     differs. Empty where nothing is scored.
+
+    Args:
+        scores: of each prompt those of its answers, finite.
     """
-    scores = [[group.scores[index] for index in scored(group)] for group in groups]
     known = [each for each in scores if each]
     if not known:
         return {}

@@ -32,6 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks",),
     ("run_dir", "plan", "submit", "listing"),
     ("api", "selftest"),
+    ("label",),
+    ("rounds",),
     ("doctor",),
     ("cli", "__main__"),
     ("__init__",),  # the package's own names are taken from everywhere, lazily

@@ -1,0 +1,200 @@
+"""Labelling: shards that survive a kill, rows that are learned from, and what is left out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rayalign.api import run_training
+from rayalign.config import parse_config
+from rayalign.errors import ConfigError, DataError, ScoreError
+from rayalign.label import run_labelling
+from tests.loop.conftest import records
+from tests.parts import tiny_config, write_prompts
+
+
+@pytest.fixture
+def label(make):
+    return lambda **changes: run_labelling(make(algorithm={"name": "label", "samples": 4, "shard": 3}, **changes))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def test_answers_and_scores_of_all_training_prompts(label):
+    found = label()
+    rows = lines(found.file)
+    assert found.rows == len(rows) == 16 and not found.stopped
+    assert all(len(row["completions"]) == len(row["scores"]) >= 2 for row in rows)
+    shards = sorted((found.run_dir / "labels").iterdir())
+    assert [len(lines(shard)) - 1 for shard in shards] == [3, 3, 3, 3, 3, 1]
+    whole = [record for shard in shards for record in lines(shard)[1:]]
+    scores = [record["scores"] for record in whole]
+    best, mean = sum(map(max, scores)) / 16, sum(sum(each) / 4 for each in scores) / 16
+    assert found.metrics["best_of_n/reward"] == pytest.approx(best)
+    assert found.metrics["best_of_n/gain"] == pytest.approx(best - mean) and best > mean
+    assert found.metrics["best_of_n/kl_bound"] == pytest.approx(0.6362943611)  # ln 4 − ¾
+    assert [record["step"] for record in records(found.run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert (found.run_dir / "report.html").is_file()
+    assert not (found.run_dir / "checkpoints").exists()
+
+
+def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, tmp_path):
+    """A torn shard, and one of something else, are made again; whole ones are not."""
+    first = label()
+    shards = sorted((first.run_dir / "labels").iterdir())
+    whole = [shard.read_text() for shard in shards]
+    shards[1].write_text(whole[1][:-20])
+    head, _, rest = whole[3].partition("\n")
+    shards[3].write_text(json.dumps({**json.loads(head), "fingerprint": "another"}) + "\n" + rest)
+    kept = shards[0].stat().st_mtime_ns
+    again = label(resume=True)
+    assert [shard.read_text() for shard in shards] == whole
+    assert shards[0].stat().st_mtime_ns == kept
+    assert lines(again.file) == lines(first.file)
+
+
+def test_what_was_paid_for_is_not_paid_for_again(label, tmp_path):
+    broken, log = tmp_path / "broken", tmp_path / "asked"
+    broken.touch()
+    fragile = {"name": "tests.stage_parts:Fragile", "log": str(log), "broken": str(broken), "after": 7}
+    with pytest.raises(ConnectionError, match="the judge is gone"):
+        label(scorer=fragile)
+    assert len(list((tmp_path / "run/labels").glob("shard-*"))) == 2
+    broken.unlink()
+    found = label(scorer=fragile, resume=True)
+    asked = [int(each) for each in log.read_text().split()]
+    assert len(asked) == 16 + 1 and len(set(asked)) == 16  # the one of the shard in hand, again
+    whole = run_labelling(_other(found, tmp_path / "whole"))
+    assert lines(found.file) == lines(whole.file)
+    assert [r["step"] for r in records(found.run_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+def _other(found, run_dir):
+    """The config of a labelling, for a folder of its own."""
+    from rayalign.config import load_config
+
+    return load_config(found.run_dir / "config.yaml", [f"run_dir={run_dir}"])
+
+
+def test_a_signal_ends_after_the_shard(label, tmp_path):
+    import signal
+
+    stop = [{"name": "tests.parts:Stop", "step": 2, "at": "reward/mean", "signal": int(signal.SIGTERM)}]
+    found = label(trackers=stop)
+    assert found.stopped and len(list((tmp_path / "run/labels").glob("shard-*"))) == 2
+    assert not (tmp_path / "run/labels.jsonl").exists()
+    assert label(resume=True).rows == 16
+
+
+def test_a_scorer_that_compares_gives_pairs_with_probabilities(label):
+    found = label(scorer={"name": "tests.stage_parts:Compare"})
+    rows = lines(found.file)
+    assert len(rows) > 16 and all(0.5 < row["probability"] <= 1 for row in rows)
+    shard = [r for s in sorted((found.run_dir / "labels").iterdir()) for r in lines(s)[1:]]
+    places = {record["prompt"]: record for record in shard}
+    for row in rows:
+        record = places[row["prompt"]]
+        i, j = (record["completions"].index(row[half]) for half in ("chosen", "rejected"))
+        assert row["probability"] == pytest.approx(0.5 + (record["scores"][i] - record["scores"][j]) / 2)
+    assert found.metrics["judge/asked"] == 16.0
+    assert records(found.run_dir)[0]["judge/asked"] == 16.0
+
+
+ALGORITHMS = {
+    "reward_model": {"name": "reward_model"},
+    "preference": {"name": "preference"},
+    "soft": {"name": "preference", "loss": {"name": "soft"}},
+    "ipo on ranked": {"name": "preference", "loss": {"name": "ipo"}, "pairs": "best_worst"},
+    "sft": {"name": "sft"},
+}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_is_written_is_learned_from(label, make, tmp_path, chat):
+    compared = label(scorer={"name": "tests.stage_parts:Compare"}, data__chat_template=chat).file
+    ranked = label(run_dir=str(tmp_path / "ranked"), data__chat_template=chat).file
+    for place, (name, algorithm) in enumerate(ALGORITHMS.items()):
+        if name == "sft":
+            file = ranked
+        else:
+            file = ranked if name == "ipo on ranked" else compared
+        settings = tiny_config(tmp_path, tmp_path, train__steps=2, run_dir=str(tmp_path / f"learned-{place}"))
+        settings["model"] = make().model.model_dump(mode="json")
+        settings |= {"algorithm": algorithm, "data": {"examples": str(file), "chat_template": chat}}
+        for key in ("scorer", "sampling", "engine"):
+            settings.pop(key)
+        result = run_training(parse_config(settings))
+        assert result.step == 2 and all("loss" in record for record in records(result.run_dir)), name
+
+
+def test_answers_that_are_there_are_labelled_without_an_engine(make, tmp_path):
+    rows = [{"prompt": f"say {i}", "completions": ["a " * (i + 1), "b", f"c{'c' * i}"]} for i in range(10)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"q{i}", "chosen": "no", "rejected": "yes it is"}) + "\n" for i in range(10))
+    )
+    for name, count in (("answers", 3), ("pairs", 2)):
+        settings = tiny_config(tmp_path, tmp_path, run_dir=str(tmp_path / name))
+        settings["model"] = make().model.model_dump(mode="json")
+        settings |= {
+            "algorithm": {"name": "label", "samples": 0, "shard": 4},
+            "data": {"examples": str(tmp_path / f"{name}.jsonl"), "held_out": 0.2},
+            "scorer": {"name": "tests.stage_parts:Length"},
+        }
+        found = run_labelling(parse_config(settings))
+        made = lines(found.file)
+        assert found.rows == 8  # two are held out
+        assert all(len(row["completions"]) == count for row in made)
+        assert all(row["scores"] == [float(len(text)) for text in row["completions"]] for row in made)
+
+
+def test_the_best_answers_alone(make, tmp_path):
+    algorithm = {"name": "label", "samples": 3, "write": "best"}
+    found = run_labelling(make(algorithm=algorithm))
+    rows = lines(found.file)
+    assert len(rows) == 16 and all(set(row) == {"prompt", "completion", "score"} for row in rows)
+    (shard,) = (found.run_dir / "labels").iterdir()
+    assert [row["score"] for row in rows] == [max(record["scores"]) for record in lines(shard)[1:]]
+
+
+def test_conversations_stay_conversations(make, tmp_path):
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "?"}]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"prompt": [*talk[:2], {"role": "user", "content": f"{i}?"}]}) + "\n"
+                            for i in range(6)))  # fmt: skip
+    config = make(algorithm={"name": "label"}, data__prompts=str(path), data__held_out=0)
+    rows = lines(run_labelling(config).file)
+    assert rows[0]["prompt"] == [*talk[:2], {"role": "user", "content": "0?"}]
+
+
+def test_any_config_that_samples_can_label(make):
+    found = run_labelling(make(rollout__prompts=4))  # online_preference, 4 samples
+    assert found.rows == 16
+    assert (found.run_dir / "config.yaml").read_text().count("name: label") == 1
+
+
+def test_what_cannot_be_labelled_is_refused(make, tmp_path):
+    label = {"name": "label", "samples": 2}
+    with pytest.raises(ConfigError, match="greedy samples of one prompt"):
+        run_labelling(make(algorithm=label, sampling__temperature=0))
+    with pytest.raises(DataError, match="no row is left to learn from") as error:
+        run_labelling(make(algorithm=label, scorer={"name": "tests.parts:SameScore", "ties": 99}))
+    assert "16 prompts whose answers are all as good" in error.value.value
+    with pytest.raises(ScoreError, match="not a finite number"):
+        run_labelling(
+            make(
+                algorithm=label,
+                scorer={"name": "tests.parts:BrokenScore", "kind": "nan"},
+                run_dir=str(tmp_path / "nan"),
+            )
+        )
+    rows = tiny_config(tmp_path, tmp_path)
+    rows |= {"algorithm": {"name": "label", "samples": 0}, "data": {"examples": str(write_prompts(tmp_path / "a.jsonl"))}}
+    del rows["scorer"]
+    with pytest.raises(ConfigError, match="nothing says which answers are better"):
+        run_labelling(parse_config(rows))
+    with pytest.raises(ConfigError, match="one answer alone is neither ranked nor a pair"):
+        make(algorithm={"name": "label", "samples": 1})
