@@ -34,9 +34,9 @@ class Cringe(Regularised):
     temperature: float = Field(10.0, gt=0, description="pairwise: how softly the gate closes there, nats")
     samples: int = Field(0, ge=0, description="completions sampled for each prompt; 0: learn from data.examples")
     good_above: float | Literal["mean"] = Field(
-        0.5, description="binary: an answer with a score above this is good; mean: of samples, above their prompt's mean"
+        0.5, description="binary: an answer with a score above this is good; mean: of samples, above their prompt's"
     )
-    pairs: Which = Field("best_worst", description="pairwise: which pairs of ranked answers; random: two of the samples")
+    pairs: Which = Field("best_worst", description="pairwise: which pairs of ranked answers; random: two samples")
 
     @property
     def rows(self) -> tuple[str, ...]:  # type: ignore[override]

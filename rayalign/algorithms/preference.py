@@ -35,7 +35,7 @@ class PairAlgorithm(Regularised):
 
     @property
     def takes_ties(self) -> bool:
-        """Whether all that the loss learns of a pair is the probability that one half is better: ½ says something too."""
+        """Whether all that the loss learns of a pair is who is better with what probability: ½ says something, too."""
         return all(isinstance(part, SoftDPO | PsiPO) for part in _parts(self.pair_loss))
 
     def paired(self, groups: Sequence[Group]) -> tuple[list[tuple[Group, int, int]], Metrics]:
