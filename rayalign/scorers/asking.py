@@ -40,6 +40,11 @@ class Question:
     reasoning: int = 0
     conclude: str = ""
 
+    @property
+    def messages_key(self) -> tuple[str, ...]:
+        """The same for questions that are asked in the same words."""
+        return tuple(f"{message['role']}\n{message['content']}" for message in self.messages)
+
     def concluded(self, reasoning: str) -> tuple[dict[str, str], ...]:
         """The messages that the answer follows, after this thinking."""
         said = {"role": "assistant", "content": reasoning}

@@ -1,0 +1,87 @@
+"""A language model as the judge: it compares two answers in both orders, or rates one, by the probabilities of the
+tokens that it may answer with."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from rayalign.record import Unfit
+from rayalign.scorers.asking import AnyAsker, Asker
+from rayalign.scorers.base import ScorerConfig
+from rayalign.scorers.judging import Judging, JudgeRules
+from rayalign.scorers.templates import Template, load_template
+
+USUAL = {"pairwise": "helpful", "direct": "helpful_score"}
+
+
+class Judge(JudgeRules, ScorerConfig):
+    """An AI judge: pairwise, two answers compared in both orders; direct, the expected rating of one answer."""
+
+    paper: ClassVar = "Lee et al. 2023, arXiv:2309.00267"
+    name: Literal["judge"] = "judge"
+    template: str | None = Field(
+        None,
+        description="a file, or one that is shipped: helpful, helpful_score, positive, positive_score",
+        examples=["my_template.yaml"],
+    )
+    ask: AnyAsker = Field(description="who answers", examples=[{"name": "engine", "model": "/models/my-judge"}])
+    deadline_s: float = Field(600.0, gt=0, description="seconds without the scores of any group after which one is lost")
+
+    _template: Template = PrivateAttr()  # read where the config is, so that no actor needs the file
+
+    @model_validator(mode="after")
+    def _fits(self) -> Judge:
+        template = load_template(self.template or USUAL[self.mode])
+        if template.mode != self.mode:
+            raise Unfit(
+                f"this template is for a judge that is {template.mode}",
+                key="template",
+                rule=f"a {self.mode} template with mode: {self.mode}",
+                remedy=f"set mode: {template.mode}, or use another template",
+            )
+        if self.reasoning:
+            template.check_reasoning("key scorer.template")
+        if (self.schedule == "swiss") != (self.comparisons is not None):
+            raise Unfit(
+                "swiss rounds need a budget" if self.comparisons is None else "this schedule knows no budget",
+                key="comparisons",
+                rule="a number of comparisons with schedule: swiss, and only there",
+                remedy="set comparisons: 6, say" if self.comparisons is None else "take comparisons out",
+            )
+        if self.mode == "direct" and self.schedule != "all":
+            raise Unfit(
+                "a judge that rates each answer compares none",
+                key="schedule",
+                rule="not set with mode: direct",
+                remedy="take schedule out",
+            )
+        if self.borrows_engine and self.count > 1:
+            raise Unfit(
+                "the policy's engines are one pool",
+                key="count",
+                rule="1 with ask: policy",
+                remedy="take count out; engine.count are asked",
+            )
+        self._template = template
+        return self
+
+    @property
+    def gpus(self) -> int:
+        return int(getattr(self.ask, "gpus", 0))
+
+    @property
+    def borrows_engine(self) -> bool:
+        return getattr(self.ask, "name", None) == "policy"
+
+    def check(self, model: str, *, trust_remote_code: bool = False) -> None:
+        if hasattr(self.ask, "check"):
+            self.ask.check(tuple(self._template.answers), model=model, trust_remote_code=trust_remote_code)
+
+    def start(self) -> Judging:
+        return self.start_with(self.ask.start())  # type: ignore[attr-defined]
+
+    def start_with(self, asker: Asker) -> Judging:
+        """The judge, by an asker that is there already."""
+        return Judging(self, self._template, asker)

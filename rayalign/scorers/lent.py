@@ -1,0 +1,99 @@
+"""A judge that asks the policy's own engine, with the reference's weights in it while it judges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rayalign.protocols import Engine, Learner, Roles
+from rayalign.scorers.base import score_groups
+from rayalign.scorers.engine_asker import EngineAsking
+from rayalign.sync.handshake import push_weights
+from rayalign.types import Completion, Group, Request
+
+BORROWED = -1  # the version of the reference's weights in the engine: no completion of a run has it
+PROBES = 2  # completions on which both pushes are verified
+
+
+class CountedEngine:
+    """An engine that knows which requests are open: its weights change only when there are none."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._open = engine, set[str]()
+
+    @property
+    def idle(self) -> bool:
+        return not self._open
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._engine.submit(requests)
+        self._open |= {request.id for request in requests}
+
+    def poll(self, timeout_s: float = 1.0) -> list[Completion]:
+        finished = self._engine.poll(timeout_s)
+        self._open -= {completion.request_id for completion in finished}
+        return finished
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        ids = list(request_ids)
+        self._engine.abort(ids)
+        self._open -= set(ids)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+class LentScorer:
+    """`protocols.Scorer` by a judge whose engine is the policy's. Groups wait until no completion is being sampled;
+    then all of them are judged in one go: one load of the reference, one push of the policy back.
+
+    An error while judging leaves the reference's weights in the engine: it ends the run, as every scorer's does.
+
+    Args:
+        config: a judge with `ask: policy`.
+        max_gap: of both pushes, see `sync.handshake`.
+    """
+
+    def __init__(
+        self, config: Any, engine: CountedEngine, roles: Roles, tokenizer: Any, *, max_context: int, max_gap: float
+    ):
+        if roles.reference is None:
+            raise ValueError("a judge that borrows the policy's engine needs a reference")
+        self._engine, self._policy, self._max_gap = engine, roles.policy, max_gap
+        self._reference: Learner = roles.reference
+        asking = EngineAsking(engine, tokenizer, max_context=max_context, name="the policy", closes=False)
+        self._score = config.start_with(asking)
+        self._waiting: list[Group] = []
+
+    def submit(self, groups: Sequence[Group]) -> None:
+        self._waiting += groups
+
+    def poll(self, timeout_s: float = 1.0) -> list[Group]:
+        """Nothing while something is being sampled, then all at once, however long it takes."""
+        if not self._waiting or not self._engine.idle:
+            return []
+        groups, self._waiting = self._waiting, []
+        with self._borrowed(groups):
+            return score_groups(self._score, groups, who="scorer-0")
+
+    @contextmanager
+    def _borrowed(self, groups: Sequence[Group]) -> Iterator[None]:
+        version = self._engine.version
+        probe = [g.prompt.token_ids + g.completions[0].token_ids for g in groups[:PROBES]]
+        self._push(self._reference, BORROWED, probe)
+        yield
+        self._push(self._policy, version, probe)
+
+    def _push(self, learner: Learner, version: int, probe: Sequence[tuple[int, ...]]) -> None:
+        push_weights(learner, self._engine, version=version, probe=probe, max_gap=self._max_gap)  # type: ignore[arg-type]
+
+    def memory_gib(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        self._waiting = []
