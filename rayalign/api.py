@@ -29,12 +29,15 @@ from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
 from rayalign.evaluate import Evaluation, evaluate, measure
+from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder, read_records
+from rayalign.opponents import check_opponents, contest_for, generations_for, played_rows, settled
 from rayalign.reading import Reading
 from rayalign.rollouts import Collector, Rollouts
 from rayalign.run import Run
 from rayalign.run_dir import run_directory
 from rayalign.schema import Config
+from rayalign.selfplay import Generations
 from rayalign.trackers import start_trackers
 from rayalign.train import train
 from rayalign.types import Sampling
@@ -97,6 +100,8 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     prompts = prompts_for(config, tokenizer)
     examples = examples_for(config, tokenizer)
     check_rollouts(config, prompts, examples)
+    check_opponents(config, examples)
+    config = settled(config, examples.rows if examples else None)
     data = Data(prompts, examples)
     with run_directory(config, name, data.fingerprints()) as run_dir:
         return _run(config, tokenizer, data, run_dir)
@@ -129,9 +134,11 @@ def _train(
     recorder: Recorder,
     console: Console,
 ) -> Result:
-    collector = collector_for(config, parts, tokenizer)
-    rollouts = _rollouts(config, collector, data, console)
-    roles = parts.roles
+    collector, interrupt = collector_for(config, parts, tokenizer), Interrupt()
+    rollouts = _rollouts(config, collector, data, console, run_dir, interrupt)
+    roles, sampling = parts.roles, _sampling(config, data.examples)
+    contest = contest_for(config, parts, collector, data.examples, run_dir, sampling)
+    held_out = contest.prompts if contest and config.scored else data.prompts.held_out[: config.evaluation.prompts]
     if has_cached_reference(config) and data.examples is not None:
         roles = with_cached_reference(config, roles, data.examples, console.say)
     before = {r["step"]: Evaluation.from_record(r) for r in read_records(run_dir / "evaluations.jsonl")}
@@ -143,15 +150,15 @@ def _train(
         recorder=recorder,
         checkpoints=checkpoints,
         tokenizer=tokenizer,
-        sampling=_sampling(config, data.examples),
+        sampling=sampling,
         training=config.train,
         rollout=config.rollout,
         evaluation=config.evaluation,
         checkpoint=config.checkpoint,
         seed=config.seed,
-        held_out=data.prompts.held_out[: config.evaluation.prompts],
+        held_out=held_out,
         held_out_rows=data.examples.held_out[: config.evaluation.rows] if data.examples else (),
-        probe=[p.token_ids for p in (*data.prompts.training, *data.prompts.held_out)[: config.sync.probe_prompts]],
+        probe=_probe(config, data),
         max_gap=default_max_gap(config),
         learner_temperature=learner_temperature(config),
         turns=parts.turns,
@@ -161,6 +168,8 @@ def _train(
         progress=console.sampled,
         resume=config.resume,
         evaluations=before,
+        interrupt=interrupt,
+        contest=contest,
     )
     counts = data.examples.counts if data.examples else {}
     try:
@@ -188,8 +197,25 @@ def _sampling(config: Config, examples: ExampleSet | None) -> Sampling:
     return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
 
 
-def _rollouts(config: Config, collector: Collector | None, data: Data, console: Console) -> Rollouts | Reading:
-    """Where the groups of each step come from: sampled and scored, or read."""
+def _probe(config: Config, data: Data) -> list[tuple[int, ...]]:
+    """Token ids on which the first push of weights is verified."""
+    count = config.sync.probe_prompts
+    prompts = (*data.prompts.training, *data.prompts.held_out)[:count]
+    if not prompts and config.self_play and data.examples is not None:
+        rows = (data.examples.row(number) for number in range(min(count, data.examples.rows or 0)))
+        prompts = tuple(row.prompt for row in rows if row is not None)
+    return [prompt.token_ids[: config.engine.max_context - 1] for prompt in prompts]
+
+
+def _rollouts(
+    config: Config, collector: Collector | None, data: Data, console: Console, run_dir: Path, interrupt: Interrupt
+) -> Rollouts | Reading | Generations:
+    """Where the groups of each step come from: sampled and scored, or read, or both in turn."""
+    if collector is not None and data.examples is not None and config.self_play:
+        sampling = _sampling(config, data.examples)
+        return generations_for(
+            config, collector, data.examples, run_dir, console, sampling, lambda: interrupt.requested
+        )
     if collector is None or data.examples is not None:
         return Reading(data.examples, count=config.rollout.prompts)
     return Rollouts(
@@ -217,6 +243,8 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     check_parts(config)
     held_out = prompts_for(config, tokenizer).held_out[: config.evaluation.prompts]
     examples = examples_for(config, tokenizer)
+    if config.scored:
+        held_out = held_out or tuple(row.prompt for row in played_rows(config, examples))
     rows = examples.held_out[: config.evaluation.rows] if examples else ()
     if not held_out and not rows:
         raise ConfigError(

@@ -22,6 +22,7 @@ from rayalign.reference_cache import cached_reference, fingerprint
 from rayalign.rollouts import Collector
 from rayalign.schema import Config
 from rayalign.scorers.base import LocalScorer
+from rayalign.selfplay.contest import Unscored
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def longest_context(config: Config) -> int | None:
 def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
     """Prompts that leave room for a completion; all of them held out where the algorithm learns from a data set,
     and none where nothing is sampled at all. Raises DataError."""
-    if not config.samples:
+    if config.data.prompts is None:
         return PromptSet((), (), 0)
     room = config.engine.max_context - config.sampling.max_tokens
     found = load_prompts(config.data, tokenizer, max_prompt_tokens=room)
@@ -175,9 +176,9 @@ def decoder(tokenizer: Any) -> Callable[[Any], str]:
 
 
 def collector_for(config: Config, parts: Parts, tokenizer: Any) -> Collector | None:
-    if parts.engine is None or parts.scorer is None:
+    if parts.engine is None or (parts.scorer is None and not config.self_play):
         return None
-    return Collector(parts.engine, parts.scorer, decoder(tokenizer))
+    return Collector(parts.engine, parts.scorer or Unscored(), decoder(tokenizer))
 
 
 @contextmanager
@@ -213,14 +214,13 @@ def _start_here(
     for learner in learners.values():
         stack.callback(learner.close)
     roles = Roles(learners.get("policy"), learners.get("reference"))
-    if not config.scored:
-        return Parts(None, None, roles, False, peak_gib)
-    started = None
+    started = scorer = None
     if config.samples:
         started = engine.build(name="engine-0", cores=None, **arguments)
         stack.callback(started.close)
-    scorer = LocalScorer(config.scorer)
-    stack.callback(scorer.close)
+    if config.scored:
+        scorer = LocalScorer(config.scorer)
+        stack.callback(scorer.close)
     return Parts(started, scorer, roles, False, peak_gib)
 
 

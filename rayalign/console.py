@@ -166,6 +166,9 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
         table.add_column(name, justify="right")
     labels = {
         "reward": "reward",
+        "win_rate": "win rate over the first model",
+        "gap": "log-prob of the data's answers − the policy's own, nats",
+        "gap_per_token": "the same a token",
         "kl/k1": "KL to the reference, k1, nats",
         "kl/k3": "KL to the reference, k3, nats",
         "length": "tokens",

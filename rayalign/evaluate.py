@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -76,10 +76,15 @@ def evaluate(
     step: int = 0,
     learner_temperature: float,
     progress: Progress | None = None,
+    further: Callable[[Sequence[Group]], Metrics] | None = None,
 ) -> Evaluation:
     """Sample held-out prompts with seeds that are the same at every evaluation, score them, and compare
     the policy with the reference on the policy's own samples, where the learners' log-probs are those of the
-    distribution that was sampled. Nothing else may be open in the engine."""
+    distribution that was sampled. Nothing else may be open in the engine.
+
+    Args:
+        further: more metrics of the scored groups.
+    """
     groups, _, _ = collector.collect(
         prompts,
         [sampling] * samples,
@@ -99,12 +104,13 @@ def evaluate(
                     group.prompt.index, group.prompt.text, text, score, len(completion.token_ids), truncated, k1, k3
                 )
             )
-    evaluation = Evaluation(step, tuple(found))
-    return Evaluation(step, tuple(found), group_metrics(groups) | summarise(evaluation, seed=seed))
+    metrics = group_metrics(groups) | summarise(Evaluation(step, tuple(found)), seed=seed)
+    return Evaluation(step, tuple(found), metrics | (further(groups) if further is not None else {}))
 
 
 def measure(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> Metrics:
     """Loss and metrics of held-out rows of data, as training would see them, under held_out/."""
+    algorithm = algorithm.for_held_out()
     examples, metrics = algorithm.examples(rows)
     if examples:
         for role, column in algorithm.needs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rayalign.protocols import Algorithm, Roles, UpdatePlan
 from rayalign.reading import Reading
 from rayalign.record import Record
 from rayalign.rollouts import Collector, Progress, Rollout, RolloutConfig, Rollouts
+from rayalign.selfplay import Contest, Generations
 from rayalign.sync.handshake import push_weights
 from rayalign.types import Example, Group, Metrics, Prompt, Sampling
 
@@ -47,11 +49,12 @@ class Run:
         memory: peak memory of all processes, GiB; asked for while no request is open.
         say, advance: show one line; show the number of steps done and their metrics.
         evaluations: by step; on resume, those that were made before.
+        contest: of self-play: the policy against the model that it began with, and the data.
     """
 
     algorithm: Algorithm
     collector: Collector | None
-    rollouts: Rollouts | Reading
+    rollouts: Rollouts | Reading | Generations
     roles: Roles
     recorder: Recorder
     checkpoints: Checkpoints
@@ -75,6 +78,7 @@ class Run:
     resume: bool = False
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     interrupt: Interrupt = field(default_factory=Interrupt)
+    contest: Contest | None = None
     peak_gib: float = 0.0
 
     def restore(self) -> TrainerState:
@@ -118,8 +122,10 @@ class Run:
 
     def update(self, examples: Sequence[Example], step: int) -> Metrics:
         """The optimiser steps of one training step."""
-        plan = UpdatePlan(step, self.training.epochs, self.training.minibatches, seed=self.seed + step)
-        return self.algorithm.summarise(self.roles.policy.update(examples, self.algorithm, plan))
+        algorithm, training = self.algorithm.at(step), self.training
+        stretch = algorithm.stretch(step)
+        plan = UpdatePlan(step, training.epochs, training.minibatches, seed=self.seed + step, stretch=stretch)
+        return algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))
 
     def refresh(self, step: int) -> None:
         """The reference follows the policy when the algorithm says so."""
@@ -143,12 +149,12 @@ class Run:
     def evaluate_when_due(self, step: int) -> None:
         if not self._evaluation_due(step) or step in self.evaluations:
             return
-        found = Evaluation(step, ())
+        found, contest = Evaluation(step, ()), self.contest
         if self.held_out:
             self.say(f"evaluating on {len(self.held_out)} held-out prompts × {self.evaluation.samples}")
             found = evaluate(
                 self.collector,
-                self.roles,
+                self.roles if contest is None else Roles(self.roles.policy),  # its reference is the policy of late
                 self.held_out,
                 self.sampling,
                 samples=self.evaluation.samples,
@@ -156,7 +162,11 @@ class Run:
                 step=step,
                 learner_temperature=self.learner_temperature,
                 progress=self.progress,
+                further=contest and partial(contest.metrics, step, self.roles.policy),
             )
+        elif contest is not None:
+            self.say(f"evaluating on the prompts of {len(contest.prompts)} held-out rows")
+            found = replace(found, metrics=contest.metrics(step, self.roles.policy, contest.sample(step)))
         if self.held_out_rows:
             self.say(f"measuring on {len(self.held_out_rows)} held-out rows")
             found = replace(found, metrics=found.metrics | measure(self.held_out_rows, self.algorithm, self.roles))
@@ -165,6 +175,7 @@ class Run:
 
     def save_when_due(self, state: TrainerState) -> None:
         often = self.checkpoint.every > 0 and state.step % self.checkpoint.every == 0
+        often = often or self.rollouts.milestone(state.step)
         if often or state.step == self.training.steps:  # before the last evaluation, which may take long
             self.save(state)
 
@@ -179,6 +190,10 @@ class Run:
         be sampled."""
         fresh = self.rollouts.fresh(state.step) or self.rollout.resample_every == "never"
         return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh)
+
+    def halted(self, step: int) -> bool:
+        """Whether the run was asked to stop while the samples of this step came, before all of them were there."""
+        return self.interrupt.requested and not self.rollouts.ready(step)
 
     def check_learning(self, state: TrainerState) -> None:
         """Raises TrainingStopped when many rollouts in a row left nothing to learn from."""
@@ -201,4 +216,5 @@ class Run:
 
     def _evaluation_due(self, step: int) -> bool:
         often = self.evaluation.every > 0 and step % self.evaluation.every == 0
-        return bool(self.held_out or self.held_out_rows) and (step in (0, self.training.steps) or often)
+        there = bool(self.held_out or self.held_out_rows or self.contest is not None)
+        return there and (step in (0, self.training.steps) or often or self.rollouts.milestone(step))

@@ -162,7 +162,9 @@ class Config(Record):
                 "a step's rows would be learned from several times in a row",
                 key="train.epochs",
                 rule=f"1 with data.examples: each step of {name} takes the next rollout.prompts rows, pass after pass",
-                remedy=f"for {passes} passes over the data raise train.steps to {passes} × rows ÷ rollout.prompts",
+                remedy=f"set algorithm.epochs={passes}"
+                if self.self_play
+                else f"for {passes} passes over the data raise train.steps to {passes} × rows ÷ rollout.prompts",
             )
         rollout = self.rollout
         for key, usual in (("depth", 0), ("resample_every", 1), ("at_once", None)):
@@ -175,15 +177,53 @@ class Config(Record):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _course(self) -> Config:
+        """Of self-play: the rows can be counted, and the run is as long as its iterations."""
+        if not self.self_play:
+            return self
+        name = self.algorithm.name
+        if self.data.prompts:
+            raise Unfit(
+                f"{name} has its prompts from the rows that it learns from",
+                key="data.prompts",
+                rule="not set: in evaluations the prompts of held-out rows are answered",
+                remedy="take data.prompts out",
+            )
+        for source in self.data.examples:
+            if source.stream or source.weight is not None:
+                raise Unfit(
+                    f"{name} answers each row once an iteration",
+                    key="data.examples",
+                    rule="data sets without stream and weight, so that all rows are known",
+                    remedy=f"take {'stream' if source.stream else 'weight'} out; limit reads only the first rows",
+                )
+        total, given = self.algorithm.total_steps, "steps" in self.train.model_fields_set
+        if total is not None and given and self.train.steps != total:
+            raise Unfit(
+                "a run ends where its iterations end",
+                key="train.steps",
+                rule=f"{total}, the steps of {self.algorithm.iterations} iterations, or not set",
+                remedy="take train.steps out, and set algorithm.steps, the steps of an iteration",
+            )
+        if total is not None:
+            object.__setattr__(self, "train", self.train.model_copy(update={"steps": total}))
+        return self
+
     @property
     def samples(self) -> bool:
         """Whether completions are sampled at all, in training or in evaluations."""
-        return self.data.prompts is not None
+        return self.data.prompts is not None or self.self_play
+
+    @property
+    def self_play(self) -> bool:
+        """Whether the policy answers the prompts of the data's rows."""
+        return getattr(self.algorithm, "self_play", False)
 
     @property
     def scored(self) -> bool:
         """Whether a scorer is asked: of samples, or of answers of a data set that are to be labelled."""
-        return self.samples or not self.learns
+        return (self.samples and self.scorer is not None) or not self.learns
 
     @property
     def learns(self) -> bool:

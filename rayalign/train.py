@@ -15,6 +15,8 @@ def train(run: Run) -> TrainerState:
     while state.step < run.training.steps and not run.interrupt.requested:
         clock = Clock()
         run.rollouts.start(state.step)
+        if run.halted(state.step):
+            break
         rollout = run.rollouts.take(state.step)
         examples, metrics = run.algorithm.examples(rollout.groups)
         if examples:

@@ -45,7 +45,9 @@ class SPIN(Offline):
         None, description="training steps of an iteration; a list: by iteration, the last for all later ones"
     )
     epochs: int | None = Field(
-        None, ge=1, description=f"instead of steps: passes over an iteration's pairs; without both {EPOCHS}, as published"
+        None,
+        ge=1,
+        description=f"instead of steps: passes over an iteration's pairs; neither: {EPOCHS}, as published",
     )
     lam: Positive | tuple[Positive, ...] = Field(
         0.1, description="λ, the published code's β; a list: by iteration, the last for all later ones"

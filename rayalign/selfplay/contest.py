@@ -61,9 +61,9 @@ class Contest:
         return groups
 
     def metrics(self, step: int, policy: Learner, groups: Sequence[Group]) -> Metrics:
-        """`gap`: log π of the data's answers less that of the policy's own (their mean), in nats an answer, and a token:
-        0 where the data are what the policy writes. `win_rate`: the share of answers that are better than the first
-        model's to the same prompt, a tie counts ½; with bootstrap intervals over prompts.
+        """`gap`: log π of the data's answers less that of the policy's own (their mean), in nats an answer, and a
+        token: 0 where the data are what the policy writes. `win_rate`: the share of answers that are better than the
+        first model's to the same prompt, a tie counts ½. With bootstrap intervals over prompts.
 
         Args:
             step: of the evaluation; before the first the answers are kept, for all later ones.
@@ -89,7 +89,9 @@ class Contest:
 
     def _gap(self, policy: Learner, groups: Sequence[Group]) -> Metrics:
         examples = [
-            Example(tuple(Row(row.prompt.token_ids, each.token_ids) for each in (row.completions[0], *group.completions)))
+            Example(
+                tuple(Row(row.prompt.token_ids, each.token_ids) for each in (row.completions[0], *group.completions))
+            )
             for row, group in zip(self._rows, groups, strict=True)
         ]
         sums, means = [], []

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 from rayalign.data.order import Passes
-from rayalign.errors import DataError, TrainingStopped
-from rayalign.protocols import Engine
-from rayalign.rollouts import Progress, Rollout, sample_seed
+from rayalign.errors import TrainingStopped
+from rayalign.rollouts import Progress, Rollout
+from rayalign.selfplay.asking import Opponent, Rate, Work
 from rayalign.selfplay.shards import AWAY, Answer, Shard
-from rayalign.types import Completion, Group, Metrics, Request, Sampling
+from rayalign.types import Group, Metrics
 
 FOLDER = "generations"
-SAY_EVERY_S = 15.0
 
 
 class Rows(Protocol):
@@ -45,50 +44,6 @@ class Course(Protocol):
     def iteration(self, step: int) -> int: ...
     def first_step(self, iteration: int) -> int: ...
     def begins(self, step: int) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Opponent:
-    """How answers are sampled.
-
-    Attributes:
-        room: tokens that a prompt may have, so that an answer fits behind it.
-        refuse_long: whether a longer one ends the run; else it is left out, and counted.
-        open: requests that are open at a time: enough that no engine waits, few enough that none is given too many.
-    """
-
-    engine: Engine
-    sampling: Sampling
-    decode: Callable[[Sequence[int]], str]
-    seed: int
-    room: int
-    refuse_long: bool
-    open: int
-
-    def request(self, iteration: int, row: int, group: Group) -> Request:
-        seed = sample_seed(self.seed, f"generation-{iteration}", group.prompt.index, 0)
-        return Request(f"generation-{iteration}/{row}", group.prompt.token_ids, self.sampling, seed)
-
-    def without(self, row: int, group: Group | None) -> Answer | None:
-        """Why a row gets no answer. Raises DataError where that ends the run."""
-        if group is None:
-            return Answer(row, (), left_out="a bad row")
-        tokens = len(group.prompt.token_ids)
-        if tokens <= self.room:
-            return None
-        if self.refuse_long:
-            raise DataError(
-                "this prompt leaves no room for an answer",
-                where=f"data.examples, row {group.prompt.index + 1}",
-                value=f"{tokens} tokens",
-                rule=f"at most {self.room} (engine.max_context − sampling.max_tokens)",
-                remedy="raise engine.max_context, lower sampling.max_tokens, or set data.long_prompts=skip",
-            )
-        return Answer(row, (), group.prompt.text, left_out="a long prompt")
-
-    def answer(self, row: int, group: Group, completion: Completion) -> Answer:
-        text, same = self.decode(completion.token_ids), completion.token_ids == group.completions[0].token_ids
-        return Answer(row, completion.token_ids, group.prompt.text, text, completion.finish_reason, same)
 
 
 @dataclass(frozen=True)
@@ -256,8 +211,8 @@ class Generations:
 
     def _sample(self, iteration: int) -> dict[int, Answer] | None:
         """All answers of the policy as it is now: those that are there, and the others. None when asked to stop."""
-        work = _Work(self._shards(iteration), self._say)
-        rate = _Rate(len(work.answers), self._total)
+        work = Work(self._shards(iteration), self._say)
+        rate = Rate(len(work.answers), self._total)
         self._say(f"iteration {iteration}: the opponent answers {self._total:,} prompts{rate.already()}")
         try:
             for answer in self._asking(iteration, work):
@@ -273,7 +228,7 @@ class Generations:
         self._check(iteration, work.answers, rate)
         return work.answers
 
-    def _asking(self, iteration: int, work: _Work) -> Iterator[Answer]:
+    def _asking(self, iteration: int, work: Work) -> Iterator[Answer]:
         """The missing answers as they come, in any order. Ends early when the run is to stop."""
         waiting, opponent = iter(work.missing), self._opponent
         open_rows: dict[str, tuple[int, Group]] = {}
@@ -303,7 +258,7 @@ class Generations:
     def _stops(self) -> bool:
         return self._closed or self._asked()
 
-    def _check(self, iteration: int, answers: Mapping[int, Answer], rate: _Rate) -> None:
+    def _check(self, iteration: int, answers: Mapping[int, Answer], rate: Rate) -> None:
         """What the record of the iteration's first step says of its answers. Raises TrainingStopped when there is
         nothing to learn from them."""
         left_out = sum(bool(answer.left_out) for answer in answers.values())
@@ -345,82 +300,3 @@ class Generations:
                     suffix, target = suffix + 1, folder.with_name(f"{folder.name}{AWAY}-{suffix + 1}")
                 folder.replace(target)
                 self._say(f"{folder.name} was answered by a later policy than the checkpoint's: moved to {target.name}")
-
-
-class _Rate:
-    """How fast answers come, in words: at each tenth of them, but not more often than one can read.
-
-    Args:
-        known: answers that were there before.
-        total: answers of the iteration.
-    """
-
-    def __init__(self, known: int, total: int):
-        self._known, self._there, self._total, self._tokens = known, known, total, 0
-        self._begun = self._said = self._now = time.perf_counter()
-
-    def tells(self, there: int, tokens: int) -> bool:
-        """Count an answer of so many tokens, the last of so many; whether it is time to say how it goes."""
-        tenth = there * 10 // self._total > self._there * 10 // self._total
-        self._there, self._tokens, self._now = there, self._tokens + tokens, time.perf_counter()
-        if there < self._total and not (tenth and self._now - self._said > SAY_EVERY_S):
-            return False
-        self._said = self._now
-        return True
-
-    @property
-    def seconds(self) -> float:
-        return self._now - self._begun
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self._tokens / max(self.seconds, 1e-9)
-
-    def already(self) -> str:
-        return f", {self._known:,} of them there already" if self._known else ""
-
-    def __str__(self) -> str:
-        answers = (self._there - self._known) / max(self.seconds, 1e-9)
-        return f"{self._there:,} of {self._total:,} answers, {answers:.1f} a second, {self.tokens_per_s:,.0f} tokens/s"
-
-
-class _Work:
-    """The shards of an iteration while they are filled. `answers`: all that is there, without texts."""
-
-    def __init__(self, shards: Sequence[Shard], say: Callable[[str], None]):
-        self._place = {row: shard for shard in shards for row in shard.rows}
-        self._begun: dict[Path, dict[int, Answer]] = {}  # of the shards that are not whole
-        self.answers: dict[int, Answer] = {}
-        self.missing: list[int] = []
-        for shard in shards:
-            there = shard.read()
-            if shard.damage:
-                say(f"{shard.damage}: it is set aside, and its prompts are answered again")
-                shard.set_aside()
-                there = {}
-            if there and not shard.path.is_file():
-                self._begin(shard, there)
-            self.answers |= {row: answer.compact() for row, answer in there.items()}
-            self.missing += [row for row in shard.rows if row not in there]
-
-    def add(self, answer: Answer) -> None:
-        shard = self._place[answer.row]
-        if shard.path not in self._begun:
-            self._begin(shard, {})
-        there = self._begun[shard.path]
-        there[answer.row] = answer
-        shard.add(answer)
-        self.answers[answer.row] = answer.compact()
-        if len(there) == len(shard.rows):
-            shard.finish(self._begun.pop(shard.path))
-
-    def _begin(self, shard: Shard, there: dict[int, Answer]) -> None:
-        if len(there) == len(shard.rows):  # killed between its last answer and its last word
-            shard.finish(there)
-            return
-        shard.begin(there.values())
-        self._begun[shard.path] = there
-
-    def close(self) -> None:
-        for shard in {id(each): each for each in self._place.values()}.values():
-            shard.close()

@@ -128,7 +128,9 @@ class Shard:
                 self.damage = f"{path.name} is torn"
                 return None
             lines = body.split("\n")[:-1]  # what a kill cut short has no end
-            found = [Answer(**each | {"token_ids": tuple(each.get("token_ids", ()))}) for each in map(json.loads, lines)]
+            found = [
+                Answer(**each | {"token_ids": tuple(each.get("token_ids", ()))}) for each in map(json.loads, lines)
+            ]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             self.damage = f"{path.name} cannot be read: {type(error).__name__}: {error}"
             return None
