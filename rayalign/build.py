@@ -200,11 +200,24 @@ def start_parts(
     }
     with ExitStack() as stack:
         if config.placement.name == "local":
-            yield _start_here(config, engine, arguments, specs, stack)
+            parts = _start_here(config, engine, arguments, specs, stack)
         else:
             from rayalign.runtime.start import start_actors
 
-            yield Parts(*start_actors(config, engine, arguments, specs, run_dir / "log", console.say, stack))
+            parts = Parts(*start_actors(config, engine, arguments, specs, run_dir / "log", console.say, stack))
+        yield _with_lent_engine(config, parts, tokenizer)
+
+
+def _with_lent_engine(config: Config, parts: Parts, tokenizer: Any) -> Parts:
+    """With the scorer that asks the policy's engine, where it is one."""
+    if not config.lends_engine:
+        return parts
+    from rayalign.scorers.lent import CountedEngine, LentScorer
+
+    engine: Any = CountedEngine(parts.engine)
+    longest, gap = config.engine.max_context, default_max_gap(config)
+    scorer = LentScorer(config.scorer, engine, parts.roles, tokenizer, max_context=longest, max_gap=gap)
+    return replace(parts, engine=engine, scorer=scorer)
 
 
 def _start_here(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rayalign.build import longest_context
+from rayalign.build import longest_context, model_path
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
@@ -75,6 +75,12 @@ def check_parts(config: Config) -> None:
             )
     if config.samples:
         _check_context(config)
+
+
+def check_scorer(config: Config) -> None:
+    """Whether the scorer finds what it needs, before anything is started. Raises ConfigError."""
+    if config.scored and hasattr(config.scorer, "check"):
+        config.scorer.check(model_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
 
 
 def _check_context(config: Config) -> None:

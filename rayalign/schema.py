@@ -15,6 +15,7 @@ from rayalign.engines import ENGINES
 from rayalign.evaluate import EvaluationConfig
 from rayalign.learners import LEARNERS
 from rayalign.learners.settings import LoraConfig, OptimizerConfig
+from rayalign.protocols import needs_reference
 from rayalign.record import Record, Unfit
 from rayalign.registry import Tagged
 from rayalign.rollouts import RolloutConfig
@@ -210,6 +211,33 @@ class Config(Record):
             object.__setattr__(self, "train", self.train.model_copy(update={"steps": total}))
         return self
 
+    @model_validator(mode="after")
+    def _lent_engine(self) -> Config:
+        if not self.lends_engine:
+            return self
+        if self.rollout.depth:
+            raise Unfit(
+                "the policy's engine cannot sample ahead while it judges",
+                key="rollout.depth",
+                rule="0 with a scorer that asks the policy's engine",
+                remedy="set rollout.depth=0, or give the judge an engine: ask: {name: engine, model: …}",
+            )
+        if not self.samples:
+            raise Unfit(
+                "there is no engine that could be asked",
+                key="scorer.ask",
+                rule="an engine of the judge's own where nothing is sampled",
+                remedy="set scorer.ask: {name: engine, model: /models/my-judge}",
+            )
+        if self.learns and not needs_reference(self.algorithm):
+            raise Unfit(
+                "there is no reference whose weights could judge",
+                key="scorer.ask",
+                rule="an algorithm with a reference, as online_preference with loss: dpo",
+                remedy="use such a loss, or give the judge an engine: ask: {name: engine, model: …}",
+            )
+        return self
+
     @property
     def samples(self) -> bool:
         """Whether completions are sampled at all, in training or in evaluations."""
@@ -224,6 +252,15 @@ class Config(Record):
     def scored(self) -> bool:
         """Whether a scorer is asked: of samples, or of answers of a data set that are to be labelled."""
         return (self.samples and self.scorer is not None) or not self.learns
+
+    @property
+    def lends_engine(self) -> bool:
+        """Whether the scorer asks the policy's engine, between samplings, and lives with the driver."""
+        return self.scored and getattr(self.scorer, "borrows_engine", False)
+
+    @property
+    def scorer_actors(self) -> int:
+        return self.scorer.count if self.scored and not self.lends_engine else 0
 
     @property
     def learns(self) -> bool:

@@ -74,13 +74,21 @@ class Place:
 
 
 def place(
-    nodes: Sequence[Node], *, engines: int, tensor_parallel: int, learners: int, scorers: int, colocate: bool
+    nodes: Sequence[Node],
+    *,
+    engines: int,
+    tensor_parallel: int,
+    learners: int,
+    scorers: int,
+    colocate: bool,
+    scorer_gpus: int = 0,
 ) -> tuple[Place, ...]:
     """Places for all actors, the largest needs first, each kind spread over the nodes.
 
     On GPUs an engine takes `tensor_parallel` of one node and a learner rank takes one; with `colocate` they
     share. On CPU nodes every engine needs that many cores of its own, and so does every learner rank:
-    engines and learners take turns on the same cores.
+    engines and learners take turns on the same cores. A scorer takes `scorer_gpus` of one node where there are
+    GPUs, or a part of the shared one; none of them: it computes on its node's cores.
 
     Raises:
         ConfigError: the cluster cannot hold them.
@@ -114,12 +122,17 @@ def place(
             gpus = width * share if on_gpu else 0.0
             cpus = 0.45 * node.cpus / on_node
             places.append(Place(f"{kind}-{index}", node, round(cpus, 3), gpus, cores))
-    for index in range(scorers):
-        node = nodes[index % len(nodes)]
-        on_node = len(range(index % len(nodes), scorers, len(nodes)))
-        places.append(
-            Place(f"scorer-{index}", node, round(0.09 * node.cpus / on_node, 3), 0.0, tuple(range(node.cpus)))
-        )
+    if on_gpu and scorer_gpus:
+        for node in learner_slots:
+            taken[node.id] += 1
+        left = slots if colocate else {node.id: slots[node.id] - taken[node.id] for node in hosts}
+        chosen = _spread("scorer.count", scorers, scorer_gpus, hosts, left, unit)
+    else:
+        chosen, scorer_gpus = [nodes[index % len(nodes)] for index in range(scorers)], 0
+    on_nodes = Counter(node.id for node in chosen)
+    for index, node in enumerate(chosen):
+        cpus, gpus = 0.09 * node.cpus / on_nodes[node.id], scorer_gpus * (0.09 if colocate else 1.0)
+        places.append(Place(f"scorer-{index}", node, round(cpus, 3), gpus, tuple(range(node.cpus))))
     return tuple(places)
 
 

@@ -30,7 +30,7 @@ def start_actors(
     """All actors of a run, ready; the stack ends them.
 
     Returns:
-        engine pool and scorer pool (None where nothing is sampled, or scored), roles, whether engines and learners take
+        engine pool and scorer pool (None where nothing is sampled, or scored by actors), roles, whether engines and learners take
         turns on GPUs, and what asks all of them for their peak memory.
     """
     log_dir = log_dir.resolve()
@@ -41,7 +41,8 @@ def start_actors(
         engines=engine.count if config.samples else 0,
         tensor_parallel=getattr(engine, "tensor_parallel", 1),
         learners=config.learner.ranks if specs else 0,
-        scorers=config.scorer.count if config.scored else 0,
+        scorers=config.scorer_actors,
+        scorer_gpus=getattr(config.scorer, "gpus", 0),
         colocate=config.placement.colocate,
     )
     kinds = {kind: [p for p in places if p.actor.startswith(kind)] for kind in ("engine", "scorer", "learner")}
@@ -49,7 +50,7 @@ def start_actors(
     limits = {"start_deadline_s": config.placement.start_deadline_s, "log_dir": log_dir}
     learners = _learners(config, specs, kinds["learner"], limits, stack) if specs else None
     engines = _engines(kinds["engine"], engine, arguments, limits, stack) if config.samples else None
-    scorers = _scorers(config, kinds["scorer"], limits, stack) if config.scored else None
+    scorers = _scorers(config, kinds["scorer"], limits, stack) if config.scorer_actors else None
     pools = [pool for pool in (engines, scorers) if pool is not None]
     if learners is not None:
         learners.start()
