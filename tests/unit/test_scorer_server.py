@@ -1,0 +1,332 @@
+"""The asker `server` against a real HTTP server that answers rightly, wrongly, slowly, or not at all."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+from pydantic import ValidationError
+
+from rayalign.errors import ScoreError
+from rayalign.scorers.asking import Asker, Question
+from rayalign.scorers.server import ServerAsker
+from tests.http_service import Reply, serving
+from tests.ranks import free_port
+
+KEY = "sk-nobody-may-read-this"
+
+
+def reply(*top: tuple[str, object], said: tuple[str, object] | None = None) -> dict:
+    """As OpenAI's chat completions: the first of the top tokens is the one that was sampled, unless another is."""
+    token, logp = said or top[0]
+    content = [{"token": token, "logprob": logp, "top_logprobs": [{"token": t, "logprob": p} for t, p in top]}]
+    return {"choices": [{"message": {"content": token}, "logprobs": {"content": content}}]}
+
+
+GOOD = reply(("A", math.log(0.6)), ("B", math.log(0.3)), ("I", math.log(0.05)))
+
+
+def questions(count: int = 3, reasoning: int = 0) -> list[Question]:
+    return [
+        Question(f"q{i}", ({"role": "user", "content": f"question {i}"},), ("A", "B"), reasoning, "So: A or B?")
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def asker(tmp_path):
+    """An asker of a service, with a cache of the test's own; closed at the end."""
+    made = []
+
+    def make(url: str, **settings):
+        usual = {"model": "judge", "cache": str(tmp_path / "answers.sqlite"), "backoff_s": 0.001, "timeout_s": 30.0}
+        config = ServerAsker(url=url, **{**usual, **settings})
+        made.append(config.start())
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_log_probs_are_read_by_answer_and_the_order_is_that_of_the_questions(asker):
+    def answer(body, before):
+        second = body["messages"][0]["content"] == "question 1"
+        return Reply(reply(("B", -0.1), ("I", -3.0)) if second else GOOD)
+
+    with serving(answer) as service:
+        server = asker(f"{service.url}/v1", concurrency=4)
+        assert isinstance(server, Asker)
+        found = server.ask(questions())
+    assert [each.id for each in found] == ["q0", "q1", "q2"]
+    assert found[0].logps == pytest.approx((math.log(0.6), math.log(0.3)))
+    assert found[1].logps == (-math.inf, -0.1)
+    assert all(each.error is None and each.reasoning == "" for each in found)
+    asked = service.asked[0]
+    assert asked["path"] == "/v1/chat/completions" and asked["model"] == "judge"
+    assert (asked["max_tokens"], asked["temperature"], asked["logprobs"], asked["top_logprobs"]) == (1, 1.0, True, 20)
+    assert "Authorization" not in service.headers[0]
+
+
+def test_tokens_that_differ_in_white_space_are_one_answer(asker):
+    with serving(
+        lambda body, before: Reply(reply(("A", math.log(0.4)), (" A", math.log(0.2)), ("AB", -2.0)))
+    ) as service:
+        assert asker(service.url).ask(questions(1))[0].logps == pytest.approx((math.log(0.6), -math.inf))
+
+
+def test_the_sampled_token_counts_where_it_is_not_among_the_top_ones(asker):
+    found = reply(("I", -0.2), ("B", -2.0), said=("A", -5.0))
+    with serving(lambda body, before: Reply(found)) as service:
+        assert asker(service.url).ask(questions(1))[0].logps == (-5.0, -2.0)
+
+
+def test_what_servers_write_for_a_probability_of_0(asker):
+    with serving(lambda body, before: Reply(reply(("A", 0.0), ("B", -9999.0)))) as service:
+        assert asker(service.url).ask(questions(1))[0].logps == (0.0, -math.inf)
+
+
+def test_a_reasoning_step_is_a_request_of_its_own(asker):
+    def answer(body, before):
+        return Reply(GOOD if "logprobs" in body else {"choices": [{"message": {"content": " the first is kinder \n"}}]})
+
+    with serving(answer) as service:
+        (found,) = asker(service.url, reasoning_temperature=0.7).ask(questions(1, reasoning=50))
+    assert found.reasoning == "the first is kinder" and found.logps[0] == pytest.approx(math.log(0.6))
+    thinking, answering = service.asked
+    assert (thinking["max_tokens"], thinking["temperature"]) == (50, 0.7) and isinstance(thinking["seed"], int)
+    assert [each["role"] for each in answering["messages"]] == ["user", "assistant", "user"]
+    assert answering["messages"][1:] == [
+        {"role": "assistant", "content": "the first is kinder"},
+        {"role": "user", "content": "So: A or B?"},
+    ]
+
+
+def test_more_keys_of_a_request_are_sent_and_null_takes_one_out(asker):
+    extra = {"chat_template_kwargs": {"enable_thinking": False}, "n": None}
+    with serving(lambda body, before: Reply(GOOD)) as service:
+        asker(service.url, extra=extra).ask(questions(1))
+    assert service.asked[0]["chat_template_kwargs"] == {"enable_thinking": False} and "n" not in service.asked[0]
+
+
+def test_as_many_requests_at_once_as_the_config_says(asker):
+    meeting = threading.Barrier(3)
+
+    def answer(body, before):
+        meeting.wait(timeout=20)  # nobody is answered before three have asked
+        return Reply(GOOD)
+
+    with serving(answer) as service:
+        found = asker(service.url, concurrency=3, timeout_s=30.0).ask(questions(6))
+    assert all(each.error is None for each in found) and service.most_open == 3
+
+
+# What is paid for is kept.
+
+
+def test_what_was_answered_is_not_asked_again_whoever_asks(asker):
+    with serving(lambda body, before: Reply(GOOD)) as service:
+        first = asker(service.url).ask(questions())
+        assert len(service.asked) == 3
+        assert asker(service.url).ask(questions(4)) == [*first, *asker(service.url).ask(questions(4))[3:]]
+        assert len(service.asked) == 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"model": "another"}, {"top_logprobs": 5}, {"extra": {"seed": 3}}, {"cache": None}], ids=str
+)
+def test_where_something_that_matters_is_different_it_is_asked_again(asker, settings):
+    with serving(lambda body, before: Reply(GOOD)) as service:
+        asker(service.url).ask(questions(1))
+        asker(service.url, **settings).ask(questions(1))
+        assert len(service.asked) == 2
+
+
+def test_the_thought_and_each_answer_are_kept_when_the_server_goes_down_in_between(asker):
+    def answer(body, before):
+        if "logprobs" not in body:
+            return Reply({"choices": [{"message": {"content": "hm"}}]})
+        return Reply(GOOD) if before == 1 else Reply(b"", status=500)
+
+    with serving(answer) as service:
+        server = asker(service.url, concurrency=1, retries=0)
+        with pytest.raises(ScoreError, match="does not answer"):
+            server.ask(questions(2, reasoning=5))
+        asked = len(service.asked)
+        with pytest.raises(ScoreError):
+            server.ask(questions(2, reasoning=5))
+        assert len(service.asked) == asked + 1  # the second answer alone: all else is on disk
+
+
+# Retries.
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Reply({"error": {"message": "slow down"}}, status=429),
+        Reply({"error": "busy"}, status=503, headers={"Retry-After": "0"}),
+        Reply(b"Internal Server Error", status=500),
+        Reply(GOOD, sent=30),
+        Reply(b'{"choices": [{"message": {"con'),
+        Reply(b"", sent=0, headers={"Content-Length": "10"}),
+        Reply(GOOD, pause_s=0.05),
+    ],
+    ids=["429", "503", "500", "half-a-body", "half-a-json", "nothing", "slow"],
+)
+def test_a_server_in_trouble_is_asked_again(asker, trouble):
+    with serving(lambda body, before: trouble if before < 2 else Reply(GOOD)) as service:
+        (found,) = asker(service.url, timeout_s=1.5 if trouble.pause_s else 30.0).ask(questions(1))
+        assert found.error is None and found.logps is not None
+        assert len(service.asked) >= 3  # one more, should this machine be as slow as the server
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        (Reply({"error": {"message": "slow down"}}, status=429), ["status 429: slow down", "lower concurrency"]),
+        (Reply(b"oops", status=500), ["status 500: oops", "look at the server's log"]),
+        (Reply(GOOD, sent=30), ["RemoteProtocolError", "look at the server's log"]),
+        (Reply(b'{"choices": [{'), ["no JSON, or half of it", "look at the server's log"]),
+        (Reply(GOOD, pause_s=0.05), ["0.3 s", "raise timeout_s"]),
+    ],
+    ids=["429", "500", "half-a-body", "half-a-json", "slow"],
+)
+def test_a_server_that_stays_in_trouble_ends_it(asker, trouble, says):
+    with serving(lambda body, before: trouble) as service, pytest.raises(ScoreError) as raised:
+        asker(service.url, retries=1, timeout_s=0.3 if "0.3 s" in says else 30.0).ask(questions(2))
+    text = str(raised.value)
+    assert text.startswith(f"key scorer.ask.url, {service.url}: the server does not answer")
+    assert "(the last of 2 tries)" in text and all(part in text for part in says), text
+
+
+def test_a_server_that_is_down_ends_it(asker):
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(ScoreError) as raised:
+        asker(url, retries=2).ask(questions(40))
+    error = raised.value
+    assert error.where == f"key scorer.ask.url, {url}" and "Connect" in error.value
+    assert error.remedy == "start the server, or correct the url; what was answered before is kept"
+
+
+def test_one_question_that_a_server_cannot_answer_costs_only_that_answer(asker):
+    def answer(body, before):
+        return Reply(b"", status=500) if body["messages"][0]["content"] == "question 2" else Reply(GOOD)
+
+    with serving(answer) as service:
+        found = asker(service.url, retries=2, concurrency=2).ask(questions(12))
+    assert [each.id for each in found if each.error] == ["q2"]
+    assert found[2].logps is None and found[2].error == "status 500: nothing, 3 times"
+
+
+# Replies that are no answers.
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b'{"choices": [{"logprobs": {"content": [{"token": "A", "logprob": NaN}]}}]}', "the log-prob of 'A' is nan"),
+        (reply(("A", None), ("B", -1.0)), "the log-prob of 'A' is None"),
+        (reply(("A", "high")), "the log-prob of 'A' is high"),
+        ({"choices": [{"logprobs": {"content": []}}]}, "it answered nothing"),
+    ],
+    ids=["nan", "null", "words", "nothing"],
+)
+def test_an_answer_that_is_none_is_an_error_of_its_own_and_is_not_asked_twice(asker, body, error):
+    with serving(lambda asked, before: Reply(body)) as service:
+        found = asker(service.url).ask(questions(2))
+        assert len(service.asked) == 2
+    assert [(each.logps, each.error) for each in found] == [(None, error)] * 2
+
+
+def test_a_judge_that_answers_neither_token_gives_neither_a_probability(asker):
+    with serving(lambda body, before: Reply(reply(("I", -0.1), ("Well", -3.0)))) as service:
+        assert asker(service.url).ask(questions(1))[0].logps == (-math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (Reply({"choices": [{"message": {"content": "A"}, "logprobs": None}]}), "a reply without logprobs.content"),
+        (Reply({"error": {"message": "top_logprobs: at most 5"}}, status=400), "status 400: top_logprobs: at most 5"),
+        (Reply({"text": "A"}), 'a reply without choices: {"text": "A"}'),
+    ],
+    ids=["no-logprobs", "400", "another-api"],
+)
+def test_a_server_that_does_not_understand_the_question_ends_it_as_long_as_nothing_was_answered(asker, given, value):
+    with serving(lambda body, before: given) as service, pytest.raises(ScoreError) as raised:
+        asker(service.url).ask(questions(2))
+    assert raised.value.what == "the server answers none of the questions" and raised.value.value == value
+    assert "lower top_logprobs" in raised.value.remedy
+
+
+def test_afterwards_it_costs_only_those_answers(asker):
+    def answer(body, before):
+        return Reply(GOOD) if before < 2 else Reply({"error": {"message": "too long"}}, status=400)
+
+    with serving(answer) as service:
+        server = asker(service.url)
+        assert all(each.error is None for each in server.ask(questions(2)))
+        assert server.ask(questions(3))[2].error == "status 400: too long"
+
+
+# Keys.
+
+
+@pytest.mark.parametrize(
+    ("status", "part"), [(401, "that key_env names"), (403, "a key that may"), (404, "correct the url")]
+)
+def test_a_server_that_refuses_ends_it_at_once_and_never_shows_the_key(asker, monkeypatch, caplog, status, part):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    said = Reply({"error": {"message": f"not with {KEY}"}}, status=status)
+    with serving(lambda body, before: said) as service, pytest.raises(ScoreError) as raised, caplog.at_level("DEBUG"):
+        asker(service.url, key_env="JUDGE_KEY", concurrency=1).ask(questions(9))
+    assert service.headers[0]["Authorization"] == f"Bearer {KEY}" and len(service.asked) == 1
+    assert f"status {status}: not with ***" in str(raised.value) and part in raised.value.remedy
+    assert KEY not in repr(raised.value) + str(raised.value) + caplog.text
+
+
+def test_a_refused_request_without_a_key_says_how_one_is_given(asker):
+    with serving(lambda body, before: Reply({}, status=401)) as service, pytest.raises(ScoreError) as raised:
+        asker(service.url).ask(questions(1))
+    assert raised.value.remedy == "put the server's key into an environment variable, and name that as key_env"
+
+
+def test_the_key_is_in_no_file(asker, monkeypatch, tmp_path):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(lambda body, before: Reply(GOOD)) as service:
+        server = asker(service.url, key_env="JUDGE_KEY")
+        server.ask(questions(2))
+        server.close()
+    assert (tmp_path / "answers.sqlite").stat().st_size
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert KEY not in str(server._config.model_dump()) + repr(server._config)
+
+
+@pytest.mark.parametrize("value", [None, "", " "])
+def test_a_key_that_is_not_there_is_said_before_anything_is_asked(asker, monkeypatch, value):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(ScoreError) as raised:
+        asker("http://127.0.0.1:9", key_env="JUDGE_KEY")
+    assert raised.value.where == "key scorer.ask.key_env"
+    assert "on each node before `ray start`" in raised.value.rule
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"url": "127.0.0.1:8000"}, "no address of a server"),
+        ({"url": "ftp://host/v1"}, "no address of a server"),
+        ({"url": "http://host:99999/v1"}, "no address of a server"),
+        ({"url": f"http://me:{KEY}@host/v1"}, "a password or a key in it"),
+        ({"url": f"http://host/v1?api_key={KEY}"}, "a password or a key in it"),
+        ({"key_env": KEY}, "no name of an environment variable"),
+    ],
+    ids=str,
+)
+def test_a_config_that_could_not_work_or_would_show_a_key_is_refused(settings, says):
+    with pytest.raises(ValidationError, match=says):
+        ServerAsker(**{"url": "http://host/v1", "model": "judge", **settings})
