@@ -23,7 +23,7 @@ from rayalign.build import (
     with_cached_reference,
 )
 from rayalign.checkpoint import Checkpoints
-from rayalign.checks import check_parts, check_rollouts, check_training
+from rayalign.checks import check_parts, check_rollouts, check_scorer, check_training
 from rayalign.console import Console, logged, print_before_after, print_evaluation
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
@@ -97,6 +97,7 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     quiet_libraries()
     tokenizer = load_tokenizer(config)
     check_training(config)
+    check_scorer(config)
     prompts = prompts_for(config, tokenizer)
     examples = examples_for(config, tokenizer)
     check_rollouts(config, prompts, examples)
@@ -241,6 +242,7 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
     policy = model_path(model or config.model.path)
     tokenizer = load_tokenizer(config, policy)
     check_parts(config)
+    check_scorer(config)
     held_out = prompts_for(config, tokenizer).held_out[: config.evaluation.prompts]
     examples = examples_for(config, tokenizer)
     if config.scored:

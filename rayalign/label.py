@@ -20,7 +20,7 @@ from rayalign.algorithms.label import Label
 from rayalign.algorithms.rejection_sampling import best_of_n
 from rayalign.api import quiet_libraries, report_of
 from rayalign.build import Parts, collector_for, examples_for, load_tokenizer, model_path, prompts_for, start_parts
-from rayalign.checks import check_parts
+from rayalign.checks import check_parts, check_scorer
 from rayalign.console import Console, logged
 from rayalign.data.examples import ExampleSet
 from rayalign.data.labels import Record, read_shard, record_of, rows_of, write_lines, write_shard
@@ -76,6 +76,7 @@ def run_labelling(config: Config, *, name: str = "label") -> Labelled:
     quiet_libraries()
     config = labelling(config)
     check_labelling(config)
+    check_scorer(config)
     tokenizer = load_tokenizer(config)
     prompts, examples = data_of(config, tokenizer)
     named = prompts if examples is None else examples

@@ -52,6 +52,8 @@ class LentScorer:
     """`protocols.Scorer` by a judge whose engine is the policy's. Groups wait until no completion is being sampled;
     then all of them are judged in one go: one load of the reference, one push of the policy back.
 
+    Without a policy (where answers are labelled, and nothing is trained) the engine holds the model as it is.
+
     An error while judging leaves the reference's weights in the engine: it ends the run, as every scorer's does.
 
     Args:
@@ -62,10 +64,9 @@ class LentScorer:
     def __init__(
         self, config: Any, engine: CountedEngine, roles: Roles, tokenizer: Any, *, max_context: int, max_gap: float
     ):
-        if roles.reference is None:
+        if roles.policy is not None and roles.reference is None:
             raise ValueError("a judge that borrows the policy's engine needs a reference")
-        self._engine, self._policy, self._max_gap = engine, roles.policy, max_gap
-        self._reference: Learner = roles.reference
+        self._engine, self._roles, self._max_gap = engine, roles, max_gap
         asking = EngineAsking(engine, tokenizer, max_context=max_context, name="the policy", closes=False)
         self._score = config.start_with(asking)
         self._waiting: list[Group] = []
@@ -83,11 +84,14 @@ class LentScorer:
 
     @contextmanager
     def _borrowed(self, groups: Sequence[Group]) -> Iterator[None]:
-        version = self._engine.version
+        policy, reference, version = self._roles.policy, self._roles.reference, self._engine.version
+        if policy is None or reference is None:
+            yield
+            return
         probe = [g.prompt.token_ids + g.completions[0].token_ids for g in groups[:PROBES]]
-        self._push(self._reference, BORROWED, probe)
+        self._push(reference, BORROWED, probe)
         yield
-        self._push(self._policy, version, probe)
+        self._push(policy, version, probe)
 
     def _push(self, learner: Learner, version: int, probe: Sequence[tuple[int, ...]]) -> None:
         push_weights(learner, self._engine, version=version, probe=probe, max_gap=self._max_gap)  # type: ignore[arg-type]
