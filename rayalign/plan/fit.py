@@ -9,14 +9,14 @@ from rayalign.plan.batches import count_batches
 from rayalign.plan.engines import engine_memory
 from rayalign.plan.learners import compute_width, learner_memory, push_bytes, shares_gpus
 from rayalign.plan.notes import notes_of
-from rayalign.plan.records import GIB, Bytes, Fit, Lengths, Load, Problem, RoleMemory
+from rayalign.plan.records import GIB, Fit, Lengths, Load, Problem, RoleMemory
+from rayalign.plan.scorers import scorer_memory
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node, Place, place
 from rayalign.schema import Config
 
 DRIVER = 0.45 * GIB  # the training loop's own process, and
 RAY = 0.8 * GIB  # Ray's on a node: measured, as for learners
-SCORER = 0.3 * GIB
 
 
 def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Node]) -> Fit:
@@ -32,8 +32,9 @@ def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Nod
     memory, cache, wrong = learner_memory(config, shape, micro, on_gpu=on_gpu), None, []
     if config.samples:
         engine, cache, wrong = engine_memory(config, shape, gpu_gib=gpu_gib, on_gpu=on_gpu)
-        scorer = RoleMemory("scorer", "scorer", config.scorer.count, Bytes(), Bytes(other=SCORER))
-        memory = (engine, *memory, scorer)
+        memory = (engine, *memory)
+    scorers, of_scorers = scorer_memory(config, gpu_gib=gpu_gib, on_gpu=on_gpu)
+    memory, wrong = (*memory, *scorers), wrong + of_scorers
     if on_gpu and not gpu_gib:
         wrong = [problem for problem in wrong if "no room" not in problem.what]  # nothing to hold it against
     loads = _gpu_loads(config, places, memory) + _host_loads(config, shape, nodes, places, memory)
@@ -49,15 +50,21 @@ def places_for(config: Config, nodes: Sequence[Node]) -> tuple[Place, ...]:
         node = nodes[0]
         cores = tuple(range(node.cpus))
         return tuple(
-            Place(actor, node, float(node.cpus), float(min(node.gpus, 1)) if actor[:6] != "scorer" else 0.0, cores)
-            for actor in (("engine-0", "learner-0", "scorer-0") if config.samples else ("learner-0",))
+            Place(actor, node, float(node.cpus), float(min(node.gpus, 1 if needs else 0)), cores)
+            for actor, there, needs in (
+                ("engine-0", config.samples, True),
+                ("learner-0", True, True),
+                ("scorer-0", config.scorer_actors, getattr(config.scorer, "gpus", 0)),
+            )
+            if there
         )
     return place(
         nodes,
         engines=config.engine.count if config.samples else 0,
         tensor_parallel=getattr(config.engine, "tensor_parallel", 1),
         learners=config.learner.ranks,
-        scorers=config.scorer.count if config.samples else 0,
+        scorers=config.scorer_actors,
+        scorer_gpus=getattr(config.scorer, "gpus", 0),
         colocate=config.placement.colocate,
     )
 
@@ -69,7 +76,8 @@ def _kind(actor: str) -> str:
 def _gpu_loads(config: Config, places: Sequence[Place], memory: Sequence[RoleMemory]) -> tuple[Load, ...]:
     """GPUs that hold the same are one line. Engine and learner that share a GPU are added up: what a learner's
     allocator has reserved in an update it keeps while the engine is awake."""
-    needs = {kind: sum(r.device.total for r in memory if r.actor == kind) / GIB for kind in ("engine", "learner")}
+    kinds_there = ("engine", "learner", "scorer")
+    needs = {kind: sum(r.device.total for r in memory if r.actor == kind) / GIB for kind in kinds_there}
     shared = shares_gpus(config)
     found: dict[tuple[tuple[str, ...], float], list[str]] = {}
     on_gpu = [each for each in places if each.gpus > 0]

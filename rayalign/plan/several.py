@@ -98,8 +98,10 @@ def thin_ranks(config: Config, nodes: Sequence[Node], settings: dict[str, Any] |
         return [now]
     gpus = sum(node.gpus for node in nodes)
     parallel = (settings or {}).get("engine.tensor_parallel", getattr(config.engine, "tensor_parallel", 1))
-    engines = config.engine.count * parallel if gpus and config.samples and not shares_gpus(config) else 0
-    room = min((gpus or sum(node.cpus for node in nodes)) - engines, config.rollout.prompts)
+    taken = 0
+    if gpus and config.samples and not shares_gpus(config):
+        taken = config.engine.count * parallel + config.scorer_actors * getattr(config.scorer, "gpus", 0)
+    room = min((gpus or sum(node.cpus for node in nodes)) - taken, config.rollout.prompts)
     return sorted({now, *(room >> n for n in range(max(room, 0).bit_length()))})
 
 

@@ -48,6 +48,14 @@ class JudgeRules(Record):
         None, description="a rule: how often it agrees with the judge, and its own score, become metrics"
     )
 
+    def questions(self, count: int) -> int:
+        """That are asked about `count` answers of one prompt, at most."""
+        if self.mode == "direct":
+            return count
+        pairs = count * (count - 1) // 2
+        known = {"all": pairs, "tournament": count - 1, "swiss": min(pairs, self.comparisons or pairs)}
+        return 2 * known[self.schedule]
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -54,9 +54,12 @@ def test_every_shipped_config_plans(path):
     config = load_config(path)
     name = Path(config.model.path).name
     nodes = next((nodes for part, nodes in NODES.items() if part in path.stem), "1x2cpu/16GiB")
-    plan = make_plan(load_config(path, [f"model.path={SHAPES / SIMILAR.get(name, name)}"]), nodes=nodes)
+    there = [f"model.path={SHAPES / SIMILAR.get(name, name)}"]
+    if judge := getattr(getattr(config.scorer, "ask", None), "model", None):
+        there.append(f"scorer.ask.model={SHAPES / SIMILAR.get(Path(judge).name, Path(judge).name)}")
+    plan = make_plan(load_config(path, there), nodes=nodes)
     assert plan.fits, plan.problems
-    kinds = {"engine", "learner", "scorer"} if config.samples else {"learner"}
+    kinds = {"learner", *(["engine"] if config.samples else []), *(["scorer"] if config.scorer_actors else [])}
     assert {place.actor.split("-")[0] for place in plan.fit.places} == kinds
     assert plan.fit.batches.passes or "hub" in plan.lengths.rows.source
     assert "this fits" in printed(plan)
