@@ -102,10 +102,13 @@ class Python(ScorerConfig):
 def _check(function: Any, config: Python) -> None:
     """Raises Unfit when this cannot be called as it will be."""
     if not callable(function) or inspect.isclass(function):
+        what = (
+            "a class, no function"
+            if inspect.isclass(function)
+            else f"no function, but of type {type(function).__name__}"
+        )
         raise _unfit(
-            f"{config.function.partition(':')[2]} is a {type(function).__name__}, not a function"
-            if not inspect.isclass(function)
-            else f"{config.function.partition(':')[2]} is a class, not a function",
+            f"{config.function.partition(':')[2]} is {what}",
             rule="a function of prompts and completions that gives one number a completion",
             remedy="name a function; an object that is made in the module and can be called will do, too",
         )

@@ -1,0 +1,150 @@
+"""The scorer `mix`: weights, standardised scores, what each part says, and mixes that mean nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from rayalign.api import run_training
+from rayalign.config import parse_config
+from rayalign.errors import ConfigError, ScoreError
+from rayalign.registry import resolve
+from rayalign.scorers import SCORERS
+from rayalign.scorers.base import score_groups
+from rayalign.scorers.mix import Mix, standardised
+from rayalign.types import Group
+from tests.parts import tiny_config
+from tests.scored import Counted, Says, group
+
+
+def part(weight: float = 1.0, label: str | None = None, **said: Any) -> dict[str, Any]:
+    return {"scorer": {"name": "tests.scored:Says", **said}, "weight": weight, "label": label}
+
+
+def judged(*parts: dict[str, Any], **settings: Any) -> Group:
+    score = Mix(scorers=parts, **settings).start()
+    count = len(parts[0]["scorer"].get("scores", "ab"))
+    return score_groups(score, [group(0, *"abcdef"[:count])], who="scorer-0")[0]
+
+
+def test_scores_are_weighted_and_added_and_each_mean_is_a_metric():
+    found = judged(part(2.0, "kind", scores=(1, 0, 3)), part(-0.5, "long", scores=(10, 20, 30)))
+    assert found.scores == (-3.0, -10.0, -9.0)
+    assert found.metrics == {"scores/kind": pytest.approx(4 / 3), "scores/long": 20.0}
+    assert found.preferences is None
+
+
+def test_standardised_scores_have_mean_0_and_spread_1_whatever_their_scale():
+    found = judged(part(1.0, "a", scores=(1, 2, 3)), part(1.0, "b", scores=(3e6, 2e6, 1e6)), standardise="group")
+    assert found.scores == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+    assert found.metrics == {"scores/a": 2.0, "scores/b": 2e6}  # as they were given
+    spread = math.sqrt(2 / 3)
+    assert standardised((1, 2, 3)) == pytest.approx((-1 / spread, 0, 1 / spread))
+    assert standardised((0.1, 0.1, 0.1)) == (0.0, 0.0, 0.0) == standardised((5,)) * 3
+
+
+def test_a_scorer_of_weight_0_is_only_reported():
+    found = judged(part(1.0, "a", scores=(1, 2)), part(0.0, "b", scores=(7, 9)))
+    assert found.scores == (1.0, 2.0) and found.metrics["scores/b"] == 8.0
+
+
+def test_preferences_are_averaged_by_weight_where_all_that_count_give_some():
+    both = [part(3.0, "a", scores=(1, 0), certainty=0.9), part(1.0, "b", scores=(1, 0), certainty=0.5)]
+    found = judged(*both, part(0.0, "c", scores=(1, 0)))
+    assert found.preferences[0] == (0.5, pytest.approx(0.8)) and found.preferences[1] == (pytest.approx(0.2), 0.5)
+    assert judged(*both, part(0.1, "c", scores=(1, 0))).preferences is None
+    assert judged(both[0], part(-1.0, "b", scores=(1, 0), certainty=0.5)).preferences is None
+
+
+def test_metrics_of_the_parts_go_on_and_those_of_a_second_judge_under_its_label():
+    metrics = {"judge/ties": 0.25}
+    found = judged(
+        part(1.0, "a", scores=(1, 0), metrics=metrics), part(1.0, "b", scores=(1, 0), metrics={"judge/ties": 1})
+    )
+    assert found.metrics["judge/ties"] == 0.25 and found.metrics["b/judge/ties"] == 1.0
+
+
+def test_the_parts_are_really_those_of_the_config():
+    config = (
+        {"scorer": {"name": "rules", "rule": "vader"}},
+        {"scorer": {"name": "rules", "rule": "brevity"}, "weight": 0.1},
+    )
+    (found,) = score_groups(Mix(scorers=config).start(), [group(0, "a great film", "awful")], who="s")
+    vader = found.metrics["scores/vader"] * 2
+    assert found.metrics["scores/brevity"] == -2.0 and sum(found.scores) == pytest.approx(vader - 0.4)
+    assert found.scores[0] > found.scores[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ({"scores": (1.0, math.nan)}, "a score is not a finite number"),
+        ({"scores": (1.0,)}, "the number of scores is wrong"),
+        ({"scores": (1, 0), "metrics": {"x": math.inf}}, "a metric of a scorer is not a finite number"),
+        ({"scores": (1, 0), "certainty": 1.5}, "preferences are no probabilities"),
+    ],
+    ids=["nan", "short", "metric", "preference"],
+)
+def test_what_a_part_must_not_give_is_said_of_that_part(said, what):
+    says = {"name": "tests.scored:Says"}
+    good, bad = Says(**says, scores=(1, 0)), Says.model_construct(**says, **{"certainty": None, "metrics": {}, **said})
+    mix = Mix(scorers=({"scorer": good, "label": "good"}, {"scorer": bad, "label": "bad"}))
+    with pytest.raises(ScoreError) as raised:
+        score_groups(mix.start(), [group(3, "a", "b")], who="scorer-0")
+    assert raised.value.what == what and raised.value.where.startswith("scorer bad of the mix, prompt 3")
+
+
+def test_all_parts_are_closed_also_when_one_does_not_start():
+    Counted.closed = 0
+    counts = {"scorer": {"name": "tests.scored:Counts"}}
+    score = Mix(scorers=({**counts, "label": "a"}, {**counts, "label": "b"})).start()
+    assert score.memory_gib() == 4.0
+    score.close()
+    assert Counted.closed == 2
+    broken = {"scorer": {**counts["scorer"], "fails": True}, "label": "b"}
+    with pytest.raises(RuntimeError, match="cannot start"):
+        Mix(scorers=({**counts, "label": "a"}, broken)).start()
+    assert Counted.closed == 3
+
+
+def test_every_scorer_but_a_mix_can_be_mixed():
+    table = Mix.model_fields["scorers"].annotation.__args__[0].model_fields["scorer"].metadata
+    names = {name for each in table if hasattr(each, "table") for name in each.table}
+    assert names == set(SCORERS) - {"mix"} and resolve(SCORERS["mix"]) is Mix
+
+
+@pytest.mark.parametrize(
+    ("scorers", "where", "what"),
+    [
+        ([], "scorer.scorers", "this value cannot be used"),
+        ([part(scores=(1,)), part(scores=(1,))], "scorer.scorers", "two scorers of the mix are called Says"),
+        ([part(0.0, scores=(1,))], "scorer.scorers", "all weights are 0"),
+        ([{"scorer": {"name": "mix", "scorers": []}}], "scorer.scorers.0.scorer.name", "no scorer is called mix"),
+        ([{"scorer": {"name": "rules"}}], "scorer.scorers.0.scorer.rule", "this key is missing"),
+        ([{"weight": 1.0}], "scorer.scorers.0.scorer", "this key is missing"),
+        ([part(1.0, "a b", scores=(1,))], "scorer.scorers.0.label", "this value cannot be used"),
+    ],
+    ids=["none", "twice", "weights", "mix", "rule", "scorer", "label"],
+)
+def test_mixes_that_mean_nothing(tmp_path, model, scorers, where, what):
+    with pytest.raises(ConfigError) as raised:
+        parse_config(tiny_config(tmp_path, model, scorer={"name": "mix", "scorers": scorers}))
+    error = raised.value
+    assert error.where.endswith(f"key {where}") and error.what.startswith(what), str(error)
+    assert error.value is not None and error.rule and error.remedy
+
+
+def test_a_training_with_one_records_each_score(tmp_path, model):
+    scorers = [
+        {"scorer": {"name": "tests.parts:Tokens"}, "label": "tokens"},
+        {"scorer": {"name": "rules", "rule": "brevity"}, "weight": 0.1},
+    ]
+    scorer = {"name": "mix", "scorers": scorers, "standardise": "group"}
+    result = run_training(parse_config(tiny_config(tmp_path, model, scorer=scorer, train__steps=2)))
+    records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all({"scores/tokens", "scores/brevity"} <= record.keys() for record in records)
+    assert all(0 <= record["scores/tokens"] <= 1 and record["scores/brevity"] < 0 for record in records)
+    assert all(abs(record["reward/mean"]) < 1e-6 for record in records)
