@@ -26,6 +26,12 @@ from rayalign.sync.handshake import SyncConfig
 from rayalign.trackers import TRACKERS
 from rayalign.types import Sampling
 
+ROUNDS_KEYS = {
+    "rounds": "stages that run one after the other: each has a name, and the keys in which it differs from the others; "
+    '"stage:NAME" stands for the weights, or the rows, of one that came before',
+    "repeat": "how often the stages run, one after the other; each time from the newest policy",
+}
+
 AnyAlgorithm = Annotated[SerializeAsAny[Record], Tagged("algorithm", ALGORITHMS, "examples")]
 AnyEngine = Annotated[SerializeAsAny[Record], Tagged("engine", ENGINES, "build", "vllm")]
 AnyLearner = Annotated[SerializeAsAny[Record], Tagged("learner", LEARNERS, "build", "deepspeed")]
@@ -275,8 +281,16 @@ class Config(Record):
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a config file, for editors: keys, descriptions, defaults, and every name
     that selects a part. It allows what `load_config` allows, but for rules that join several keys, numbers in
-    quotes, and the keys of parts from outside, which it cannot know."""
-    return {"$schema": GenerateJsonSchema.schema_dialect, **record_schema(Config), "title": "rayalign config"}
+    quotes, the keys of parts from outside, which it cannot know, and what stands below the keys of a stage."""
+    whole = {"$schema": GenerateJsonSchema.schema_dialect, **record_schema(Config), "title": "rayalign config"}
+    names = {"name": {"type": "string", "description": "of the stage, and of its folder"}}
+    below = {key: {"description": each["description"]} for key, each in whole["properties"].items()}
+    stage = {"type": "object", "required": ["name"], "properties": {**names, **below}, "additionalProperties": False}
+    rounds = {"type": "array", "minItems": 1, "items": stage, "description": ROUNDS_KEYS["rounds"]}
+    repeat = {"type": "integer", "minimum": 1, "default": 1, "description": ROUNDS_KEYS["repeat"]}
+    whole["properties"] = {**whole["properties"], "rounds": rounds, "repeat": repeat}
+    whole["anyOf"] = [{"required": ["rounds"]}, {"required": whole.pop("required")}]
+    return whole
 
 
 @cache

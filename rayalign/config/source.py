@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from rayalign.errors import ConfigError
+from rayalign.registry import did_you_mean
 
 FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 WORDS = (  # tag, what it looks like, what it begins with
@@ -73,6 +74,7 @@ class Source:
         name: the file, for messages.
         root, text: of the file; none for a config that was made in Python.
         given: path of each override → as it was typed.
+        above: of a stage of `rounds`, where in the file its keys stand: ("rounds", NAME).
     """
 
     name: str
@@ -80,14 +82,15 @@ class Source:
     root: yaml.Node | None = None
     text: str = ""
     given: dict[tuple[str, ...], str] = field(default_factory=dict)
+    above: tuple[str, ...] = ()
 
     def place(self, path: Sequence[str | int]) -> str:
         """`my.yaml:12, key train.steps`; the line is that of the nearest key that is there."""
         key, _ = self._find(path)
         line = f":{key.start_mark.line + 1}" if key is not None else ""
         where = "command line" if self._override_of(path) else f"{self.name}{line}"
-        name = ".".join(map(str, path))
-        return f"{where}, key {name if len(name) < 100 else name[:99] + '…'}" if path else where
+        name = ".".join(map(str, (*self.above, *path)))
+        return f"{where}, key {name if len(name) < 100 else name[:99] + '…'}" if name else where
 
     def written(self, path: Sequence[str | int], value: Any) -> str:
         """A value as the user wrote it."""
@@ -116,7 +119,10 @@ class Source:
                 else "write the key's parts with single dots between",
             )
         node: Any = self.data
-        for parent in parts[:-1]:
+        parents = parts[:-1]
+        if parents[:1] == ("rounds",) and len(parents) > 1 and isinstance(node.get("rounds"), list):
+            node, parents = self._stage(parents[1], item), parents[2:]
+        for parent in parents:
             if isinstance(node.get(parent), str):  # `scorer: judge` is short for `scorer: {name: judge}`
                 node[parent] = {"name": node[parent]}
             if isinstance(node.get(parent), list):
@@ -132,6 +138,21 @@ class Source:
             node = node[parent]
         node[parts[-1]] = _value(key, text)
         self.given[parts] = text
+
+    def _stage(self, name: str, item: str) -> dict[str, Any]:
+        """A copy of the stage of this name, in its place. Raises ConfigError."""
+        stages = [dict(each) if isinstance(each, dict) else each for each in self.data["rounds"]]
+        found = {each.get("name"): each for each in stages if isinstance(each, dict)}
+        if name not in found:
+            raise ConfigError(
+                f"no stage is called {name}",
+                where=f"command line, key rounds.{name}",
+                value=item,
+                rule="rounds.NAME.KEY=VALUE with the name of a stage",
+                remedy=did_you_mean(name, map(str, found)),
+            )
+        self.data["rounds"] = stages
+        return found[name]
 
     def _override_of(self, path: Sequence[str | int]) -> tuple[str, ...] | None:
         """The last override of this key, or of one that holds it."""

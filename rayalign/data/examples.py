@@ -21,8 +21,13 @@ from rayalign.errors import DataError
 from rayalign.types import Group
 
 AnySource = TableSource | StreamSource
-KINDS = {"pair": "pairs", "completion": "answers", "label": "labelled answers", "ranked": "ranked", "votes": "voted on"} | {
-    "answers": "answers to compare"
+KINDS = {
+    "pair": "pairs",
+    "completion": "answers",
+    "label": "labelled answers",
+    "ranked": "ranked",
+    "votes": "voted on",
+    "answers": "answers to compare",
 }
 
 

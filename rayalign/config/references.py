@@ -1,0 +1,125 @@
+"""What stages of `rounds` name of one another: whether it is there, comes before, and is what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rayalign.config.rounds import STAGE, Stage
+from rayalign.config.source import Source
+from rayalign.errors import ConfigError
+from rayalign.registry import did_you_mean
+from rayalign.schema import Config
+
+
+def check_order(source: Source, names: Sequence[str]) -> None:
+    """Whether each stage that another one names is there, and comes before it. Raises ConfigError."""
+    stages = source.data["rounds"]
+    waits = {
+        names[place]: [(key, value.removeprefix(STAGE)) for key, value in texts(stage) if value.startswith(STAGE)]
+        for place, stage in enumerate(stages)
+    }
+    shared = {key: value for key, value in source.data.items() if key != "rounds"}
+    for key, value in texts(shared):
+        if value.startswith(STAGE):
+            raise ConfigError(
+                "what all stages share cannot come from one of them",
+                where=source.place(key),
+                value=value,
+                rule="stage:NAME in a stage that comes after the one it names",
+                remedy="move this key into the stages that need it",
+            )
+    for place, (name, found) in enumerate(waits.items()):
+        for key, wanted in found:
+            at = source.place(("rounds", place, *key))
+            if wanted not in names:
+                raise ConfigError(
+                    f"no stage is called {wanted or 'nothing'}",
+                    where=at,
+                    value=f"{STAGE}{wanted}",
+                    rule=f"stage:NAME with one of {', '.join(names)}",
+                    remedy=did_you_mean(wanted, names),
+                )
+            if names.index(wanted) >= place:
+                circle = _circle(name, {each: [to for _, to in to_all] for each, to_all in waits.items()})
+                later = f"{wanted} comes after {name}" if wanted != name else f"{name} names itself"
+                raise ConfigError(
+                    f"these stages wait for one another: {' → '.join(circle)}"
+                    if circle
+                    else "a stage waits for a later one",
+                    where=at,
+                    value=f"{STAGE}{wanted}: {later}",
+                    rule="stage:NAME of a stage that comes before",
+                    remedy="leave model.path out to start from the newest policy, that of the last repetition, too"
+                    if key[0] == "model"
+                    else f"put {wanted} before {name}"
+                    if not circle
+                    else "name a file, or a stage that comes before",
+                )
+
+
+def _circle(start: str, waits: Mapping[str, Sequence[str]]) -> list[str]:
+    """start → … → start along what stages wait for; empty where there is no way back."""
+    queue: list[list[str]] = [[start]]
+    seen: set[str] = set()
+    while queue:
+        way = queue.pop(0)
+        for to in waits.get(way[-1], ()):
+            if to == start:
+                return [*way, to]
+            if to not in seen:
+                seen.add(to)
+                queue.append([*way, to])
+    return []
+
+
+def texts(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """(path, text) of all texts in nested mappings and lists."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping | list):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from texts(each, (*path, key))
+
+
+def check_references(source: Source, config: Config, references: Mapping[str, str], before: Sequence[Stage]) -> None:
+    """Whether the stages have what is wanted of them: rows, or weights of the right kind. Raises ConfigError."""
+    for key, folder in references.items():
+        stage = next(each for each in before if each.folder == folder)
+        what, network = stage.config.algorithm.name, stage.config.algorithm.network
+        problem = ""
+        if key.startswith("data."):
+            if stage.config.learns:
+                problem, rule = f"the stage {stage.name} ({what}) writes no data", "a stage with algorithm: label"
+        elif not stage.config.learns:
+            problem, rule = f"the stage {stage.name} ({what}) trains nothing", "a stage that trains a model"
+        elif key == "model.path" and network == "score" and config.algorithm.network != "score":
+            problem, rule = f"the stage {stage.name} trains a reward model", "a stage that trains a language model"
+        elif key.startswith("scorer.") and config.scorer.name == "reward_model" and network != "score":
+            problem, rule = f"the stage {stage.name} ({what}) trains no reward model", "algorithm: reward_model there"
+        if problem:
+            path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+            fitting = [each.name for each in before if _fits(each, key, config)]
+            raise ConfigError(
+                problem,
+                where=source.place(path),
+                value=f"{STAGE}{stage.name}",
+                rule=rule,
+                remedy=f"name {fitting[-1]}" if fitting else "add such a stage before this one",
+            )
+
+
+def _fits(stage: Stage, key: str, config: Config) -> bool:
+    if key.startswith("data."):
+        return not stage.config.learns
+    score = key.startswith("scorer.") and config.scorer.name == "reward_model"
+    return stage.config.learns and (stage.config.algorithm.network == "score") == score
+
+
+def renamed(value: Any, folders: Mapping[str, str]) -> Any:
+    """With stage:NAME as stage:FOLDER."""
+    if isinstance(value, str) and value.startswith(STAGE):
+        return f"{STAGE}{folders[value.removeprefix(STAGE)]}"
+    if isinstance(value, Mapping):
+        return {key: renamed(each, folders) for key, each in value.items()}
+    return [renamed(each, folders) for each in value] if isinstance(value, list) else value
