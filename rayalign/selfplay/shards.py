@@ -83,9 +83,9 @@ class Shard:
 
     def begin(self, known: Iterable[Answer]) -> None:
         """Go on with a shard that is not whole, from these answers of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"fingerprint": self._fingerprint}), *map(_line, known)]
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             _write(self._part, "".join(f"{line}\n" for line in lines))
             self._file = self._part.open("a", encoding="utf-8")
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Self-play runs: the opponent is the previous iterate, its answers are sampled once an iteration, runs resume exactly."""
+"""Self-play runs: the opponent is the previous iterate, and answers once an iteration; runs resume exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def write(path, rows):
 
 
 def sft_rows(count=ROWS):
-    return [{"prompt": f"write about {WORDS[i % 10]} {i}", "completion": f"a {WORDS[i % 7]} film"} for i in range(count)]
+    prompts = (f"write about {WORDS[i % 10]} {i}" for i in range(count))
+    return [{"prompt": prompt, "completion": f"a {WORDS[i % 7]} film"} for i, prompt in enumerate(prompts)]
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_the_data_is_learned_from_play_with_oneself(config):
     assert sorted(result.evaluations) == [0, 10, 20, 30]  # at each iteration's end, whatever evaluation.every is
     before, after = (result.evaluations[step].metrics for step in (0, 30))
     assert after["held_out/nll"] < before["held_out/nll"]
-    assert after["gap"] > before["gap"] and before["gap"] < 0  # the data were unlikelier than what it wrote itself
+    assert abs(after["gap"]) < abs(before["gap"])  # the data become as likely as what it writes itself
     assert before["win_rate"] == 0.5 == before["win_rate/ties"] / 2 and after["win_rate/ties"] < 1.0
     assert after["win_rate/low"] <= after["win_rate"] <= after["win_rate/high"]
     assert "kl/k1" not in after  # the reference is the policy by then
@@ -131,7 +132,7 @@ def test_the_opponent_is_the_previous_iterate(config, tmp_path):
         probe = [g.prompt.token_ids + g.completions[0].token_ids for g in wanted[:3]]
         for a, b in zip(roles.policy.logps(probe), roles.reference.logps(probe), strict=True):
             assert np.array_equal(a, b)
-        for learner in learners.values():
+        for learner in list(learners.values()):
             learner.close()
 
 
@@ -226,7 +227,7 @@ def test_a_kill_in_a_later_iteration_goes_on_there(config, tmp_path):
     assert [timeless(r) for r in records(resumed)] == [timeless(r) for r in records(whole)]
 
 
-@pytest.mark.parametrize("killed_at", range(1, ITERATIONS * STEPS + 1))
+@pytest.mark.parametrize("killed_at", [1, 3, 4, 6, 9])
 def test_a_kill_in_training_is_made_good_bit_for_bit(config, tmp_path, killed_at):
     changes = {"checkpoint__every": 2}
     whole = run_training(config(run_dir=str(tmp_path / "whole"), **changes)).run_dir
@@ -246,7 +247,7 @@ def test_a_signal_in_generation_stops_calmly_and_keeps_the_answers(config, tmp_p
     whole, cut = whole_and_cut(config, tmp_path, after=EVALUATED + 7, engine=engine)
     result = run_training(config(**cut))
     assert (result.step, result.stopped) == (0, True)
-    assert 6 <= sum(1 for p in (tmp_path / "cut/generations/iteration-0").glob("*") for _ in p.open()) - 2
+    assert len(generated(tmp_path / "cut", 0)) >= 4
     resumed = run_training(config(**cut, resume=True)).run_dir
     assert [timeless(r) for r in records(resumed)] == [timeless(r) for r in records(whole)]
 
@@ -335,34 +336,20 @@ def test_empty_answers_of_the_data(config, tmp_path, capsys):
     assert "2 skipped (2 × an answer is empty)" in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_opponent_that_answers_as_the_data_do(config, model, tmp_path):
-    """Greedy answers of the model as data: the opponent's are the same."""
-    first = run_training(config(sampling__temperature=0.0, data__held_out=0.0, algorithm__iterations=1, algorithm__steps=1))
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    answers = generated(first.run_dir, 0)
-    rows = [
-        {"prompt": row["prompt"], "completion": tokenizer.decode(answers[n]["token_ids"], skip_special_tokens=True)}
-        for n, row in enumerate(sft_rows())
-        if answers[n]["token_ids"][-1] == tokenizer.eos_token_id and len(answers[n]["token_ids"]) > 1
-    ]
-    assert rows or pytest.fail("no greedy answer ended; choose another seed of the tiny model")
-
-
-def test_prompts_that_leave_no_room(config, capsys):
+def test_prompts_that_leave_no_room(config, tmp_path):
     rows = sft_rows()
-    rows[2]["prompt"] = "a film " * 20
-    settings = {"data__max_tokens": 200}
+    rows[2]["prompt"] = "a film " * 40
+    settings = {"data__max_tokens": 200, "data__held_out": 0.0}
     result = run_training(config(rows, **settings))
     first = records(result.run_dir)[0]
-    assert first["generation/left_out"] <= 1.0
-    with pytest.raises(DataError, match="leaves no room"):
-        run_training(config([*rows[:2], rows[2], *rows[2:]], **settings, data__long_prompts="refuse", data__held_out=0.0,
-                            run_dir=str(result.run_dir) + "-2"))  # fmt: skip
+    assert (first["generation/answers"], first["generation/left_out"]) == (19.0, 1.0)
+    assert sum(r.get("pairs/without_opponent", 0.0) for r in records(result.run_dir)) > 0
+    with pytest.raises(DataError, match="leaves no room") as error:
+        run_training(config(rows, **settings, data__long_prompts="refuse", run_dir=str(tmp_path / "refused")))
+    assert error.value.where == "data.examples, row 3"
+    long = [{**row, "prompt": row["prompt"] + " a film" * 40} for row in rows]
     with pytest.raises(TrainingStopped, match="no prompt was answered"):
-        long = [{**row, "prompt": row["prompt"] + " a film" * 20} for row in sft_rows()]
-        run_training(config(long, **settings, run_dir=str(result.run_dir) + "-3"))
+        run_training(config(long, **settings, run_dir=str(tmp_path / "long")))
 
 
 REFUSED = {
