@@ -64,8 +64,12 @@ def _working(config: Config, shape: Shape, *, width: int, parallel: int, on_gpu:
     running = config.engine.max_running
     most = BATCHED_TOKENS if on_gpu else BATCHED_TOKENS_CPU * parallel
     tokens = min(most, running * config.engine.max_context)
-    layer = width * (3 * shape.intermediate / parallel + 6 * shape.hidden) * tokens
-    return layer + 3.0 * 4 * running * shape.vocabulary
+    return layer_tensors(shape, tokens, width=width, parallel=parallel) + 3.0 * 4 * running * shape.vocabulary
+
+
+def layer_tensors(shape: Shape, tokens: int, *, width: int, parallel: int = 1) -> float:
+    """Bytes of the inner tensors of one layer in a forward pass that keeps none of the layers before."""
+    return width * (3 * shape.intermediate / parallel + 6 * shape.hidden) * tokens
 
 
 def _heads(shape: Shape, parallel: int) -> list[Problem]:

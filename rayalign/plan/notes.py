@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from rayalign.build import has_cached_reference
 from rayalign.plan.learners import shares_gpus
+from rayalign.plan.opponents import notes_of_opponents
 from rayalign.plan.records import EngineCache, Lengths
+from rayalign.plan.scorers import notes_of_scorers
 from rayalign.runtime.placement import Node
 from rayalign.schema import Config
-from rayalign.scorers.judging import JudgeRules
 
 
 def notes_of(config: Config, cache: EngineCache | None, nodes: Sequence[Node], lengths: Lengths) -> tuple[str, ...]:
@@ -20,9 +21,10 @@ def notes_of(config: Config, cache: EngineCache | None, nodes: Sequence[Node], l
     """
     return (
         *_of_engine(config, cache, nodes),
-        *_of_judge(config),
+        *notes_of_scorers(config),
         *_of_nodes(nodes),
         *_of_data(config, lengths),
+        *notes_of_opponents(config, lengths.rows),
     )
 
 
@@ -35,21 +37,6 @@ def _of_engine(config: Config, cache: EngineCache | None, nodes: Sequence[Node])
         )
     if shares_gpus(config) and any(node.gpus for node in nodes):
         yield "engine and learner are added up: a learner keeps what it reserved while the engine is awake"
-
-
-def _of_judge(config: Config) -> Iterator[str]:
-    """How much a judge is asked, and what of it is not planned."""
-    if not (config.scored and isinstance(config.scorer, JudgeRules)):
-        return
-    judge, answers = config.scorer, len(config.algorithm.request(config.sampling.sampling()))
-    if answers > 1 or (answers and judge.mode == "direct"):
-        asked = config.rollout.prompts * judge.questions(answers)
-        thinking = f", each after up to {judge.reasoning} tokens of thinking" if judge.reasoning else ""
-        yield f"the judge answers up to {asked:,} questions for one rollout{thinking}"
-    if config.lends_engine:
-        yield "judging loads the reference into the engines and pushes the policy back: two more pushes a rollout"
-    elif config.scorer.gpus == 0:
-        yield "what the judge's server needs, and how fast it answers, is not planned"
 
 
 def _of_nodes(nodes: Sequence[Node]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -51,7 +51,7 @@ class Mix(ScorerConfig):
     weight where all of them give some, and no weight is below 0.
     """
 
-    paper: ClassVar = ""
+    paper: ClassVar = "Wu et al. 2023, arXiv:2306.01693 (weighted rewards); standardised by group, Shao et al. 2024, arXiv:2402.03300"
     name: Literal["mix"] = "mix"
     scorers: tuple[Part, ...] = Field(
         min_length=1,
@@ -136,6 +136,13 @@ class Mixing:
         for score in self._started:
             if hasattr(score, "close"):
                 score.close()
+
+
+def parts_of(scorer: Any, key: str = "scorer") -> list[tuple[str, Any]]:
+    """The scorers of a mix, each with its key in a config; of any other scorer that one alone."""
+    if not isinstance(scorer, Mix):
+        return [(key, scorer)]
+    return [(f"{key}.scorers.{place}.scorer", part.scorer) for place, part in enumerate(scorer.scorers)]
 
 
 def joined(config: Mix, given: Sequence[Group]) -> Judgement:

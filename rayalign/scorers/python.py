@@ -28,7 +28,7 @@ class Python(ScorerConfig):
     `**columns` gets all columns. Each scorer actor imports it once, and keeps what its module holds.
     """
 
-    paper: ClassVar = ""
+    paper: ClassVar = "Lambert et al. 2024, arXiv:2411.15124 (rewards that are functions)"
     name: Literal["python"] = "python"
     function: str = Field(
         description="package.module:name of a function, importable from where the command runs",

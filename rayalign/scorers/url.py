@@ -26,7 +26,7 @@ class Url(ScorerConfig, Connection):
     their order, higher is better; a list alone will do. Status 429 and 5xx are asked again, other errors end the run.
     """
 
-    paper: ClassVar = ""
+    paper: ClassVar = "Hu et al. 2024, arXiv:2405.11143 (rewards behind a URL)"
     name: Literal["url"] = "url"
     url: str = Field(
         description="where texts are posted to, without a key in it", examples=["http://127.0.0.1:9000/score"]
