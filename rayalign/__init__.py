@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_config", "run_evaluation", "run_training"]
+__all__ = ["load_config", "run_comparison", "run_evaluation", "run_training"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from rayalign import api
 
         return getattr(api, name)
+    if name == "run_comparison":
+        from rayalign.compare import run_comparison
+
+        return run_comparison
     raise AttributeError(f"module 'rayalign' has no attribute {name!r}")

@@ -137,7 +137,7 @@ def _train(
 ) -> Result:
     collector, interrupt = collector_for(config, parts, tokenizer), Interrupt()
     rollouts = _rollouts(config, collector, data, console, run_dir, interrupt)
-    roles, sampling = parts.roles, _sampling(config, data.examples)
+    roles, sampling = parts.roles, sampling_of(config, data.examples)
     contest = contest_for(config, parts, collector, data.examples, run_dir, sampling)
     held_out = contest.prompts if contest and config.scored else data.prompts.held_out[: config.evaluation.prompts]
     if has_cached_reference(config) and data.examples is not None:
@@ -191,7 +191,7 @@ def _train(
     return Result(run_dir, state.step, stopped, run.evaluations)
 
 
-def _sampling(config: Config, examples: ExampleSet | None) -> Sampling:
+def sampling_of(config: Config, examples: ExampleSet | None) -> Sampling:
     """As the config says, ending where the answers of the data set end."""
     sampling = config.sampling.sampling()
     ends = examples.end if examples and len(examples.end) == 1 else ()
@@ -213,7 +213,7 @@ def _rollouts(
 ) -> Rollouts | Reading | Generations:
     """Where the groups of each step come from: sampled and scored, or read, or both in turn."""
     if collector is not None and data.examples is not None and config.self_play:
-        sampling = _sampling(config, data.examples)
+        sampling = sampling_of(config, data.examples)
         return generations_for(
             config, collector, data.examples, run_dir, console, sampling, lambda: interrupt.requested
         )
@@ -269,7 +269,7 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
                 collector_for(config, parts, tokenizer),
                 parts.roles,
                 held_out,
-                _sampling(config, examples),
+                sampling_of(config, examples),
                 samples=config.evaluation.samples,
                 seed=config.seed,
                 learner_temperature=learner_temperature(config),

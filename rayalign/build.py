@@ -231,7 +231,7 @@ def _start_here(
     if config.samples:
         started = engine.build(name="engine-0", cores=None, **arguments)
         stack.callback(started.close)
-    if config.scored:
+    if config.scorer_actors:
         scorer = LocalScorer(config.scorer)
         stack.callback(scorer.close)
     return Parts(started, scorer, roles, False, peak_gib)

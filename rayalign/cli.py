@@ -102,6 +102,34 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="RUN_A", help="a run, a checkpoint or a model", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="RUN_B", help="another one", show_default=False)],
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="CONFIG", help="prompts and scorer; default: run A's")
+    ] = None,
+    tie: Annotated[float, typer.Option("--tie", help="scores that are no further apart are a tie")] = 0.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="default: runs/compare-DATE-TIME")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare two models on held-out prompts, by a judge or any scorer: win, tie, loss, quality.
+
+    \b
+    The same prompts, the same seeds; intervals over prompts and a sign test.
+    Examples:
+      rayalign compare runs/a runs/b
+      rayalign compare runs/a runs/a/checkpoints/step-15 evaluation.samples=1
+      rayalign compare runs/a /models/start --config judged.yaml
+    """
+    from rayalign.compare import run_comparison
+
+    run_comparison(a, b, config=config, overrides=overrides or (), tie=tie, out=out)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs", show_default=False)],
     out: Annotated[

@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run_dir", "plan", "submit", "listing"),
     ("api", "selftest"),
     ("label",),
-    ("rounds",),
+    ("rounds", "compare"),
     ("doctor",),
     ("cli", "__main__"),
     ("__init__",),  # the package's own names are taken from everywhere, lazily

@@ -1,0 +1,231 @@
+"""`rayalign compare`: two models answer the same held-out prompts with the same seeds, and a scorer says who wins.
+
+The table has the form of OAIF's (Guo et al. 2024, arXiv:2402.04792, table 2): win, tie, loss and quality.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from rayalign.algorithms.label import Label
+from rayalign.api import quiet_libraries, sampling_of
+from rayalign.build import Parts, decoder, examples_for, start_parts
+from rayalign.checks import check_parts, check_scorer
+from rayalign.compare.sides import Contest, Side, contest_of, find_side, refuse_same
+from rayalign.compare.verdicts import COLUMNS, Verdicts, interval, verdicts_of
+from rayalign.console import Console, logged
+from rayalign.errors import ConfigError
+from rayalign.label import scored
+from rayalign.record import redacted
+from rayalign.rollouts import Collector, sample_seed
+from rayalign.run_dir import versions
+from rayalign.schema import Config
+from rayalign.scorers.rules import Rules
+from rayalign.selfplay.contest import Unscored
+from rayalign.types import Group, Sampling
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two models compare.
+
+    Attributes:
+        file: comparison.json, with all answers.
+        pairs: scored groups of two answers, A's first, `samples` for each prompt.
+    """
+
+    a: Side
+    b: Side
+    verdicts: Verdicts
+    pairs: tuple[Group, ...]
+    file: Path
+
+
+def run_comparison(
+    a: str | Path,
+    b: str | Path,
+    *,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    tie: float = 0.0,
+    out: Path | None = None,
+) -> Comparison:
+    """Ask two models the same, let a scorer say whose answers are better, print the table and write it down.
+
+    Args:
+        a, b: folders of runs (their newest checkpoint), of checkpoints or of models.
+        config: whose held-out prompts, scorer, sampling and seed are used; none: the config of run A, or else B.
+        overrides: of that config, as `scorer.name=judge`.
+        tie: scores (with a judge: its two probabilities) that are no further apart are a tie.
+        out: folder for comparison.json and logs; none: a new one in runs/.
+
+    Raises:
+        RayalignError: see rayalign.errors; nothing is started before both sides, the prompts and the scorer are known
+            to be there.
+    """
+    quiet_libraries()
+    if not tie >= 0:
+        raise ConfigError("a tie cannot be that close", where="--tie", value=tie, rule="0 or more", remedy="--tie 0")
+    sides = find_side(str(a), "RUN_A"), find_side(str(b), "RUN_B")
+    refuse_same(*sides)
+    contest = contest_of(*sides, config, list(overrides))
+    said = contest.config
+    _check(asking(said))
+    sampling = sampling_of(said, examples_for(said, contest.tokenizers[0]) if said.data.examples else None)
+    folder = out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    _refuse_written(folder)
+    console = Console()
+    with logged(console, folder / "log" / "driver.log"), console.bars():
+        pairs = _judged(sides, contest, sampling, folder, console)
+    verdicts = verdicts_of(pairs, said.evaluation.samples, tie=tie, seed=said.seed)
+    found = Comparison(*sides, verdicts, pairs, folder / "comparison.json")
+    _write(found, said)
+    print_comparison(found, said)
+    console.say(f"written to {found.file}")
+    return found
+
+
+def _check(config: Config) -> None:
+    check_parts(config)
+    if config.evaluation.samples > 1 and config.sampling.temperature == 0:
+        raise ConfigError(
+            "greedy samples of one prompt are all the same",
+            where="key evaluation.samples",
+            value=config.evaluation.samples,
+            rule="1 with sampling.temperature: 0",
+            remedy="set evaluation.samples=1",
+        )
+    check_scorer(config)
+
+
+def _refuse_written(folder: Path) -> None:
+    if (folder / "comparison.json").exists():
+        raise ConfigError(
+            "there is a comparison in this folder",
+            where="--out",
+            value=str(folder),
+            rule="a new folder",
+            remedy="choose another --out",
+        )
+
+
+def _judged(
+    sides: tuple[Side, Side], contest: Contest, sampling: Sampling, folder: Path, console: Console
+) -> tuple[Group, ...]:
+    """Both sides sampled one after the other, in the same places; then their answers side by side, scored."""
+    config = contest.config
+    # No policy is trained here, and no reference looked at: an engine and a scorer are enough. The scorer stands
+    # beside the second engine, unless it asks that very engine, which has to hold the config's model then.
+    judging, quiet = asking(config), asking(config.model_copy(update={"scorer": Rules(rule="brevity")}))
+    beside = quiet if judging.lends_engine else judging
+    with start_parts(quiet, contest.tokenizers[0], folder, console, policy=sides[0].model, train=False) as parts:
+        first = _sampled(parts, contest, 0, sides[0], sampling, console)
+    with start_parts(beside, contest.tokenizers[1], folder, console, policy=sides[1].model, train=False) as parts:
+        second = _sampled(parts, contest, 1, sides[1], sampling, console)
+        pairs = [pair for a, b in zip(first, second, strict=True) for pair in _side_by_side(a, b)]
+        if not judging.lends_engine:
+            return _scored(parts, pairs, console)
+    with start_parts(judging, contest.tokenizers[0], folder, console, train=False) as parts:
+        return _scored(parts, pairs, console)
+
+
+def asking(config: Config) -> Config:
+    """The same without a learner: answers are sampled, and scored."""
+    data = config.data.model_copy(update={"prompts": config.data.prompts or "the prompts of data.examples"})
+    return config.model_copy(update={"algorithm": Label(samples=config.evaluation.samples, write="best"), "data": data})
+
+
+def _sampled(
+    parts: Parts, contest: Contest, place: int, side: Side, sampling: Sampling, console: Console
+) -> tuple[Group, ...]:
+    config, prompts = contest.config, contest.prompts[place]
+    console.say(f"{side.given}: {len(prompts)} held-out prompts × {config.evaluation.samples}, from {side.model}")
+    collector = Collector(parts.engine, Unscored(), decoder(contest.tokenizers[place]))  # type: ignore[arg-type]
+    groups, _, _ = collector.collect(
+        prompts,
+        [sampling] * config.evaluation.samples,
+        lambda prompt, k: sample_seed(config.seed, "evaluation", prompt, k),
+        label=f"compare-{'ab'[place]}",
+        progress=console.sampled,
+    )
+    return groups
+
+
+def _side_by_side(a: Group, b: Group) -> list[Group]:
+    """One group of two for each sample."""
+    return [
+        Group(f"{a.id}/{k}", a.prompt, (a.completions[k], b.completions[k]), (a.texts[k], b.texts[k]))
+        for k in range(len(a.completions))
+    ]
+
+
+def _scored(parts: Parts, pairs: Sequence[Group], console: Console) -> tuple[Group, ...]:
+    console.say(f"comparing {len(pairs)} pairs of answers")
+    assert parts.scorer is not None, "a comparison has a scorer"
+    return scored(parts.scorer, pairs)
+
+
+def print_comparison(found: Comparison, config: Config) -> None:
+    """The table, on stdout."""
+    verdicts, out = found.verdicts, RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+    prompts, samples = verdicts.lead.shape
+    table = Table(title=f"{prompts} held-out prompts × {samples}, scorer {config.scorer.name}")  # type: ignore[union-attr]
+    for column in ("", *COLUMNS):
+        table.add_column(column, justify="right" if column else "left")
+    rows = verdicts.rows()
+    for name, side in (("a", found.a), ("b", found.b)):
+        cells = [interval(rows[name][column], percent=column != "quality") for column in COLUMNS]
+        table.add_row(f"{name.upper()}  {side.given}", *cells)
+    out.print(table)
+    test = verdicts.sign_test()
+    out.print("intervals: 95 %, bootstrap over prompts; quality: the scorer's mean score", markup=False)
+    out.print(f"win rate of A, a tie counting ½: {interval(verdicts.win_rate(), percent=True)}", markup=False)
+    out.print(f"quality of A less that of B, paired by prompt: {interval(verdicts.quality_lead())}", markup=False)
+    out.print(
+        f"sign test over prompts: A better on {test['a']}, B on {test['b']}, {test['even']} even: p = {test['p']:.3g}, "
+        "two-sided, exact",
+        markup=False,
+    )
+    for name, value in verdicts.metrics.items():
+        out.print(f"{name}: {value:.3f}", markup=False)
+
+
+def _write(found: Comparison, config: Config) -> None:
+    outcome = found.verdicts.outcome().ravel().tolist()
+    pairs = [
+        {
+            "prompt_index": pair.prompt.index,
+            "prompt": pair.prompt.text,
+            "a": pair.texts[0],
+            "b": pair.texts[1],
+            "scores": pair.scores,
+            "probability_a": pair.preferences[0][1] if pair.preferences else None,
+            "verdict": {1: "a", 0: "tie", -1: "b"}[verdict],
+        }
+        for pair, verdict in zip(found.pairs, outcome, strict=True)
+    ]
+    said: dict[str, Any] = config.to_dict()
+    record = {
+        "a": found.a.record(),
+        "b": found.b.record(),
+        "scorer": redacted(said["scorer"], "scorer"),
+        "sampling": said["sampling"],
+        "seed": config.seed,
+        "tie": found.verdicts.tie,
+        "versions": versions(),
+        "table": found.verdicts.record(),
+        "pairs": pairs,
+    }
+    writing = found.file.with_suffix(".writing")
+    writing.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    writing.replace(found.file)
