@@ -116,6 +116,14 @@ def check_labelling(config: Config) -> None:
             rule="above 0 with several samples a prompt",
             remedy="set sampling.temperature=1.0",
         )
+    if config.lends_engine and not config.samples:
+        raise ConfigError(
+            "no policy's engine is there to be asked",
+            where="key scorer.ask",
+            value="the policy, where answers of data.examples are labelled",
+            rule="an engine of the judge's own, or a server, with algorithm.samples=0",
+            remedy="set scorer.ask={name: engine, model: …}",
+        )
     if stream := next((source for source in config.data.examples if source.stream), None):
         raise ConfigError(
             "a stream cannot be labelled",

@@ -118,7 +118,16 @@ def _holds_something(run_dir: Path) -> bool:
     if run_dir.is_file():
         return True
     found = [path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size] if run_dir.exists() else []
-    before_the_first_step = ("config.yaml", "versions.json", DATA, "log", "tensorboard", "wandb", "mlflow-run-id")
+    before_the_first_step = (
+        "config.yaml",
+        "versions.json",
+        "manifest.json",
+        DATA,
+        "log",
+        "tensorboard",
+        "wandb",
+        "mlflow-run-id",
+    )
     return any(path.relative_to(run_dir).parts[0] not in before_the_first_step for path in found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rayalign.config.rounds import STAGE, Stage
@@ -116,10 +116,10 @@ def _fits(stage: Stage, key: str, config: Config) -> bool:
     return stage.config.learns and (stage.config.algorithm.network == "score") == score
 
 
-def renamed(value: Any, folders: Mapping[str, str]) -> Any:
-    """With stage:NAME as stage:FOLDER."""
+def renamed(value: Any, to: Callable[[str, str], str], key: str = "") -> Any:
+    """With what `to` gives for each stage:NAME: of its dotted key and of the name."""
     if isinstance(value, str) and value.startswith(STAGE):
-        return f"{STAGE}{folders[value.removeprefix(STAGE)]}"
+        return to(key, value.removeprefix(STAGE))
     if isinstance(value, Mapping):
-        return {key: renamed(each, folders) for key, each in value.items()}
-    return [renamed(each, folders) for each in value] if isinstance(value, list) else value
+        return {name: renamed(each, to, f"{key}.{name}" if key else str(name)) for name, each in value.items()}
+    return [renamed(each, to, key) for each in value] if isinstance(value, list) else value

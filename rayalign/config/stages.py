@@ -50,13 +50,13 @@ def parse_rounds(source: Source) -> Rounds:
             remedy="write repeat: 2, say",
         )
     names = _names(source)
+    _check_folders(source, names, repeat)
     check_order(source, names)
+    _check_overrides(source, names)
     stages: list[Stage] = []
     for round_ in range(1, repeat + 1):
         for place in range(len(names)):
             stages.append(_stage(source, names, place, round_, stages))
-    _check_folders(source, stages)
-    _check_overrides(source, names)
     whole = {key: source.data.get(key) for key in ("run_dir", "resume")}
     checked = validated(Source(source.name, {**stages[0].config.to_dict(), **_given(whole)}, source.root, source.text))
     return Rounds(tuple(stages), source.data, repeat, checked.run_dir, checked.resume)
@@ -112,28 +112,30 @@ def _names(source: Source) -> list[str]:
 def _stage(source: Source, names: Sequence[str], place: int, round_: int, before: Sequence[Stage]) -> Stage:
     """The stage at this place of this repetition, checked. Raises ConfigError."""
     name = names[place]
-    own = {key: value for key, value in source.data["rounds"][place].items() if key != "name"}
-    if isinstance(own.get("model"), str):  # short for a path
-        own["model"] = {"path": own["model"]}
-    shared = {key: value for key, value in source.data.items() if key not in OF_THE_WHOLE}
+    shared, own = _shared(source), _own(source, place)
     data, root = _merged(shared, own, source.root, _node_of(source, place))
     policy = next((s for s in reversed(before) if s.config.learns and s.config.algorithm.network == "causal"), None)
     model = own.get("model") or {}
     if policy is not None and isinstance(model, Mapping) and "path" not in model:
         data["model"] = {**(data.get("model") or {}), "path": f"{STAGE}{policy.name}"}
     newest = {stage.name: stage.folder for stage in before}
-    references = {".".join(map(str, key)): newest[text.removeprefix(STAGE)] for key, text in texts(data)
-                  if text.startswith(STAGE)}  # fmt: skip
+    named = [(key, text.removeprefix(STAGE)) for key, text in texts(data) if text.startswith(STAGE)]
+    references = {".".join(map(str, key)): newest[wanted] for key, wanted in named}
     given = {key[2:]: text for key, text in source.given.items() if key[:2] == ("rounds", name)}
-    given |= {
-        key: text for key, text in source.given.items() if key[0] not in OF_THE_WHOLE and _lookup(own, key) is _NO
-    }
-    inner = Source(source.name, renamed(data, newest), root, source.text, given, above=("rounds", name))
+    given |= {key: text for key, text in source.given.items() if _reaches(key, own, data)}
+    inner = Source(
+        source.name,
+        renamed(data, lambda key, name: f"{STAGE}{newest[name]}"),
+        root,
+        source.text,
+        given,
+        above=("rounds", name),
+    )
     config = validated(inner)
     check_references(inner, config, references, before)
     return Stage(
         name,
-        name if round_ == 1 else f"{name}-{round_}",
+        _folder(name, round_),
         config.model_copy(update={"seed": (config.seed + round_ - 1) % 2**31}),  # other samples in each repetition
         references,
     )
@@ -147,25 +149,43 @@ def validated(source: Source) -> Config:
         raise explain(error, source) from None
 
 
-def _check_folders(source: Source, stages: Sequence[Stage]) -> None:
+def _shared(source: Source) -> dict[str, Any]:
+    return {key: value for key, value in source.data.items() if key not in OF_THE_WHOLE}
+
+
+def _own(source: Source, place: int) -> dict[str, Any]:
+    own = {key: value for key, value in source.data["rounds"][place].items() if key != "name"}
+    if isinstance(own.get("model"), str):  # short for a path
+        own["model"] = {"path": own["model"]}
+    return own
+
+
+def _folder(name: str, round_: int) -> str:
+    """The first repetition is called as one that is not repeated, so that `repeat` can be raised afterwards."""
+    return name if round_ == 1 else f"{name}-{round_}"
+
+
+def _check_folders(source: Source, names: Sequence[str], repeat: int) -> None:
+    """Whether no repetition's folder is another stage's. Raises ConfigError."""
     seen: dict[str, str] = {}
-    for stage in stages:
-        if stage.folder in seen:
+    for folder, name in ((_folder(name, round_), name) for name in names for round_ in range(1, repeat + 1)):
+        if folder in seen:
             raise ConfigError(
                 "two stages would have the same folder",
                 where=source.place(("rounds",)),
-                value=stage.folder,
-                rule=f"of {seen[stage.folder]} and of {stage.name}; NAME-2 is NAME in its second repetition",
-                remedy=f"call {max(seen[stage.folder], stage.name, key=len)} otherwise",
+                value=folder,
+                rule=f"folders that differ: this is {seen[folder]} and {name}, as NAME-2 is the second NAME",
+                remedy=f"call {max(seen[folder], name, key=len)} otherwise",
             )
-        seen[stage.folder] = stage.name
+        seen[folder] = name
 
 
 def _check_overrides(source: Source, names: Sequence[str]) -> None:
     """An override of what all stages share does something in one of them at least. Raises ConfigError."""
+    owns = [_own(source, place) for place in range(len(names))]
+    whole = [_merged(_shared(source), own, None, None)[0] for own in owns]
     for key, text in source.given.items():
-        stages = source.data["rounds"]
-        if key[0] in OF_THE_WHOLE or any(_lookup(stage, key) is _NO for stage in stages):
+        if key[0] in OF_THE_WHOLE or any(_reaches(key, *each) for each in zip(owns, whole, strict=True)):
             continue
         raise ConfigError(
             "each stage says this itself",
@@ -176,15 +196,17 @@ def _check_overrides(source: Source, names: Sequence[str]) -> None:
         )
 
 
-_NO = object()
+def _reaches(key: Sequence[str], own: Mapping[str, Any], merged: Mapping[str, Any]) -> bool:
+    """Whether an override of what all stages share is what a stage has."""
+    return key[0] not in OF_THE_WHOLE and not _has(own, key) and _has(merged, key)
 
 
-def _lookup(data: Any, key: Sequence[str]) -> Any:
+def _has(data: Any, key: Sequence[str]) -> bool:
     for part in key:
         if not isinstance(data, Mapping) or part not in data:
-            return _NO
+            return False
         data = data[part]
-    return data
+    return True
 
 
 def _node_of(source: Source, place: int) -> yaml.Node | None:

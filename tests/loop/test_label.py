@@ -117,10 +117,7 @@ def test_what_is_written_is_learned_from(label, make, tmp_path, chat):
     compared = label(scorer={"name": "tests.stage_parts:Compare"}, data__chat_template=chat).file
     ranked = label(run_dir=str(tmp_path / "ranked"), data__chat_template=chat).file
     for place, (name, algorithm) in enumerate(ALGORITHMS.items()):
-        if name == "sft":
-            file = ranked
-        else:
-            file = ranked if name == "ipo on ranked" else compared
+        file = ranked if name in ("sft", "ipo on ranked") else compared
         settings = tiny_config(tmp_path, tmp_path, train__steps=2, run_dir=str(tmp_path / f"learned-{place}"))
         settings["model"] = make().model.model_dump(mode="json")
         settings |= {"algorithm": algorithm, "data": {"examples": str(file), "chat_template": chat}}
@@ -161,7 +158,11 @@ def test_the_best_answers_alone(make, tmp_path):
 
 
 def test_conversations_stay_conversations(make, tmp_path):
-    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "?"}]
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "?"},
+    ]
     path = tmp_path / "talks.jsonl"
     path.write_text("".join(json.dumps({"prompt": [*talk[:2], {"role": "user", "content": f"{i}?"}]}) + "\n"
                             for i in range(6)))  # fmt: skip
@@ -192,7 +193,10 @@ def test_what_cannot_be_labelled_is_refused(make, tmp_path):
             )
         )
     rows = tiny_config(tmp_path, tmp_path)
-    rows |= {"algorithm": {"name": "label", "samples": 0}, "data": {"examples": str(write_prompts(tmp_path / "a.jsonl"))}}
+    rows |= {
+        "algorithm": {"name": "label", "samples": 0},
+        "data": {"examples": str(write_prompts(tmp_path / "a.jsonl"))},
+    }
     del rows["scorer"]
     with pytest.raises(ConfigError, match="nothing says which answers are better"):
         run_labelling(parse_config(rows))

@@ -1,0 +1,132 @@
+"""What a stage was made of, and what it left: enough to tell whether it has to run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayalign.config import Stage
+from rayalign.config.references import texts
+from rayalign.config.rounds import STAGE
+from rayalign.errors import CheckpointError
+from rayalign.run_dir import FREE
+
+FILE = "manifest.json"
+# What a stage makes depends on these. Others, as engine.max_running or evaluation.prompts, do not run it again.
+DECIDING = ("model", "data", "algorithm", "scorer", "sampling", "rollout", "train", "optimizer", "seed")
+FILES = (".path", ".prompts", ".model", ".template")  # ends of keys that may name a file or a folder
+WHOLE = 16 * 2**20  # bytes of a file that are read to know it; of a larger one its beginning and its end
+EDGE = 2**20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Of one stage, in its folder.
+
+    Attributes:
+        fingerprint: of its config and of its inputs.
+        config: what its fingerprint is of: the keys that decide what it makes.
+        inputs: key of the config → fingerprint of the file, the model or the stage that it names.
+        outputs: "model" and "data" → path; empty until it ended.
+        metrics: what it came to.
+        began, ended: times; `ended` is None until then.
+    """
+
+    stage: str
+    fingerprint: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
+    began: str = ""
+    ended: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it ended, and what it left is still there."""
+        return self.ended is not None and all(Path(path).exists() for path in self.outputs.values())
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        writing = folder / f".{FILE}.writing"
+        writing.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+        writing.replace(folder / FILE)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None where the stage never began. Raises CheckpointError when it is damaged."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        return Manifest(**json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            "this manifest of a stage is damaged",
+            where=str(file),
+            value=f"{type(error).__name__}: {error}",
+            rule="as it was written: what the stage was made of, and what it left",
+            remedy="move the stage's folder away to run it again, or put the file back from a copy",
+        ) from None
+
+
+def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
+    """The manifest of a stage that is about to run.
+
+    Args:
+        before: folder → manifest of the stages that ran before.
+    """
+    whole = stage.config.to_dict()
+    config = {key: _fixed(whole[key]) for key in DECIDING}
+    inputs = {}
+    for path, text in texts(config):
+        key = ".".join(map(str, path))
+        named = key.endswith(FILES) or "/" in text
+        if text.startswith(STAGE):
+            inputs[key] = before[text.removeprefix(STAGE)].fingerprint
+        elif named and (known := content(Path(text).expanduser())):
+            inputs[key] = known
+    text = json.dumps([config, inputs], sort_keys=True)
+    return Manifest(stage.name, _digest(text.encode()), config, inputs)
+
+
+def _fixed(value: Any) -> Any:
+    """Without what may change in the middle of a run, as deadlines."""
+    if isinstance(value, dict):
+        return {key: _fixed(each) for key, each in value.items() if key not in FREE}
+    return value
+
+
+def content(path: Path) -> str:
+    """Fingerprint of a file, or of the files of a folder, whatever their times and wherever they lie; "" where there
+    is none. Of large files the size, the beginning and the end are looked at."""
+    try:
+        if path.is_file():
+            return _of_file(path)
+        if not path.is_dir() or not path.name:
+            return ""
+        files = sorted(each for each in path.iterdir() if each.is_file())
+        return _digest(json.dumps([(each.name, _of_file(each)) for each in files]).encode())
+    except OSError:  # a text that is no path at all, or one that may not be read
+        return ""
+
+
+def _of_file(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            return _digest(file.read())
+        found = hashlib.blake2b(f"{size}".encode(), digest_size=16)
+        found.update(file.read(EDGE))
+        file.seek(-EDGE, 2)
+        found.update(file.read(EDGE))
+        return found.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
