@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rayalign.checks import check_training
+from rayalign.opponents import settled
 from rayalign.plan.advice import nearest_change
 from rayalign.plan.batches import data_lengths, data_problems, tokens_of_a_step
 from rayalign.plan.differences import differences
@@ -33,6 +34,7 @@ def make_plan(config: Config, *, nodes: str | None = None) -> Plan:
     check_training(config)
     there, source = find_nodes(config.placement, nodes)
     lengths = data_lengths(config)
+    config = settled(config, lengths.rows.training if lengths.rows else None)
     fit = evaluate(config, shape, lengths, there)
     size = checkpoint_bytes(config, shape) / GIB
     differs = differences(config)

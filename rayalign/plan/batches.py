@@ -10,6 +10,7 @@ from rayalign.data.order import held_out_count
 from rayalign.data.rows import read_rows
 from rayalign.errors import DataError, RayalignError
 from rayalign.plan.learners import has_reference, uses_exact_kl
+from rayalign.plan.opponents import iteration_ends
 from rayalign.plan.records import Batches, Lengths, Micro, Problem, Rows, Tokens
 from rayalign.plan.rows import on_hub, quiet_tokenizer, row_lengths
 from rayalign.schema import Config
@@ -123,7 +124,7 @@ def longest_row(config: Config, lengths: Lengths) -> int:
     """Tokens of a prompt with its answer, at most."""
     if lengths.rows is None:
         return lengths.longest + config.sampling.max_tokens
-    return min(lengths.rows.longest, config.data.max_tokens)
+    return lengths.rows.longest if config.self_play else min(lengths.rows.longest, config.data.max_tokens)
 
 
 def answer_tokens(config: Config, lengths: Lengths) -> int:
@@ -156,8 +157,9 @@ def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
     steps = training.epochs * minibatches
     rollouts = rollout.sets(training.steps) * _at_once(config, lengths) if asked else 0
     pushes, evaluations = _pushes(config, lengths), _evaluations(config, lengths)
-    saved = training.steps // config.checkpoint.every if config.checkpoint.every else 0
-    last = not config.checkpoint.every or training.steps % config.checkpoint.every != 0
+    often = config.checkpoint.every
+    saved = {training.steps} | iteration_ends(config)
+    saved |= set(range(often, training.steps + 1, often)) if often else set()
     batches = Batches(
         prompts=rollout.prompts,
         samples=samples,
@@ -177,7 +179,7 @@ def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
         passes=_passes(config, rollouts, lengths),
         pushes=pushes,
         evaluations=len(evaluations),
-        checkpoints=saved + last,
+        checkpoints=len(saved),
         evaluation_completions=_evaluated(config, lengths) * config.evaluation.samples,
         evaluation_rows=_measured_rows(config, lengths),
     )
@@ -211,6 +213,8 @@ def _measured_rows(config: Config, lengths: Lengths) -> int:
 
 def _evaluated(config: Config, lengths: Lengths) -> int:
     """Held-out prompts of one evaluation."""
+    if config.self_play and lengths.rows is not None and lengths.rows.held_out is not None:
+        return min(config.evaluation.prompts, lengths.rows.held_out)
     held_out = lengths.held_out if lengths.held_out is not None else config.evaluation.prompts
     return min(config.evaluation.prompts, held_out)
 
@@ -220,7 +224,7 @@ def _evaluations(config: Config, lengths: Lengths) -> set[int]:
     if not (_evaluated(config, lengths) or _measured_rows(config, lengths)):
         return set()
     every, steps = config.evaluation.every, config.train.steps
-    return {0, steps} | (set(range(every, steps + 1, every)) if every else set())
+    return {0, steps} | iteration_ends(config) | (set(range(every, steps + 1, every)) if every else set())
 
 
 def _pushes(config: Config, lengths: Lengths) -> int:
@@ -229,7 +233,7 @@ def _pushes(config: Config, lengths: Lengths) -> int:
         return 0
     every, steps = config.rollout.resample_every, config.train.steps
     again = lengths.rows is None and every != "never"
-    rollouts = set(range(every, steps + 1, every)) if again else set()
+    rollouts = set(range(every, steps + 1, every)) if again else iteration_ends(config) - {steps}
     return 1 + len(rollouts | (_evaluations(config, lengths) - {0}))
 
 

@@ -196,7 +196,7 @@ def checkpoint_bytes(config: Config, shape: Shape) -> float:
         trained = adapter_parameters(config, shape)
         return width * (size if config.model.lora.merge else trained) + (12.0 + 2 * width) * trained
     state = (12.0 + (width if zero is not None and zero.stage in (1, 2) else 0)) * size
-    update = getattr(getattr(config.algorithm, "reference", None), "update", "fixed")
+    update = "replace" if config.self_play else getattr(getattr(config.algorithm, "reference", None), "update", "fixed")
     moved = 0.0 if update == "fixed" else size * (4 if zero is None else width)
     master = 4.0 * size if update == "average" and zero is not None and bfloat16 else 0.0
     return width * size + state + moved + master

@@ -14,6 +14,7 @@ from rayalign.data.order import held_out_count
 from rayalign.data.rows import SUFFIXES
 from rayalign.data.tables import open_table
 from rayalign.errors import DataError, RayalignError
+from rayalign.plan.opponents import with_opponent
 from rayalign.plan.records import Problem, Rows
 from rayalign.schema import Config
 
@@ -37,14 +38,14 @@ def row_lengths(config: Config) -> Rows | None:
     try:
         found = None if tokenizer is None else examples_for(config, tokenizer)
         if found is not None:
-            return _measured(found)
+            return _measured(config, found)
         kinds, count = _unread(config, sources)
         return _bounds(config, kinds, count, why)
     except DataError as error:
         return _bounds(config, (), None, error.what, Problem.of(error))
 
 
-def _measured(examples: ExampleSet) -> Rows:
+def _measured(config: Config, examples: ExampleSet) -> Rows:
     """Of the rows that a run begins with."""
     count = min(examples.rows or MEASURED, MEASURED)
     groups = examples.step(0, count)
@@ -52,7 +53,7 @@ def _measured(examples: ExampleSet) -> Rows:
     answers = [len(completion.token_ids) for group in groups for completion in group.completions]
     most = max(groups, key=lambda group: len(group.completions))
     part = f", the first {count:,} of them measured" if count != examples.rows else ""
-    return Rows(
+    rows = Rows(
         mean=sum(tokens) / len(tokens),
         longest=max(tokens),
         answer=max(answers),
@@ -62,6 +63,7 @@ def _measured(examples: ExampleSet) -> Rows:
         measured=True,
         source=examples.describe() + part,
     )
+    return with_opponent(config, rows, [len(group.prompt.token_ids) for group in groups])
 
 
 def _unread(config: Config, sources: Sequence[SourceConfig]) -> tuple[list[tuple[str, int]], int | None]:
@@ -87,7 +89,7 @@ def _bounds(
     answers = max(number for _, number in known)
     ranked = tuple(-float(rank) for rank in range(answers))
     held = None if count is None else held_out_count(count, config.data.held_out)
-    return Rows(
+    rows = Rows(
         mean=most,
         longest=most,
         answer=most - 1,
@@ -98,6 +100,7 @@ def _bounds(
         source=f"bounds: up to {most} tokens (data.max_tokens), because {why}",
         problem=problem,
     )
+    return with_opponent(config, rows, [config.engine.max_context - config.sampling.max_tokens])
 
 
 def on_hub(name: str) -> bool:

@@ -66,7 +66,12 @@ def test_every_shipped_config_plans(path):
 
 
 # What a config is written for; else a laptop.
-NODES = {"1gpu": "1x1xA100-80/400GiB", "8gpu": "1x8xA100-80/1800GiB", "mdpo": "1x8xA100-80/1800GiB"}
+NODES = {
+    "1gpu": "1x1xA100-80/400GiB",
+    "8gpu": "1x8xA100-80/1800GiB",
+    "mdpo": "1x8xA100-80/1800GiB",
+    "multinode": "4x8xA100-80/1800GiB",
+}
 SIMILAR = {"Llama-3.1-8B-Instruct": "Llama-3.1-8B"}  # of the same shape
 
 

@@ -19,7 +19,7 @@ def test_the_rows_of_a_step_are_learned_from(path, model, monkeypatch):
     config = load_config(path, [f"model.path={model}", "data.chat_template=false"])
     rows = examples_for(config, load_tokenizer(config))
     groups = rows.step(0, config.rollout.prompts)
-    examples, metrics = config.algorithm.examples(groups)
+    examples, metrics = config.algorithm.for_held_out().examples(groups)  # of self-play, before an opponent answers
     assert len(groups) == config.rollout.prompts and examples
     kept, dropped = (sum(n for name, n in metrics.items() if name.endswith(end)) for end in ("/kept", "/dropped"))
     assert kept > 4 * dropped, metrics  # some ranked answers are equally good
