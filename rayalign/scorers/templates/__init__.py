@@ -173,6 +173,7 @@ def _read(text: str, where: str) -> Any:
             "this template is not YAML",
             where=f"{where}:{mark.line + 1}" if mark else where,
             value=getattr(error, "problem", None) or str(error),
+            rule="YAML",
             remedy="begin with a copy of one of those in rayalign/scorers/templates",
         ) from None
 
@@ -192,7 +193,7 @@ def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
 
 def _unfit(error: ValidationError, where: str) -> ConfigError:
     """The first fault, with the key of the template."""
-    fault = error.errors()[0]
+    fault = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt key lacks as well
     cause = fault.get("ctx", {}).get("error")
     path = ".".join(map(str, fault["loc"]))
     found = "nothing" if fault["type"] == "missing" else fault["input"]
