@@ -77,6 +77,43 @@ def check_parts(config: Config) -> None:
         _check_context(config)
 
 
+def check_labelling(config: Config) -> None:
+    """Whether the parts of a labelling fit together: nothing is trained in it. Raises ConfigError."""
+    if config.scorer is None:
+        raise ConfigError(
+            "nothing says which answers are better",
+            where="key scorer",
+            value="nothing",
+            rule="a scorer, whose word the data set is to have",
+            remedy="set scorer: {name: rules, rule: vader}, say",
+        )
+    if config.sampling.temperature == 0 and config.algorithm.samples > 1:
+        raise ConfigError(
+            "greedy samples of one prompt are all the same",
+            where="key sampling.temperature",
+            value=0,
+            rule="above 0 with several samples a prompt",
+            remedy="set sampling.temperature=1.0",
+        )
+    if config.lends_engine and not config.samples:
+        raise ConfigError(
+            "no policy's engine is there to be asked",
+            where="key scorer.ask",
+            value="the policy, where answers of data.examples are labelled",
+            rule="an engine of the judge's own, or a server, with algorithm.samples=0",
+            remedy="set scorer.ask={name: engine, model: …}",
+        )
+    if stream := next((source for source in config.data.examples if source.stream), None):
+        raise ConfigError(
+            "a stream cannot be labelled",
+            where="key data.examples",
+            value=f"{stream.path} with stream: true",
+            rule="data whose rows are known, so that each is labelled once",
+            remedy="take stream out, or write the stream's first rows to a file",
+        )
+    check_parts(config)
+
+
 def check_scorer(config: Config) -> None:
     """Whether the scorer finds what it needs, before anything is started. Raises ConfigError."""
     if config.scored and hasattr(config.scorer, "check"):

@@ -66,19 +66,38 @@ def _root(
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Train a policy as CONFIG says.
+    """Train a policy as CONFIG says; with rounds in it, stage after stage.
 
     \b
     Examples:
       rayalign train configs/demo.yaml
       rayalign train configs/demo.yaml train.steps=10 run_dir=runs/short
       rayalign train configs/demo.yaml run_dir=runs/short resume=true
+      rayalign train configs/rounds_llama3.yaml rounds.dpo.train.steps=5
     """
-    from rayalign.api import run_training
-    from rayalign.config import load_config
+    from rayalign.config import load_job
+    from rayalign.rounds import run_job
 
-    result = run_training(load_config(config, overrides or ()), name=config.stem)
+    result = run_job(load_job(config, overrides or ()), name=config.stem)
     if result.stopped:
+        raise typer.Exit(130)
+
+
+@app.command()
+def label(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Write a data set of preferences: answers that CONFIG samples, or has, with its scorer's word. No training.
+
+    \b
+    labels.jsonl in the run's folder is what data.examples reads. Shards that are there are not paid for again.
+    Examples:
+      rayalign label configs/label.yaml
+      rayalign label configs/demo.yaml run_dir=runs/labels
+      rayalign label configs/demo.yaml run_dir=runs/labels resume=true
+    """
+    from rayalign.config import load_config
+    from rayalign.label import run_labelling
+
+    if run_labelling(load_config(config, overrides or ()), name=f"label-{config.stem}").stopped:
         raise typer.Exit(130)
 
 
@@ -164,13 +183,11 @@ def plan(
       rayalign plan my.yaml nodes=2x8xH100 learner.ranks=8
       rayalign plan my.yaml nodes=1x4xA100-40+2x64cpu/256GiB
     """
-    from rayalign.config import load_config
-    from rayalign.plan import make_plan, print_plan
+    from rayalign.config import load_job
+    from rayalign.plan.rounds import plan_job
 
     nodes, others = _take("nodes", overrides)
-    found = make_plan(load_config(config, others), nodes=nodes)
-    print_plan(found)
-    raise typer.Exit(0 if found.fits else 1)
+    raise typer.Exit(0 if plan_job(load_job(config, others), nodes=nodes) else 1)
 
 
 @app.command(rich_help_panel=BEFORE)

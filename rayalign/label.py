@@ -20,12 +20,12 @@ from rayalign.algorithms.label import Label
 from rayalign.algorithms.rejection_sampling import best_of_n
 from rayalign.api import quiet_libraries, report_of
 from rayalign.build import Parts, collector_for, examples_for, load_tokenizer, model_path, prompts_for, start_parts
-from rayalign.checks import check_parts, check_scorer
+from rayalign.checks import check_labelling, check_scorer
 from rayalign.console import Console, logged
 from rayalign.data.examples import ExampleSet
 from rayalign.data.labels import Record, read_shard, record_of, rows_of, write_lines, write_shard
 from rayalign.data.prompts import PromptSet
-from rayalign.errors import ConfigError, DataError
+from rayalign.errors import DataError
 from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder
 from rayalign.protocols import Scorer
@@ -96,43 +96,6 @@ def labelling(config: Config) -> Config:
     data = config.data if samples else config.data.model_copy(update={"prompts": None})
     label = Label(samples=samples, write="best") if samples == 1 else Label(samples=samples)
     return config.model_copy(update={"algorithm": label, "data": data})
-
-
-def check_labelling(config: Config) -> None:
-    """What can be told before anything is started. Raises ConfigError."""
-    if config.scorer is None:
-        raise ConfigError(
-            "nothing says which answers are better",
-            where="key scorer",
-            value="nothing",
-            rule="a scorer, whose word the data set is to have",
-            remedy="set scorer: {name: rules, rule: vader}, say",
-        )
-    if config.sampling.temperature == 0 and config.algorithm.samples > 1:
-        raise ConfigError(
-            "greedy samples of one prompt are all the same",
-            where="key sampling.temperature",
-            value=0,
-            rule="above 0 with several samples a prompt",
-            remedy="set sampling.temperature=1.0",
-        )
-    if config.lends_engine and not config.samples:
-        raise ConfigError(
-            "no policy's engine is there to be asked",
-            where="key scorer.ask",
-            value="the policy, where answers of data.examples are labelled",
-            rule="an engine of the judge's own, or a server, with algorithm.samples=0",
-            remedy="set scorer.ask={name: engine, model: …}",
-        )
-    if stream := next((source for source in config.data.examples if source.stream), None):
-        raise ConfigError(
-            "a stream cannot be labelled",
-            where="key data.examples",
-            value=f"{stream.path} with stream: true",
-            rule="data whose rows are known, so that each is labelled once",
-            remedy="take stream out, or write the stream's first rows to a file",
-        )
-    check_parts(config)
 
 
 def data_of(config: Config, tokenizer: Any) -> tuple[PromptSet, ExampleSet | None]:

@@ -9,6 +9,7 @@ from rayalign.build import prompts_for
 from rayalign.data.order import held_out_count
 from rayalign.data.rows import read_rows
 from rayalign.errors import DataError, RayalignError
+from rayalign.plan.labels import count_shards
 from rayalign.plan.learners import has_reference, uses_exact_kl
 from rayalign.plan.opponents import iteration_ends
 from rayalign.plan.records import Batches, Lengths, Micro, Problem, Rows, Tokens
@@ -52,7 +53,7 @@ def data_problems(config: Config, lengths: Lengths) -> tuple[Problem, ...]:
     """Prompts or rows that cannot be read, or that do not fill one step: no memory and no number of nodes helps."""
     rows = lengths.rows
     found = tuple(each for each in (lengths.problem, rows and rows.problem) if each)
-    if found:
+    if found or not config.learns:
         return found
     if rows is not None:
         return () if rows.training is None or rows.training >= config.rollout.prompts else (_too_few(config, rows),)
@@ -136,6 +137,8 @@ def answer_tokens(config: Config, lengths: Lengths) -> int:
 
 def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
     """The arithmetic of one step and of the run, and the largest micro-batch."""
+    if not config.learns:
+        return count_shards(config, lengths)
     training, rollout, ranks = config.train, config.rollout, config.learner.ranks
     asked = len(config.algorithm.request(config.sampling.sampling()))
     samples = asked if lengths.rows is None else len(lengths.rows.scores)

@@ -29,7 +29,7 @@ def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Nod
     except ConfigError as error:
         places, problems = (), [Problem.of(error)]
     gpu_gib = min((node.gpu_gib for node in nodes if node.gpus), default=0.0)
-    memory, cache, wrong = learner_memory(config, shape, micro, on_gpu=on_gpu), None, []
+    memory, cache, wrong = learner_memory(config, shape, micro, on_gpu=on_gpu) if config.learns else (), None, []
     if config.samples:
         engine, cache, wrong = engine_memory(config, shape, gpu_gib=gpu_gib, on_gpu=on_gpu)
         memory = (engine, *memory)
@@ -39,7 +39,7 @@ def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Nod
         wrong = [problem for problem in wrong if "no room" not in problem.what]  # nothing to hold it against
     loads = _gpu_loads(config, places, memory) + _host_loads(config, shape, nodes, places, memory)
     problems += wrong + [_overfull(load) for load in loads if not load.fits]
-    problems += _loading_problems(config, shape, nodes)
+    problems += _loading_problems(config, shape, nodes) if config.learns else []
     notes = notes_of(config, cache, nodes, lengths)
     return Fit(places, batches, micro, memory, cache, loads, tuple(problems), notes)
 
@@ -53,7 +53,7 @@ def places_for(config: Config, nodes: Sequence[Node]) -> tuple[Place, ...]:
             Place(actor, node, float(node.cpus), float(min(node.gpus, 1 if needs else 0)), cores)
             for actor, there, needs in (
                 ("engine-0", config.samples, True),
-                ("learner-0", True, True),
+                ("learner-0", config.learns, True),
                 ("scorer-0", config.scorer_actors, getattr(config.scorer, "gpus", 0)),
             )
             if there
@@ -62,7 +62,7 @@ def places_for(config: Config, nodes: Sequence[Node]) -> tuple[Place, ...]:
         nodes,
         engines=config.engine.count if config.samples else 0,
         tensor_parallel=getattr(config.engine, "tensor_parallel", 1),
-        learners=config.learner.ranks,
+        learners=config.learner.ranks if config.learns else 0,
         scorers=config.scorer_actors,
         scorer_gpus=getattr(config.scorer, "gpus", 0),
         colocate=config.placement.colocate,
@@ -103,7 +103,7 @@ def _host_loads(
     }
     local = config.placement.name == "local"
     whole = push_bytes(config, shape) / 2 / GIB
-    push = 2 * whole if config.samples else 0.0
+    push = 2 * whole if config.samples and config.learns else 0.0
     found: dict[tuple[tuple[str, ...], float, float], list[str]] = {}
     actors: dict[str, list[str]] = {}
     for each in places:

@@ -110,8 +110,9 @@ def notes_of_scorers(config: Config) -> Iterator[str]:
 def _questions(config: Config, judge: Any) -> Iterator[str]:
     answers = len(config.algorithm.request(config.sampling.sampling()))
     if answers > 1 or (answers and judge.mode == "direct"):
-        asked = config.rollout.prompts * judge.questions(answers)
+        prompts, what = (config.rollout.prompts, "rollout") if config.learns else (config.algorithm.shard, "shard")
+        asked = prompts * judge.questions(answers)
         thinking = f", each after up to {judge.reasoning} tokens of thinking" if judge.reasoning else ""
-        yield f"the judge answers up to {asked:,} questions for one rollout{thinking}"
+        yield f"the judge answers up to {asked:,} questions for one {what}{thinking}"
     if getattr(getattr(judge, "ask", None), "name", None) == "server":
         yield "what the judge's server needs, and how fast it answers, is not planned"

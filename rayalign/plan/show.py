@@ -24,9 +24,7 @@ COLUMNS = ("weights", "gradients", "optimizer", "activations", "cache", "other")
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """The config, who runs where, the arithmetic of a step, memory, and what does not fit."""
-    out = console or Console(highlight=False)
-    if console is None and not out.is_terminal and "COLUMNS" not in os.environ:
-        out = Console(highlight=False, width=WIDTH)
+    out = wide(console)
     sections = (_config, _actors, _step, _memory, _places)
     for section in sections:
         section(plan, out)
@@ -34,6 +32,14 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for note in plan.fit.notes:
         _say(out, f"note: {note}")
     _verdict(plan, out)
+
+
+def wide(console: Console | None = None) -> Console:
+    """The given one; else stdout, as wide as a terminal, or as a page in a pipe."""
+    out = console or Console(highlight=False)
+    if console is None and not out.is_terminal and "COLUMNS" not in os.environ:
+        out = Console(highlight=False, width=WIDTH)
+    return out
 
 
 def _config(plan: Plan, out: Console) -> None:
@@ -86,6 +92,9 @@ def _ranges(actors: Sequence[str]) -> str:
 
 def _step(plan: Plan, out: Console) -> None:
     b, micro = plan.fit.batches, plan.fit.micro
+    if not b.ranks:
+        _labelling(plan, out)
+        return
     table = _table("one step, and the run", "what", "")
     for what, numbers in _read(plan) if plan.lengths.rows else _sampled(plan):
         table.add_row(what, numbers)
@@ -109,6 +118,23 @@ def _step(plan: Plan, out: Console) -> None:
     table.add_row(*("pushes; evaluations", f"{_n(b.pushes)}; {evaluated}") if b.pushes else ("evaluations", evaluated))
     size = f"{b.checkpoints} × {plan.disk.checkpoint:.2f} GiB, {plan.disk.most:.2f} GiB at most on the disk"
     table.add_row("checkpoints", size)
+    out.print(table)
+
+
+def _labelling(plan: Plan, out: Console) -> None:
+    """Of a run that learns nothing: it writes what a scorer says of answers."""
+    b, rows = plan.fit.batches, plan.lengths.rows
+    table = _table("one shard, and the run", "what", "")
+    for what, numbers in _read(plan) if rows else _sampled(plan):
+        table.add_row(what, numbers)
+    there = (rows or plan.lengths).training
+    if there is None:
+        table.add_row("shards", "how many is not known")
+    else:
+        answers = f"{_n(there * b.samples)} answers to be scored"
+        table.add_row("shards", f"{_n(b.steps)}, of {_n(there)} {'rows' if rows else 'training prompts'}: {answers}")
+    if plan.tokens.sampled:
+        table.add_row("tokens a shard", f"{_n(plan.tokens.prompt)} of prompts, up to {_n(plan.tokens.sampled)} sampled")
     out.print(table)
 
 

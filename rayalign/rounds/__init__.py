@@ -17,12 +17,12 @@ from typing import Any
 
 from rayalign.api import Result, quiet_libraries, run_training
 from rayalign.build import examples_for, load_tokenizer, prompts_for
-from rayalign.checks import check_rollouts, check_scorer, check_training
+from rayalign.checks import check_labelling, check_rollouts, check_scorer, check_training
 from rayalign.config import Rounds, Stage, parse_config, save_config
 from rayalign.config.references import renamed
 from rayalign.console import Console
 from rayalign.errors import CheckpointError, RayalignError
-from rayalign.label import Labelled, check_labelling, run_labelling
+from rayalign.label import Labelled, run_labelling
 from rayalign.metrics import read_records
 from rayalign.rounds.folder import STAGES, WRITTEN, rounds_folder
 from rayalign.rounds.manifest import Manifest, planned, read_manifest
