@@ -34,7 +34,6 @@ from rayalign.types import Completion, Request, Sampling
 
 GIB = 1 << 30
 PLAIN = Sampling(max_tokens=1, temperature=0.0)
-_RUNNING: set[int] = set()  # engines of this process that are not closed
 
 
 class VLLMEngineConfig(Record):
@@ -116,7 +115,6 @@ class VLLMEngine:
                 use_tqdm_on_load=False,
                 **self._placement(),
             )
-        _RUNNING.add(id(self))
 
     def _placement(self) -> dict[str, Any]:
         options: dict[str, Any] = {"distributed_executor_backend": "mp"} if self.config.tensor_parallel > 1 else {}
@@ -209,10 +207,8 @@ class VLLMEngine:
         self._llm = None
         self._open.clear()
         self._choices.clear()
-        _RUNNING.discard(id(self))
-        if not _RUNNING:  # engines of one process, a judge's say, share these
-            destroy_model_parallel()
-            destroy_distributed_environment()
+        destroy_model_parallel()
+        destroy_distributed_environment()
         gc.collect()
         if self._on_gpu:
             torch.cuda.empty_cache()
