@@ -26,8 +26,10 @@ EPOCHS = 2  # of an iteration, as published
 
 
 class SPIN(Offline):
-    """Self-play fine-tuning on rows of prompts with answers. Iteration t: the reference, which is the policy as
-    iteration t−1 left it, answers all prompts; the data's answers win against these; then the reference is replaced.
+    """Self-play fine-tuning: the data's answers against those that the policy of the iteration before wrote.
+
+    Iteration t: the reference, which is the policy as iteration t−1 left it, answers the prompts of all rows; the
+    data's answers win against these; then the reference is replaced.
 
     Trained to the optimum, an iteration gives π_{t+1} ∝ π_t·(p/π_t)^{1/λ} for data from p: the log-ratio to p shrinks
     by the factor |1 − 1/λ|, so that it contracts for λ above ½ and grows below. Few steps at a small learning rate

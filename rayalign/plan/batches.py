@@ -216,9 +216,8 @@ def _measured_rows(config: Config, lengths: Lengths) -> int:
 
 def _evaluated(config: Config, lengths: Lengths) -> int:
     """Held-out prompts of one evaluation."""
-    if config.self_play and lengths.rows is not None and lengths.rows.held_out is not None:
-        return min(config.evaluation.prompts, lengths.rows.held_out)
-    held_out = lengths.held_out if lengths.held_out is not None else config.evaluation.prompts
+    known = lengths.rows.held_out if config.self_play and lengths.rows is not None else lengths.held_out
+    held_out = known if known is not None else config.evaluation.prompts
     return min(config.evaluation.prompts, held_out)
 
 
