@@ -176,7 +176,8 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
         "distinct_1": "distinct-1",
         "distinct_2": "distinct-2",
     }
-    rows = [key for key in columns[0][1].metrics if key.startswith("held_out/")]
+    further = [key for key in columns[0][1].metrics if key.startswith(("held_out/", "judge/", "scores/"))]
+    rows = [key for key in further if not key.endswith(("/low", "/high"))]
     for key, label in {**labels, **{key: key.replace("held_out/", "held-out ") for key in rows}}.items():
         if key in columns[0][1].metrics:
             table.add_row(label, *(_cell(evaluation.metrics, key) for _, evaluation in columns))

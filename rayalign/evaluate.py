@@ -104,7 +104,7 @@ def evaluate(
                     group.prompt.index, group.prompt.text, text, score, len(completion.token_ids), truncated, k1, k3
                 )
             )
-    metrics = group_metrics(groups) | summarise(Evaluation(step, tuple(found)), seed=seed)
+    metrics = said(groups, seed=seed) | summarise(Evaluation(step, tuple(found)), seed=seed)
     return Evaluation(step, tuple(found), metrics | (further(groups) if further is not None else {}))
 
 
@@ -157,6 +157,16 @@ def summarise(evaluation: Evaluation, *, seed: int) -> Metrics:
     for name, by_prompt in by_prompts.items():
         metrics[name] = float(by_prompt.mean())
         metrics[f"{name}/low"], metrics[f"{name}/high"] = bootstrap_interval(by_prompt, seed=seed)
+    return metrics
+
+
+def said(groups: Sequence[Group], *, seed: int) -> Metrics:
+    """What the scorer says of groups besides their scores, as `summarise` gives it: over the groups that have it."""
+    metrics: Metrics = {}
+    for name, mean in group_metrics(groups).items():
+        values = np.array([group.metrics[name] for group in groups if name in group.metrics])
+        low, high = bootstrap_interval(values, seed=seed)
+        metrics |= {name: mean, f"{name}/low": low, f"{name}/high": high}
     return metrics
 
 

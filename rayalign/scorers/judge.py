@@ -17,7 +17,15 @@ USUAL = {"pairwise": "helpful", "direct": "helpful_score"}
 
 
 class Judge(JudgeRules, ScorerConfig):
-    """An AI judge: pairwise, two answers compared in both orders; direct, the expected rating of one answer."""
+    """An AI judge: pairwise, two answers compared in both orders; direct, the expected rating of one answer.
+
+    Pairwise gives soft preferences P(i ≻ j), and as scores the mean probability of being better than another answer
+    to the same prompt: their mean is ½ whatever the policy is, in evaluations too. What tells whether a policy gets
+    better is `report_agreement`, whose rule's score is recorded beside, or `rayalign compare`. Direct gives ratings.
+
+    Metrics, means over prompts: judge/order_dependent, the share of comparisons whose verdict is another one in the
+    other order; judge/ties; judge/refused; judge/agreement with the rule; scores/RULE.
+    """
 
     paper: ClassVar = "Lee et al. 2023, arXiv:2309.00267"
     name: Literal["judge"] = "judge"
