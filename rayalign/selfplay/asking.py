@@ -57,7 +57,8 @@ class Opponent:
 
     def answer(self, row: int, group: Group, completion: Completion) -> Answer:
         text, same = self.decode(completion.token_ids), completion.token_ids == group.completions[0].token_ids
-        return Answer(row, completion.token_ids, group.prompt.text, text, completion.finish_reason, same)
+        ids, reason = completion.token_ids, completion.finish_reason
+        return Answer(row, ids, group.prompt.text, text, reason, same, engine=completion.engine)
 
 
 class Rate:

@@ -29,6 +29,7 @@ class Answer:
         row: its number among the rows that are answered.
         same: whether it is the data's answer, token for token.
         left_out: why there is none; the tokens are then empty.
+        engine: that served it.
     """
 
     row: int
@@ -38,13 +39,14 @@ class Answer:
     finish_reason: str = "stop"
     same: bool = False
     left_out: str = ""
+    engine: str = ""
 
     def as_completion(self, version: int) -> Completion:
         return Completion(f"generation/{self.row}", tuple(self.token_ids), (), self.finish_reason, version)
 
     def compact(self) -> Answer:
         """Without its texts, and four bytes a token: all answers of an iteration are held at once."""
-        return replace(self, token_ids=array("i", self.token_ids), prompt="", completion="")
+        return replace(self, token_ids=array("i", self.token_ids), prompt="", completion="", engine="")
 
 
 class Shard:
