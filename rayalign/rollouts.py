@@ -34,8 +34,8 @@ class RolloutConfig(Record):
     depth: int = Field(0, ge=0, le=8, description="0: on-policy; d: rollout t is sampled by the weights of step t−d")
     resample_every: Often = Field(
         1,
-        description="training steps that use one set of samples before the next is sampled, 1: each step its own; "
-        "never: all samples come from the initial policy, as in offline learning",
+        description="training steps that use one set of samples; never: those of the initial policy are used for the "
+        "whole run, as in offline learning",
     )
     at_once: int | None = Field(
         None,

@@ -313,9 +313,8 @@ def main() -> None:
                 run_row(name, out, arguments)
     steps, seeds = arguments.exact_steps, arguments.seeds
     print(f"exact, {steps} steps, mean ± 95 % over {seeds} seeds\n{exact_table(out, steps, seeds)}")
-    print(
-        f"\n{arguments.model}, {arguments.steps} steps, 95 % bootstrap over held-out prompts\n{model_table(out, arguments.steps)}\n"
-    )
+    print(f"\n{arguments.model}, {arguments.steps} steps, 95 % bootstrap over held-out prompts")
+    print(f"{model_table(out, arguments.steps)}\n")
     from rayalign.run_dir import versions
 
     print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions()}")
