@@ -13,7 +13,7 @@ from rayalign.data.examples import ExampleSet
 from rayalign.data.order import held_out_count
 from rayalign.data.rows import SUFFIXES
 from rayalign.data.tables import open_table
-from rayalign.errors import DataError, RayalignError
+from rayalign.errors import ConfigError, DataError, RayalignError
 from rayalign.plan.opponents import with_opponent
 from rayalign.plan.records import Problem, Rows
 from rayalign.schema import Config
@@ -116,6 +116,15 @@ def quiet_tokenizer(config: Config) -> Any:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return load_tokenizer(config)
+        found = load_tokenizer(config)
     finally:
         logging.set_verbosity(before)
+    if not found("a")["input_ids"]:  # of some architectures transformers makes one without words of config.json alone
+        raise ConfigError(
+            "no tokenizer could be loaded from there",
+            where="key model.path",
+            value=config.model.path,
+            rule="a folder with the model's tokenizer",
+            remedy="copy the tokenizer's files beside config.json",
+        )
+    return found

@@ -13,11 +13,11 @@ from rayalign.config import Stage
 from rayalign.config.references import texts
 from rayalign.config.rounds import STAGE
 from rayalign.errors import CheckpointError
-from rayalign.run_dir import FREE
 
 FILE = "manifest.json"
 # What a stage makes depends on these. Others, as engine.max_running or evaluation.prompts, do not run it again.
 DECIDING = ("model", "data", "algorithm", "scorer", "sampling", "rollout", "train", "optimizer", "seed")
+FREE = ("deadline_s", "max_replacements", "count")  # wherever they stand: they change nothing that is made
 FILES = (".path", ".prompts", ".model", ".template")  # ends of keys that may name a file or a folder
 WHOLE = 16 * 2**20  # bytes of a file that are read to know it; of a larger one its beginning and its end
 EDGE = 2**20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.config import load_config
+from rayalign.config import load_config, load_job
 from rayalign.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def test_scripts_start_with_a_shebang_where_they_are_executable() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert load_config(path).to_dict()
+    assert load_job(path).to_dict()
 
 
 def test_a_config_with_an_unknown_key_does_not_load(tmp_path: Path) -> None:

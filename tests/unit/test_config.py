@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayalign.config import load_config, parse_config, save_config
+from rayalign.config import Rounds, load_config, load_job, parse_config, save_config
 from rayalign.errors import ConfigError, SyncMismatch
 from tests.parts import tiny_config
 
@@ -98,4 +98,6 @@ def test_errors_cross_processes_whole():
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_load(path):
-    assert load_config(path).train.steps > 0
+    job = load_job(path)
+    configs = [stage.config for stage in job.stages] if isinstance(job, Rounds) else [job]
+    assert all(config.train.steps > 0 for config in configs)

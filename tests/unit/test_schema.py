@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rayalign.algorithms import ALGORITHMS
-from rayalign.config import load_config
+from rayalign.config import load_job
 from rayalign.engines import ENGINES
 from rayalign.learners import LEARNERS
 from rayalign.registry import resolve, summary
@@ -68,7 +68,7 @@ def test_it_is_a_schema_of_draft_2020_12():
 def test_shipped_configs_are_valid_as_written_and_as_resolved(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     VALIDATOR.validate(yaml.safe_load(path.read_text("utf-8")))
-    VALIDATOR.validate(load_config(path).to_dict())
+    VALIDATOR.validate(load_job(path).to_dict())
 
 
 @pytest.mark.parametrize("name", OF_THE_SCHEMA)
