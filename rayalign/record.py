@@ -64,12 +64,27 @@ _USERINFO = re.compile(r"(?<=://)[^\s?#]*@")
 _SECRET_IN_QUERY = re.compile(rf"([?&](?:\w+[_-])?{_SECRET}=)[^&\s]+", re.IGNORECASE)
 
 
+_TYPED_SECRET = re.compile(
+    r"^(key|.*api_?key|(.*[_.-])?(token|secret|password|passwd|pwd|credentials?|authorization))$", re.IGNORECASE
+)
+
+
+def is_secret(key: str, value: Any) -> bool:
+    """Whether a message about what a person wrote had better not repeat it: the value of a key such as api_key, or
+    of one that takes the name of an environment variable and got what is no name, perhaps the key itself."""
+    if not isinstance(value, str) or not value:
+        return False
+    return bool(_TYPED_SECRET.match(key)) or (key.endswith("_env") and not re.fullmatch(r"[A-Za-z_]\w*", value))
+
+
 def redacted(value: Any, key: str = "") -> Any:
     """Plain data without what opens doors: values of keys such as api_key or token, and user:password@ in URLs.
 
     For what leaves the run directory: reports, trackers, error messages.
     """
     if value is not None and value != "" and not isinstance(value, bool) and _SECRET_KEY.search(key):
+        return "***"
+    if is_secret(key, value):
         return "***"
     if isinstance(value, Mapping):
         return {name: redacted(each, str(name)) for name, each in value.items()}

@@ -31,7 +31,10 @@ FIXED = (
     "evaluation.samples",
 )
 DATA = "data.json"  # fingerprints
-FREE = ("deadline_s", "max_replacements", "count", "iterations")  # wherever they stand
+FREE = ("deadline_s", "max_replacements", "count", "iterations") + (  # wherever they stand; and how a scorer is reached
+    *("url", "key_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_batch", "cache"),
+    *("micro_batch_tokens", "threads", "device"),
+)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from rayalign.errors import ConfigError
+from rayalign.record import is_secret, redacted
 from rayalign.registry import did_you_mean
 
 FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
@@ -93,7 +94,13 @@ class Source:
         return f"{where}, key {name if len(name) < 100 else name[:99] + '…'}" if name else where
 
     def written(self, path: Sequence[str | int], value: Any) -> str:
-        """A value as the user wrote it."""
+        """A value as the user wrote it, but for keys and passwords."""
+        last = str(path[-1]) if path else ""
+        if is_secret(last, value):
+            return "***"
+        shown = redacted(value)
+        if shown != value:
+            return in_yaml(shown)
         _, node = self._find(path)
         typed = self._override_of(path)
         if typed == tuple(path):

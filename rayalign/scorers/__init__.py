@@ -1,8 +1,8 @@
 """Scorers by name: each is a record whose `start()` gives a function from groups to scores."""
 
 SCORERS = {
-    "judge": "rayalign.scorers.judge:Judge",
     "rules": "rayalign.scorers.rules:Rules",
+    "judge": "rayalign.scorers.judge:Judge",
     "python": "rayalign.scorers.python:Python",
     "url": "rayalign.scorers.url:Url",
     "reward_model": "rayalign.scorers.reward_model:RewardModelScorer",

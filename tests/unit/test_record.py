@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayalign.record import flat, redacted
+from rayalign.record import flat, is_secret, redacted
 
 
 def test_nested_sections_become_dotted_keys():
@@ -53,3 +53,14 @@ def test_what_opens_doors_is_taken_out():
 )
 def test_secrets_in_odd_places(given, seen):
     assert redacted(given) == seen
+
+
+def test_what_a_message_does_not_repeat():
+    assert all(is_secret(key, "x") for key in ("key", "api_key", "OPENAI_API_KEY", "apikey", "hf_token", "password"))
+    assert not any(
+        is_secret(key, "x") for key in ("prompt_key", "keys", "chosen_key", "token_ids", "monkey", "key_env")
+    )
+    assert is_secret("key_env", "sk-4711") and not is_secret("key_env", "MY_KEY") and not is_secret("key", "")
+    assert redacted({"ask": {"key_env": "sk-4711", "other_env": "MY_KEY"}}) == {
+        "ask": {"key_env": "***", "other_env": "MY_KEY"}
+    }

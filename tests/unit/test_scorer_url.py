@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from rayalign.errors import ScoreError
+from rayalign.api import run_training
+from rayalign.config import parse_config
+from rayalign.errors import ConfigError, ScoreError
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.url import Url
 from tests.http_service import Reply, serving
+from tests.parts import tiny_config
 from tests.ranks import free_port
 from tests.scored import group
 
@@ -121,3 +124,18 @@ def test_a_service_that_is_down_ends_the_run():
 def test_an_address_that_is_none():
     with pytest.raises(ValidationError, match="no address of a server"):
         Url(url="my-service:9000/score")
+
+
+def test_a_run_goes_on_with_the_service_elsewhere_and_with_other_columns_it_does_not(tmp_path, model):
+    def config(service, steps, **more):
+        scorer = {"name": "url", "url": service.url, "timeout_s": 60.0 + steps, **more.pop("scorer", {})}
+        return parse_config(tiny_config(tmp_path, model, scorer=scorer, train__steps=steps) | more)
+
+    with serving(lengths) as first:
+        assert run_training(config(first, 1)).step == 1
+    with serving(lengths) as second:
+        assert run_training(config(second, 2, resume=True)).step == 2
+        assert second.url != first.url and len(second.asked) >= 1
+        with pytest.raises(ConfigError, match="cannot change when a run is resumed") as raised:
+            run_training(config(second, 3, resume=True, scorer={"columns": ["topic"]}))
+    assert raised.value.where == "key scorer.columns"
