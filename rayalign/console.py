@@ -72,14 +72,15 @@ class Console:
         rate = f"{speed:.1f} samples/s" if speed else ""
         self._progress.update(self._samples, completed=done, total=total, rate=rate, visible=done < total)
 
-    def step(self, step: int, metrics: Metrics) -> None:
-        """One line: what was learned, on what reward, how far from the reference, in what time."""
+    def step(self, step: int, metrics: Metrics, *, learns: bool = True) -> None:
+        """One line: what was learned, on what reward, how far from the reference, in what time. Of a shard of a
+        labelling, which learns nothing, without the first."""
         if self._steps is not None:
             self._progress.update(self._steps, completed=step, rate=f"{metrics['time/step_s']:.1f} s/step")
-        parts = [f"step {step:>{len(str(self._total))}}/{self._total}"]
+        parts = [f"{'step' if learns else 'shard'} {step:>{len(str(self._total))}}/{self._total}"]
         if "loss" in metrics:
             parts.append(f"loss {metrics['loss']:.4f}")
-        else:
+        elif learns:
             parts.append("skipped: nothing to learn from")
         if "reward/mean" in metrics:
             parts.append(f"reward {metrics['reward/mean']:+.3f} ± {metrics['reward/std']:.3f}")

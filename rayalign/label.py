@@ -224,7 +224,7 @@ def _fill(
             metrics |= {"time/step_s": perf_counter() - begun, "memory/peak_gib": started.memory()}
             recorder.samples(number + 1, 0, groups)
             recorder.step(number + 1, metrics)
-            console.step(number + 1, metrics)
+            console.step(number + 1, metrics, learns=False)
     return True
 
 

@@ -202,3 +202,44 @@ def test_what_cannot_be_labelled_is_refused(make, tmp_path):
         run_labelling(parse_config(rows))
     with pytest.raises(ConfigError, match="one answer alone is neither ranked nor a pair"):
         make(algorithm={"name": "label", "samples": 1})
+
+
+def test_the_model_judges_its_own_answers(make, tmp_path):
+    """A judge that asks the policy's engine: nothing is trained, so that it holds the model as it is."""
+    judge = {"name": "judge", "ask": {"name": "policy"}, "template": "positive", "min_mass": 0.0, "tie_margin": 0.0}
+    config = make(
+        algorithm={"name": "label", "samples": 3},
+        scorer=judge,
+        engine={"name": "transformers", "max_context": 512},
+        data__held_out=0.7,
+    )
+    found = run_labelling(config)
+    rows = lines(found.file)
+    assert found.rows == len(rows) and 0 < len(rows) <= 6 * 3 and all(row["probability"] > 0.5 for row in rows)
+    assert 0 <= found.metrics["judge/order_dependent"] <= 1
+    base = {**tiny_config(tmp_path, tmp_path), "model": config.model.model_dump(mode="json"), "scorer": judge}
+    base["engine"]["max_context"], base["data"]["examples"] = 512, str(found.file)
+    with pytest.raises(ConfigError, match="no policy's engine is there to be asked"):
+        run_labelling(parse_config({**base, "algorithm": "preference"}))
+    del base["data"]["prompts"]
+    with pytest.raises(ConfigError, match="there is no engine that could be asked"):
+        parse_config({**base, "algorithm": {"name": "label", "samples": 0}})
+
+
+def test_the_command_line_labels(make, tmp_path, monkeypatch, capsys):
+    import sys
+
+    import yaml
+
+    from rayalign.cli import main
+
+    file = tmp_path / "label.yaml"
+    file.write_text(yaml.safe_dump(make(algorithm={"name": "label"}).to_dict()))
+    for verb in ("label", "train"):
+        monkeypatch.setattr(sys, "argv", ["rayalign", verb, str(file), f"run_dir={tmp_path / verb}"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert "labelling 16 prompts × 4 samples, in 1 shards" in told and "shard 1/1 reward" in told and "the best of n scores" in told
+    assert lines(tmp_path / "label/labels.jsonl") == lines(tmp_path / "train/labels.jsonl")

@@ -34,7 +34,9 @@ def shaped(path, *more):
     text = Path(path).read_text()
     overrides = []
     found = load_job(path)
-    configs = {stage.name: stage.config for stage in reversed(found.stages)} if isinstance(found, Rounds) else {"": found}
+    configs = {"": found}
+    if isinstance(found, Rounds):
+        configs = {stage.name: stage.config for stage in reversed(found.stages)}  # of the first repetition
     for name, config in configs.items():
         keys = {
             "model.path": config.model.path,
