@@ -14,10 +14,16 @@ ONE_GPU = [Node("a", 16, 1)]
 CLUSTER = [Node("a", 64, 8), Node("b", 64, 8)]
 
 
-def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=None):
+def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=None, scorer_gpus=0):
     colocate = max(node.gpus for node in nodes) == 1 if colocate is None else colocate
     return place(
-        nodes, engines=engines, tensor_parallel=tensor_parallel, learners=learners, scorers=scorers, colocate=colocate
+        nodes,
+        engines=engines,
+        tensor_parallel=tensor_parallel,
+        learners=learners,
+        scorers=scorers,
+        colocate=colocate,
+        scorer_gpus=scorer_gpus,
     )
 
 
@@ -70,3 +76,24 @@ def test_a_cluster_that_is_too_small_is_refused(nodes, settings, expected):
         run(nodes, **settings)
     for part in expected:
         assert part in str(error.value), str(error.value)
+
+
+def test_scorers_with_models_take_gpus_that_are_left():
+    places = run(CLUSTER, engines=4, learners=8, scorers=2, scorer_gpus=2, colocate=False)
+    assert [p.gpus for p in places if p.actor.startswith("scorer")] == [2.0, 2.0]
+    for node in CLUSTER:
+        assert sum(p.gpus for p in places if p.node == node) == 8
+    with pytest.raises(ConfigError, match=r"key scorer\.count"):
+        run(CLUSTER, engines=4, learners=8, scorers=3, scorer_gpus=2, colocate=False)
+
+
+def test_a_scorer_with_a_model_shares_the_only_gpu_of_a_node():
+    places = run(ONE_EACH, engines=2, learners=2, scorers=2, scorer_gpus=1)
+    for node in ONE_EACH:
+        assert 0.9 < sum(p.gpus for p in places if p.node == node) <= 1
+    with pytest.raises(ConfigError, match=r"key scorer\.count"):
+        run(ONE_GPU, scorers=2, scorer_gpus=1)
+
+
+def test_on_cpu_nodes_a_scorer_with_a_model_computes_on_cores():
+    assert all(p.gpus == 0 for p in run(TWO_CPU, scorers=2, scorer_gpus=1))
