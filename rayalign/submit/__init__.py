@@ -189,6 +189,8 @@ def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> A
     if not isinstance(value, str) or not value:
         return value
     path = Path(value).expanduser()
+    if key.startswith("scorer.") and key.endswith(".cache"):  # of answers: it stays where it is, and may be large
+        return _on_cluster(value)
     if key != "model.path" and path.suffix and os.path.isfile(path) and not _is_kept_back(key, path):
         if not os.path.isabs(value):
             place = os.path.relpath(path)
@@ -197,10 +199,15 @@ def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> A
             files[place] = path
             return place
         stays.append(f"{key} {value}")
-    elif _is_kept_back(key, path) or (key == "model.path" and not _is_hub_id(value)) or _is_far_data(key, value):
+    elif _is_kept_back(key, path) or (_is_model(key) and not _is_hub_id(value)) or _is_far_data(key, value):
         value = _on_cluster(value)
         stays.append(f"{key} {value}")
     return value
+
+
+def _is_model(key: str) -> bool:
+    """Whether a checkpoint stands there: the policy's, or a reward model's. What a server calls its model is none."""
+    return key == "model.path" or key in ("scorer.model", "scorer.scorers.scorer.model")
 
 
 def _is_kept_back(key: str, path: Path) -> bool:

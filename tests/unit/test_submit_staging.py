@@ -302,7 +302,7 @@ def test_too_much_is_refused_with_what_is_largest(config, place, tmp_path_factor
     folder = tmp_path_factory.mktemp("job")
     with pytest.raises(ConfigError) as error:
         collect(config(data__prompts="huge.jsonl"), name="my").write(folder)
-    assert "largest: huge.jsonl 130.0 MiB, rayalign 0." in str(error.value)
+    assert "largest: huge.jsonl 130.0 MiB, rayalign " in str(error.value)
     assert "at most 100 MiB" in str(error.value)
     assert not list(folder.iterdir())
 
@@ -337,3 +337,34 @@ def test_bad_rows_are_found_before_anything_is_uploaded(config, place):
     write(place / "pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": ""}\n')
     with pytest.raises(DataError, match="pairs.jsonl"):
         check(config(algorithm={"name": "preference"}, data={"examples": "pairs.jsonl"}, scorer=None))
+
+
+def test_keys_of_servers_are_named_and_caches_and_reward_models_stay(config, place, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "hunter2")
+    write(place / "answers.sqlite", "all that was asked")
+    ask = {
+        "name": "server",
+        "url": "https://host/v1",
+        "model": "a/b/c",
+        "key_env": "JUDGE_KEY",
+        "cache": "answers.sqlite",
+    }
+    url = {"name": "url", "url": "https://host/score", "key_env": "REWARD_KEY"}
+    reward = {"name": "reward_model", "model": "runs/reward/checkpoints/step-30"}
+    parts = [{"scorer": {"name": "judge", "ask": ask}}, {"scorer": url}, {"scorer": reward}]
+    upload = collect(config(scorer={"name": "mix", "scorers": parts}), name="my")
+    assert upload.variables == (
+        "JUDGE_KEY (the key for scorer.scorers.0.scorer.ask.url)",
+        "REWARD_KEY (the key for scorer.scorers.1.scorer.url)",
+    )
+    assert "hunter2" not in str(upload) and "answers.sqlite" not in upload.files
+    judge, _, model = (part.scorer for part in upload.config.scorer.scorers)
+    assert judge.ask.cache == str(place / "answers.sqlite") and judge.ask.model == "a/b/c"
+    assert model.model == str(place / "runs/reward/checkpoints/step-30")
+
+
+def test_a_function_of_ones_own_travels_with_its_package(config, place):
+    write(place / "my_functions" / "__init__.py", "")
+    write(place / "my_functions" / "kind.py", "def score(prompts, completions):\n    return [0.0 for _ in prompts]\n")
+    upload = collect(config(scorer={"name": "python", "function": "my_functions.kind:score"}), name="my")
+    assert outside_the_package(upload) == {"prompts.jsonl", "my_functions/__init__.py", "my_functions/kind.py"}
