@@ -180,16 +180,16 @@ def print_comparison(found: Comparison, config: Config) -> None:
     verdicts, out = found.verdicts, RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
     prompts, samples = verdicts.lead.shape
     table = Table(title=f"{prompts} held-out prompts × {samples}, scorer {config.scorer.name}")  # type: ignore[union-attr]
-    for column in ("", *COLUMNS):
+    for column in ("", *(column if column == "quality" else f"{column}, %" for column in COLUMNS)):
         table.add_column(column, justify="right" if column else "left")
     rows = verdicts.rows()
-    for name, side in (("a", found.a), ("b", found.b)):
-        cells = [interval(rows[name][column], percent=column != "quality") for column in COLUMNS]
-        table.add_row(f"{name.upper()}  {side.given}", *cells)
+    for name in "ab":
+        table.add_row(name.upper(), *(interval(rows[name][key], percent=key != "quality") for key in COLUMNS))
     out.print(table)
+    out.print(f"A: {found.a.given}\nB: {found.b.given}", markup=False)
     test = verdicts.sign_test()
     out.print("intervals: 95 %, bootstrap over prompts; quality: the scorer's mean score", markup=False)
-    out.print(f"win rate of A, a tie counting ½: {interval(verdicts.win_rate(), percent=True)}", markup=False)
+    out.print(f"win rate of A, a tie counting ½: {interval(verdicts.win_rate(), percent=True)} %", markup=False)
     out.print(f"quality of A less that of B, paired by prompt: {interval(verdicts.quality_lead())}", markup=False)
     out.print(
         f"sign test over prompts: A better on {test['a']}, B on {test['b']}, {test['even']} even: p = {test['p']:.3g}, "

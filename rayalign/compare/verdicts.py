@@ -104,7 +104,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def interval(values: Interval, *, percent: bool = False) -> str:
-    """As tables show it: mean [low, high]."""
+    """As tables show it: mean [low, high]; percent without its sign."""
     form = "{:.1f}" if percent else "{:+.3f}"
     mean, low, high = (form.format(value * (100 if percent else 1)) for value in values)
-    return f"{mean} % [{low}, {high}]" if percent else f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]"

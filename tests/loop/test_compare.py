@@ -36,7 +36,7 @@ def test_a_trained_model_beats_the_one_that_it_began_with(runs, model, tmp_path,
     rows = found.verdicts.rows()
     assert rows["a"]["win"][0] > 0.6 and rows["a"]["quality"][0] > rows["b"]["quality"][0]
     assert found.verdicts.lead.shape == (4, 4)
-    assert "A  " in shown and "win" in shown and "sign test over prompts" in shown
+    assert f"A: {runs}" in shown and "win, %" in shown and "sign test over prompts" in shown
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert record["table"]["a"]["win"] == pytest.approx(rows["a"]["win"])
     assert record["a"]["model"].endswith("step-12") and len(record["pairs"]) == 16

@@ -67,7 +67,7 @@ def test_intervals_are_over_prompts_and_not_over_answers():
 
 
 def test_how_an_interval_is_shown():
-    assert interval((0.5, 0.25, 0.75), percent=True) == "50.0 % [25.0, 75.0]"
+    assert interval((0.5, 0.25, 0.75), percent=True) == "50.0 [25.0, 75.0]"
     assert interval((0.5, -0.25, 0.75)) == "+0.500 [-0.250, +0.750]"
 
 
