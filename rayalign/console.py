@@ -168,7 +168,7 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
     labels = {
         "reward": "reward",
         "win_rate": "win rate over the first model",
-        "gap": "log-prob of the data's answers − the policy's own, nats",
+        "gap": "log-prob of the data's answers less that of the policy's own, nats",
         "gap_per_token": "the same a token",
         "kl/k1": "KL to the reference, k1, nats",
         "kl/k3": "KL to the reference, k3, nats",
@@ -186,6 +186,8 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
 
 
 def _cell(metrics: Metrics, key: str) -> str:
+    if key not in metrics:
+        return "–"
     if f"{key}/low" not in metrics:
         return f"{metrics[key]:.3f}"
     return f"{metrics[key]:.3f} [{metrics[f'{key}/low']:.3f}, {metrics[f'{key}/high']:.3f}]"

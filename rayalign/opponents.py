@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rayalign.build import Parts, model_path
+from rayalign.build import Parts
 from rayalign.console import Console
 from rayalign.data.examples import ExampleSet
 from rayalign.errors import ConfigError
@@ -65,7 +65,7 @@ def generations_for(
         config.algorithm,  # type: ignore[arg-type]
         run_dir,
         count=config.rollout.prompts,
-        identity=model_path(config.model.path),
+        identity=config.model.path,  # as it stands there: it cannot change on resume, wherever the folder lies then
         progress=console.sampled,
         say=console.say,
         stopped=stopped,
@@ -92,7 +92,7 @@ def contest_for(
         sampling=sampling,
         samples=config.evaluation.samples,
         seed=config.seed,
-        identity={"data": examples.fingerprint, "model": model_path(config.model.path)},
+        identity={"data": examples.fingerprint, "model": config.model.path},
     )
 
 

@@ -264,7 +264,7 @@ class SPIN(PairLoss):
     """Self-play: the data's answer against the previous iterate's own, which is the reference.
 
     On a data set it is one iteration, whose rejected answers the reference has written before; on any others it is
-    DPO with β = λ.
+    DPO with β = λ. The algorithm spin samples those answers itself, iteration after iteration.
     """
 
     paper: ClassVar = "Chen et al. 2024, arXiv:2401.01335"

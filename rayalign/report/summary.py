@@ -18,6 +18,9 @@ from rayalign.report.samples import visible
 EVALUATIONS = 5  # columns of the table
 MEASURES = {
     "reward": "reward",
+    "win_rate": "win rate over the first model",
+    "gap": "log-prob of the data’s answers less that of the policy’s own, nats",
+    "gap_per_token": "the same a token",
     "kl/k1": "KL to the reference, k1, nats",
     "kl/k3": "KL to the reference, k3, nats",
     "length": "tokens",

@@ -13,7 +13,7 @@ from rayalign.evaluate import bootstrap_interval
 from rayalign.protocols import Learner, Scorer
 from rayalign.rollouts import Collector, sample_seed
 from rayalign.selfplay.generations import FOLDER
-from rayalign.selfplay.shards import Answer, Shard
+from rayalign.selfplay.shards import Answer, Shard, settings_of
 from rayalign.types import Column, Completion, Example, Group, Metrics, Prompt, Sampling
 from rayalign.types import Sequence as Row
 
@@ -43,7 +43,7 @@ class Contest:
     ):
         self._rows, self._collector, self._scorer = rows, collector, scorer
         self._sampling, self._samples, self._seed = [sampling] * samples, samples, seed
-        known = identity | {"sampling": repr(sampling), "samples": samples, "seed": seed, "held_out": True}
+        known = identity | {"sampling": settings_of(sampling), "samples": samples, "seed": seed, "held_out": True}
         self._file = Shard(run_dir / FOLDER / "start.jsonl", known, range(len(rows) * samples))
 
     @property

@@ -18,7 +18,7 @@ from rayalign.data.order import Passes
 from rayalign.errors import TrainingStopped
 from rayalign.rollouts import Progress, Rollout
 from rayalign.selfplay.asking import Opponent, Rate, Work
-from rayalign.selfplay.shards import AWAY, Answer, Shard
+from rayalign.selfplay.shards import AWAY, Answer, Shard, settings_of
 from rayalign.types import Group, Metrics
 
 FOLDER = "generations"
@@ -186,7 +186,7 @@ class Generations:
             "iteration": iteration,
             "version": self._course.first_step(iteration),
             "data": self._rows.fingerprint,
-            "sampling": repr(self._opponent.sampling),
+            "sampling": settings_of(self._opponent.sampling),
             "seed": self._opponent.seed,
             "room": self._opponent.room,
             "model": self._identity,

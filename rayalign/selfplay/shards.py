@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.errors import CheckpointError
-from rayalign.types import Completion
+from rayalign.types import Completion, Sampling
 
 AWAY = ".set-aside"  # behind the names of files that are not what they should be
 
@@ -145,6 +145,12 @@ class Shard:
             value=f"{type(error).__name__}: {error}",
             remedy="free disk space, then resume=true",
         )
+
+
+def settings_of(sampling: Sampling) -> dict[str, Any]:
+    """What differs from the defaults: a later version's new setting does not make old answers another's."""
+    usual = asdict(Sampling(0))
+    return {key: value for key, value in asdict(sampling).items() if value != usual[key]}
 
 
 def _line(answer: Answer) -> str:

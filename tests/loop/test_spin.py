@@ -150,6 +150,20 @@ def test_without_mixing_each_pass_takes_every_pair_of_the_iteration_once(config,
     assert all(record["spin/previous"] == 0.0 for record in records(run_dir))
 
 
+def test_with_adapters_the_reference_is_an_adapter_that_is_replaced(config, tmp_path):
+    changes = {"model__lora": {"rank": 4, "alpha": 8}, "optimizer__lr": 1e-2, "algorithm__iterations": 2}
+    whole = run_training(config(**changes, run_dir=str(tmp_path / "whole"))).run_dir
+    steps = records(whole)
+    for first in (steps[0], steps[STEPS]):
+        assert first["spin/gap"] == pytest.approx(0.0, abs=1e-5)
+    assert steps[STEPS - 1]["spin/gap"] > 0.1
+    changes["run_dir"] = str(tmp_path / "killed")
+    with pytest.raises(PowerCut):
+        run_training(config(**changes, trackers=[{"name": "tests.parts:Stop", "step": STEPS + 2}]))
+    resumed = run_training(config(**changes, resume=True)).run_dir
+    assert [timeless(r) for r in records(resumed)] == [timeless(r) for r in records(whole)]
+
+
 def test_lambda_and_the_learning_rate_change_by_iteration(config):
     changes = {"algorithm__lam": [1.0, 1.0, 5.0], "algorithm__lr_scale": [1.0, 0.1], "optimizer__warmup_steps": 2}
     steps = records(run_training(config(**changes)).run_dir)
