@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rayalign.data.groups import fit
 from rayalign.data.tokens import Turns
-from rayalign.errors import ConfigError, DataError, ScoreError
+from rayalign.errors import ConfigError, DataError, RayalignError, ScoreError
 from rayalign.learners.settings import LearnerSettings, LearnerSpec
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
 from rayalign.sharding import split
@@ -87,7 +87,18 @@ class _Scores:
         )
         self._config, self._pad = config, pad
         self._device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
-        self._network = ScoreNetwork.load(spec, resolve_dtype(spec)).to(self._device)
+        try:
+            self._network = ScoreNetwork.load(spec, resolve_dtype(spec)).to(self._device)
+        except RayalignError:
+            raise
+        except Exception as error:  # a file that is half a file fails in the reader of its format
+            raise ConfigError(
+                "the reward model cannot be loaded",
+                where="key scorer.model",
+                value=f"{config.model}: {type(error).__name__}: {error}",
+                rule="a whole checkpoint, and the memory for it",
+                remedy="look at its files; write them again if one is cut off",
+            ) from error
         longest = getattr(self._network.model.config.get_text_config(), "max_position_embeddings", None)
         self._room = min(config.max_tokens, longest or config.max_tokens)
 

@@ -195,6 +195,16 @@ def test_a_reward_model_without_its_head_is_refused_when_it_is_loaded(trained, t
         RewardModelScorer(model=str(tmp_path)).start()
 
 
+def test_a_checkpoint_that_is_cut_off_is_refused_when_it_is_loaded(trained, tmp_path):
+    _, checkpoint = trained
+    for file in checkpoint.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes()[: 9 if file.suffix == ".safetensors" else None])
+    with pytest.raises(ConfigError, match="the reward model cannot be loaded") as raised:
+        RewardModelScorer(model=str(tmp_path)).start()
+    assert raised.value.where == "key scorer.model" and "SafetensorError" in raised.value.value
+
+
 def test_a_model_without_a_chat_template_says_what_to_set(trained, tmp_path):
     _, checkpoint = trained
     for file in checkpoint.iterdir():
