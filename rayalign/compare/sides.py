@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def find_side(given: str, where: str) -> Side:
             )
         return Side(given, given, None)
     if (folder / "config.json").is_file():
+        _refuse_score_model(folder, where)
         config = folder.resolve().parent.parent / "config.yaml"
         of_run = folder.resolve().parent.name == "checkpoints" and config.is_file()
         return Side(given, str(folder.resolve()), config if of_run else None)
@@ -73,7 +75,24 @@ def find_side(given: str, where: str) -> Side:
             rule="checkpoints/step-N with config.json and weights in the run's folder",
             remedy=_nearest_run(folder / "stages", "let it reach one: rayalign train … resume=true"),
         )
+    _refuse_score_model(newest, where)
     return Side(given, str(newest.resolve()), (folder / "config.yaml").resolve())
+
+
+def _refuse_score_model(folder: Path, where: str) -> None:
+    """Raises ConfigError for a model with a scalar head, as reward models are."""
+    try:
+        names = json.loads((folder / "config.json").read_text()).get("architectures") or ()
+    except ValueError:
+        return  # what is wrong with it says whoever loads it
+    if any("SequenceClassification" in name for name in names):
+        raise ConfigError(
+            "this model gives scores and writes no answers",
+            where=where,
+            value=f"{folder}, {', '.join(names)}",
+            rule="a language model",
+            remedy="compare policies; a reward model can be the scorer: scorer={name: reward_model, model: …}",
+        )
 
 
 def _nearest_run(folder: Path, otherwise: str = "give the folder of a run, as runs/demo") -> str:
@@ -140,6 +159,14 @@ def contest_of(a: Side, b: Side, config: str | Path | None, overrides: list[str]
         _same_prompts(a, b, prompts[0], held_out(load_config(b.config, _of_data(overrides)), tokenizers[1]))
     common = {prompt.index for prompt in prompts[0]} & {prompt.index for prompt in prompts[1]}
     first, second = (tuple(prompt for prompt in some if prompt.index in common) for some in prompts)
+    if any(prompt.images for prompt in first):
+        raise ConfigError(
+            "engines here see no images",
+            where="key data",
+            value="held-out prompts with images",
+            rule="prompts of texts",
+            remedy="add --config with prompts without images",
+        )
     if not common:
         raise ConfigError(
             "nothing is held out",

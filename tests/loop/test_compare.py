@@ -173,6 +173,16 @@ def test_folders_that_hold_nothing_are_refused(runs, model, tmp_path):
     assert failing(tmp_path, empty, model).what == "this run's newest checkpoint holds no model"
 
 
+def test_a_reward_model_writes_no_answers(runs, model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    for folder in (tmp_path / "reward", tmp_path / "run" / "checkpoints" / "step-4"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+    (tmp_path / "run" / "config.yaml").write_text((runs / "config.yaml").read_text())
+    for given in ("reward", "run"):
+        assert failing(tmp_path, tmp_path / given, model).what == "this model gives scores and writes no answers"
+
+
 def test_a_run_in_stages_is_pointed_into(runs, model, tmp_path):
     stage = tmp_path / "staged" / "stages" / "dpo"
     stage.mkdir(parents=True)

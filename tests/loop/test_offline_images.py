@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rayalign.api import run_evaluation, run_training
-from rayalign.config import parse_config
+from rayalign.compare import run_comparison
+from rayalign.config import parse_config, save_config
 from rayalign.errors import ConfigError, DataError
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut, tiny_config
@@ -142,3 +143,12 @@ def test_a_missing_image_stops_the_run_or_is_skipped(config, tmp_path):
     assert str(caught.value.where).endswith("pairs.jsonl:4") and "3.png" in str(caught.value.value)
     result = run_training(config(data__on_bad_row="skip", train__steps=1))
     assert result.step == 1
+
+
+def test_what_is_asked_about_images_is_not_compared(config, seeing, model, tmp_path):
+    """An engine would answer without having seen them."""
+    engine = {"name": "transformers", "max_context": 128}
+    said = config(scorer={"name": "rules", "rule": "brevity"}, engine=engine, sampling={"max_tokens": 8})
+    save_config(said, tmp_path / "said.yaml")
+    with pytest.raises(ConfigError, match="engines here see no images"):
+        run_comparison(seeing, model, config=tmp_path / "said.yaml", out=tmp_path / "out")

@@ -77,6 +77,29 @@ def test_what_a_run_does_by_hand(make, steps, resample, evaluation, checkpoint, 
     assert (found.rollouts, found.pushes, found.evaluations, found.checkpoints) == expected
 
 
+@pytest.mark.parametrize(
+    ("rollout", "steps", "expected"),
+    [  # rollouts, pushes; 16 prompts, 4 of them a rollout
+        ({"resample_every": 4, "at_once": 4}, 8, (8, 1 + 2)),
+        ({"resample_every": 4, "at_once": 2}, 10, (6, 1 + 2)),
+        ({"resample_every": "never"}, 3, (3, 1)),
+        ({"resample_every": "never"}, 100, (4, 1)),
+        ({"resample_every": "never", "at_once": 2}, 100, (2, 1)),
+    ],
+)
+def test_sets_of_samples_by_hand(make, rollout, steps, expected):
+    config = make(rollout={"prompts": 4, **rollout}, train__steps=steps)
+    found, _ = count_batches(config, LENGTHS)
+    assert (found.rollouts, found.pushes) == expected
+
+
+@pytest.mark.parametrize("samples", [3, 4, 25])
+def test_every_sample_of_kto_may_be_an_example(make, samples):
+    """None of them is planned to be as good as the mean of all."""
+    config = make(algorithm={"name": "kto", "samples": samples})
+    assert len(examples_of_a_prompt(config, LENGTHS)) == samples
+
+
 def test_lengths_are_measured_where_tokenizer_and_file_are_there(make, tmp_path, model):
     found = prompt_lengths(make())
     assert found.measured and (found.training, found.held_out) == (16, 4)
