@@ -12,6 +12,8 @@ from rayalign.schema import Config
 def check_training(config: Config) -> None:
     """What one key alone cannot tell: whether the parts of a training fit together. Raises ConfigError."""
     check_parts(config)
+    if config.scored and hasattr(config.scorer, "check_files"):
+        config.scorer.check_files()
     rollout, ranks = config.rollout, config.learner.ranks
     for key, value in (("learner.ranks", ranks), ("train.minibatches", config.train.minibatches)):
         if value > rollout.prompts:

@@ -45,7 +45,9 @@ def _id(tokenizer: Any, token: str) -> int:
 def judge(model: str | Path, **keys: Any) -> Judge:
     """With an engine of its own, on transformers."""
     engine = {"name": "transformers", "max_context": keys.pop("max_context", 2048)}
-    return Judge.model_validate({"name": "judge", "ask": {"name": "engine", "model": str(model), "engine": engine}} | keys)
+    return Judge.model_validate(
+        {"name": "judge", "ask": {"name": "engine", "model": str(model), "engine": engine}} | keys
+    )
 
 
 def group(index: int, *texts: str, prompt: str = "write a review") -> Group:

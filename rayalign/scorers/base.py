@@ -25,7 +25,9 @@ class ScorerConfig(Record):
 
     name: str
     count: int = Field(1, ge=1, description="scorer actors")
-    deadline_s: float = Field(300.0, gt=0, description="seconds without the scores of any group after which one is lost")
+    deadline_s: float = Field(
+        300.0, gt=0, description="seconds without the scores of any group after which one is lost"
+    )
     max_replacements: int = Field(3, ge=0, description="dead scorer actors that are replaced in one run")
 
     def start(self) -> ScoreFunction:
@@ -39,6 +41,9 @@ class ScorerConfig(Record):
         Args:
             model: of the policy, a folder or a hub id.
         """
+
+    def check_files(self) -> None:
+        """Whether files that it names are there, for a plan, which loads nothing. Raises ConfigError."""
 
     @property
     def gpus(self) -> int:

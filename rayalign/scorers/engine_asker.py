@@ -25,7 +25,9 @@ class EngineAsker(Record):
     """A judge with an engine of its own, inside the scorer's process: `scorer.count` of them make its pool."""
 
     name: Literal["engine"] = "engine"
-    model: str = Field(description="the judge: folder of a Hugging Face checkpoint, or a hub id", examples=["/models/j"])
+    model: str = Field(
+        description="the judge: folder of a Hugging Face checkpoint, or a hub id", examples=["/models/j"]
+    )
     engine: AnyEngine = Field({"name": "vllm"}, description="what it runs on, as the section engine; count stays 1")
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
 
@@ -175,7 +177,7 @@ class EngineAsking:
 
     def memory_gib(self) -> float:
         """See asking.Asker: engines count this process as well, which others count already."""
-        return max(0.0, self.engine.memory_gib() - peak_gib())
+        return max(0.0, self.engine.memory_gib() - peak_gib()) if self._closes else 0.0
 
     def close(self) -> None:
         if self._closes:

@@ -10,8 +10,8 @@ from pydantic import Field, PrivateAttr, model_validator
 from rayalign.record import Unfit
 from rayalign.scorers.asking import AnyAsker, Asker
 from rayalign.scorers.base import ScorerConfig
-from rayalign.scorers.judging import Judging, JudgeRules
-from rayalign.scorers.templates import Template, load_template
+from rayalign.scorers.judging import JudgeRules, Judging
+from rayalign.scorers.templates import Template, is_there, load_template
 
 USUAL = {"pairwise": "helpful", "direct": "helpful_score"}
 
@@ -35,13 +35,22 @@ class Judge(JudgeRules, ScorerConfig):
         examples=["my_template.yaml"],
     )
     ask: AnyAsker = Field(description="who answers", examples=[{"name": "engine", "model": "/models/my-judge"}])
-    deadline_s: float = Field(600.0, gt=0, description="seconds without the scores of any group after which one is lost")
+    deadline_s: float = Field(
+        600.0, gt=0, description="seconds without the scores of any group after which one is lost"
+    )
 
-    _template: Template = PrivateAttr()  # read where the config is, so that no actor needs the file
+    # Read where the config is, so that no actor needs the file; none as long as it is not there: a job brings it along.
+    _template: Template | None = PrivateAttr(None)
 
     @model_validator(mode="after")
-    def _fits(self) -> Judge:
-        template = load_template(self.template or USUAL[self.mode])
+    def _template_fits(self) -> Judge:
+        name = self.template or USUAL[self.mode]
+        if is_there(name):
+            self._template = self._loaded(name)
+        return self
+
+    def _loaded(self, name: str) -> Template:
+        template = load_template(name)
         if template.mode != self.mode:
             raise Unfit(
                 f"this template is for a judge that is {template.mode}",
@@ -51,6 +60,10 @@ class Judge(JudgeRules, ScorerConfig):
             )
         if self.reasoning:
             template.check_reasoning("key scorer.template")
+        return template
+
+    @model_validator(mode="after")
+    def _fits(self) -> Judge:
         if (self.schedule == "swiss") != (self.comparisons is not None):
             raise Unfit(
                 "swiss rounds need a budget" if self.comparisons is None else "this schedule knows no budget",
@@ -72,7 +85,6 @@ class Judge(JudgeRules, ScorerConfig):
                 rule="1 with ask: policy",
                 remedy="take count out; engine.count are asked",
             )
-        self._template = template
         return self
 
     @property
@@ -83,13 +95,21 @@ class Judge(JudgeRules, ScorerConfig):
     def borrows_engine(self) -> bool:
         return getattr(self.ask, "name", None) == "policy"
 
+    def check_files(self) -> None:
+        self._known_template()
+
     def check(self, model: str, *, trust_remote_code: bool = False) -> None:
+        answers = tuple(self._known_template().answers)
         if hasattr(self.ask, "check"):
-            self.ask.check(tuple(self._template.answers), model=model, trust_remote_code=trust_remote_code)
+            self.ask.check(answers, model=model, trust_remote_code=trust_remote_code)
+
+    def _known_template(self) -> Template:
+        """Raises ConfigError when there is none."""
+        return self._template or self._loaded(self.template or USUAL[self.mode])
 
     def start(self) -> Judging:
         return self.start_with(self.ask.start())  # type: ignore[attr-defined]
 
     def start_with(self, asker: Asker) -> Judging:
         """The judge, by an asker that is there already."""
-        return Judging(self, self._template, asker)
+        return Judging(self, self._known_template(), asker)

@@ -97,7 +97,10 @@ class LentScorer:
         push_weights(learner, self._engine, version=version, probe=probe, max_gap=self._max_gap)  # type: ignore[arg-type]
 
     def memory_gib(self) -> float:
-        return 0.0
+        """Of processes that belong to it alone; the engine's are counted with the engine."""
+        return self._score.memory_gib() if hasattr(self._score, "memory_gib") else 0.0
 
     def close(self) -> None:
         self._waiting = []
+        if hasattr(self._score, "close"):
+            self._score.close()

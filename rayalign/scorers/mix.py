@@ -93,6 +93,10 @@ class Mix(ScorerConfig):
         for part in self.scorers:
             part.scorer.check(model, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
 
+    def check_files(self) -> None:
+        for part in self.scorers:
+            part.scorer.check_files()  # type: ignore[attr-defined]
+
     @property
     def gpus(self) -> int:
         """The most that one of them takes: they take turns on it."""

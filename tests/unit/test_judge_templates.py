@@ -53,12 +53,17 @@ def test_examples_are_turns_and_thinking_comes_before_the_verdict() -> None:
     said = [m["content"] for m in thinking if m["role"] == "assistant"]
     assert said[1::2] == ["2", "1"] and all(len(text) > 20 for text in said[::2])
     concluded = template.question("q", values, reasoning=9).concluded("I think so.")
-    assert concluded[-2:] == ({"role": "assistant", "content": "I think so."}, {"role": "user", "content": template.ask})
+    assert concluded[-2:] == (
+        {"role": "assistant", "content": "I think so."},
+        {"role": "user", "content": template.ask},
+    )
 
 
 def test_braces_in_what_is_judged_stay_text(tmp_path: Path) -> None:
     template = load_template(write(tmp_path, GOOD))
-    content = template.question("q", {"prompt": "{first}", "first": "{second} {}", "second": "{x"}).messages[0]["content"]
+    content = template.question("q", {"prompt": "{first}", "first": "{second} {}", "second": "{x"}).messages[0][
+        "content"
+    ]
     assert content == "Request: {first}\nA: {second} {}\nB: {x\n\nWhich is better? Say A or B."
 
 

@@ -48,7 +48,7 @@ def test_judges_have_gpus_of_their_own_where_they_are_not_shared() -> None:
     assert any("scorer.count" in problem.where for problem in many.problems)
     pair = plan(
         *changes,
-        "scorer={name: judge, ask: {name: engine, model: %s, engine: {tensor_parallel: 2}}}" % LARGE,
+        f"scorer={{name: judge, ask: {{name: engine, model: {LARGE}, engine: {{tensor_parallel: 2}}}}}}",
         config="online_dpo_judge_8gpu",
         nodes="1x8xA100-80/1800GiB",
     )
@@ -56,7 +56,7 @@ def test_judges_have_gpus_of_their_own_where_they_are_not_shared() -> None:
 
 
 def test_a_judge_that_shares_the_only_gpu_is_added_up() -> None:
-    own = "scorer={name: judge, ask: {name: engine, model: %s, engine: {gpu_memory: 0.5}}}" % SMALL
+    own = f"scorer={{name: judge, ask: {{name: engine, model: {SMALL}, engine: {{gpu_memory: 0.5}}}}}}"
     alone = plan(config="online_dpo_judge_1gpu", nodes="1x1xA100-80/400GiB")
     beside = plan(own, config="online_dpo_judge_1gpu", nodes="1x1xA100-80/400GiB")
     (gpu,), (both,) = ([load for load in each.fit.loads if load.of_gpu] for each in (alone, beside))

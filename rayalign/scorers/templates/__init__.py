@@ -134,9 +134,18 @@ class Template(Record):
             )
 
 
+def is_there(name: str) -> bool:
+    """Whether this template is shipped, or a file."""
+    return name in _shipped() or Path(name).expanduser().exists()
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
 def load_template(name: str) -> Template:
     """One of those that are shipped, by its name, or a file. Raises ConfigError with the file and the key."""
-    shipped = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    shipped = _shipped()
     path = shipped.get(name) or Path(name).expanduser()
     try:
         text = path.read_text("utf-8")
