@@ -203,15 +203,15 @@ def scaling(out: Path) -> str:
     rate, tokens, lengths = one
     ideal = simulate(lengths, len(lengths), 1, 1.0)
     step_s = len(lengths) / rate / ideal  # so that the simulation of one engine takes as long as it was measured
+    alone = simulate(lengths, 2_000, 1, step_s) / 2_000  # seconds of an answer by one engine that is busy
     for prompts in COUNTS:
         for engines in ENGINES:
             if prompts < 4 * engines * SLOTS and engines > 2:
                 continue
             seconds = simulate(lengths, prompts, engines, step_s)
-            share = seconds * engines / (simulate(lengths, prompts, 1, step_s) if prompts <= 2_000 else prompts / rate)
             lines.append(
                 f"| {engines} | {prompts:,} | {prompts / seconds:.1f} | {prompts / seconds * tokens / rate:,.0f} "
-                f"| {seconds:,.0f} | simulated, {1 / share:.0%} of linear |"
+                f"| {seconds:,.0f} | simulated, {alone * prompts / engines / seconds:.0%} of linear |"
             )
     return "\n".join(lines)
 
