@@ -90,8 +90,15 @@ class Source:
         key, _ = self._find(path)
         line = f":{key.start_mark.line + 1}" if key is not None else ""
         where = "command line" if self._override_of(path) else f"{self.name}{line}"
-        name = ".".join(map(str, (*self.above, *path)))
+        name = ".".join(map(str, (*self.above, *self._by_name(path))))
         return f"{where}, key {name if len(name) < 100 else name[:99] + '…'}" if name else where
+
+    def _by_name(self, path: Sequence[str | int]) -> Sequence[str | int]:
+        """With the name of a stage of `rounds` in the place of its number, as an override would say it."""
+        if len(path) < 3 or path[0] != "rounds" or not isinstance(path[1], int):
+            return path
+        name = self.data["rounds"][path[1]].get("name")
+        return (path[0], name, *path[2:]) if isinstance(name, str) and path[2] != "name" else path
 
     def written(self, path: Sequence[str | int], value: Any) -> str:
         """A value as the user wrote it, but for keys and passwords."""

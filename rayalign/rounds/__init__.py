@@ -24,7 +24,7 @@ from rayalign.console import Console
 from rayalign.errors import CheckpointError, RayalignError
 from rayalign.label import Labelled, run_labelling
 from rayalign.metrics import read_records
-from rayalign.rounds.folder import STAGES, WRITTEN, rounds_folder
+from rayalign.rounds.folder import STAGES, WRITTEN, folder_of, rounds_folder
 from rayalign.rounds.manifest import Manifest, planned, read_manifest
 from rayalign.rounds.page import write_page
 from rayalign.schema import Config
@@ -68,8 +68,9 @@ def run_rounds(rounds: Rounds, *, name: str = "rounds") -> Finished:
     """
     quiet_libraries()
     console = Console()
-    with rounds_folder(rounds, name) as run_dir:
-        check_stages(rounds)
+    run_dir = folder_of(rounds, name)
+    check_stages(rounds)
+    with rounds_folder(run_dir, rounds):
         save_config(rounds, run_dir / WRITTEN)
         done: dict[str, Manifest] = {}
         ran: list[str] = []

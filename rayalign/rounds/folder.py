@@ -15,15 +15,20 @@ from rayalign.errors import ConfigError
 STAGES, WRITTEN = "stages", "rounds.yaml"
 
 
+def folder_of(rounds: Rounds, name: str) -> Path:
+    """Where a job would be, as far as that is known to be possible. Raises ConfigError."""
+    run_dir = Path(rounds.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    _check(run_dir, rounds)
+    return run_dir
+
+
 @contextmanager
-def rounds_folder(rounds: Rounds, name: str) -> Iterator[Path]:
-    """A folder that no other job uses while inside.
+def rounds_folder(run_dir: Path, rounds: Rounds) -> Iterator[None]:
+    """The folder, made where it is not there; no other job uses it while inside.
 
     Raises:
         ConfigError: it is not what the config asks for, cannot be made, or is in use.
     """
-    run_dir = Path(rounds.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
-    _check(run_dir, rounds)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,7 +52,7 @@ def rounds_folder(rounds: Rounds, name: str) -> Iterator[Path]:
         ) from None
     try:
         _check(run_dir, rounds)  # again: another job may have come and gone
-        yield run_dir
+        yield
     finally:
         lock.release()
 

@@ -212,14 +212,14 @@ REFUSED = {
         stages(A, {**SFT, "data": {"examples": "stage:aa"}}),
         ["no stage is called aa", "did you mean a?"],
     ),
-    "itself": (stages(A, {**SFT, "model": "stage:b"}), ["key rounds.1.model", "wait for one another: b → b"]),
+    "itself": (stages(A, {**SFT, "model": "stage:b"}), ["key rounds.b.model", "wait for one another: b → b"]),
     "a later one": (
         stages({**A, "model": "stage:b"}, {**SFT, "data": {"examples": "x.jsonl", "prompts": None}}),
-        ["key rounds.0.model", "a stage waits for a later one", "b comes after a", "leave model.path out"],
+        ["key rounds.a.model", "a stage waits for a later one", "b comes after a", "leave model.path out"],
     ),
     "a cycle": (
         stages({**A, "model": {"path": "stage:c"}}, SFT, {"name": "c", "algorithm": "sft", "model": "stage:b"}),
-        ["key rounds.0.model.path", "wait for one another: a → c → b → a"],
+        ["key rounds.a.model.path", "wait for one another: a → c → b → a"],
     ),
     "rows of a training": (stages(A, SFT, {**SFT, "name": "c", "data": {"examples": "stage:b", "prompts": None}}),
                            ["key rounds.c.data.examples", "the stage b (sft) writes no data", "name a"]),
