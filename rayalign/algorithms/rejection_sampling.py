@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rayalign.algorithms.base import refuse_cache
 from rayalign.algorithms.groups import scored
 from rayalign.algorithms.sft import SFT
 from rayalign.maths.policy_gradient import best_of_n_kl
@@ -43,11 +42,6 @@ class RejectionSampling(SFT):
     def _gains(self, group: Group) -> bool:
         scores = [group.scores[index] for index in scored(group)]
         return bool(scores) and max(scores) - sum(scores) / len(scores) >= self.min_gain
-
-    @model_validator(mode="after")
-    def _samples_are_new(self) -> RejectionSampling:
-        refuse_cache(self.reference)
-        return self
 
 
 def best_of_n(scores: Sequence[Sequence[float]]) -> Metrics:

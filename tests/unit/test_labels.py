@@ -1,0 +1,108 @@
+"""Rows of a labelling: every way to write them, what is left out, and shards that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayalign.data.labels import read_shard, rows_of, write_lines, write_shard
+from rayalign.errors import CheckpointError
+
+
+def record(completions, scores, preferences=None, *, truncated=(), index=0):
+    cut = [place in truncated for place in range(len(completions))]
+    return {
+        "prompt_index": index,
+        "prompt": "q",
+        "completions": completions,
+        "truncated": cut,
+        "tokens": [1] * len(completions),
+        "scores": scores,
+        "preferences": preferences,
+        "metrics": {},
+    }
+
+
+ABC = record(["a", "b", "c"], [1.0, 3.0, 1.0])
+MATRIX = [[0.5, 0.9, 0.5], [0.1, 0.5, 0.3], [0.5, 0.7, 0.5]]
+
+
+def test_each_way_to_write_a_prompt():
+    assert rows_of(ABC, None)[0] == [{"prompt": "q", "completions": ["a", "b", "c"], "scores": [1.0, 3.0, 1.0]}]
+    assert rows_of(ABC, "best")[0] == [{"prompt": "q", "completion": "b", "score": 3.0}]
+    pairs, left_out = rows_of(ABC, "pairs")
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [("b", "a"), ("b", "c")]
+    assert left_out == {"ties": 1} and all("probability" not in row for row in pairs)
+
+
+def test_a_scorer_that_compares_is_asked_of_each_pair():
+    compared = record(["a", "b", "c"], [1.0, 3.0, 1.0], MATRIX)
+    pairs, left_out = rows_of(compared, None)
+    assert pairs == [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 0.9},
+        {"prompt": "q", "chosen": "c", "rejected": "b", "probability": 0.7},
+    ]
+    assert left_out == {"ties": 1}
+    assert rows_of(compared, "ranked")[0][0]["scores"] == [1.0, 3.0, 1.0]
+
+
+def test_what_makes_no_row_is_counted():
+    odd = record(["", "  \n", "a", "b", "a", "long"], [9.0, 9.0, 1.0, 2.0, 3.0, 5.0], truncated=[5])
+    rows, left_out = rows_of(odd, "ranked", drop_truncated=True)
+    assert rows == [{"prompt": "q", "completions": ["a", "b"], "scores": [1.0, 2.0]}]
+    assert left_out == {"empty answers": 2, "truncated answers": 1, "answers that are there twice": 1}
+    assert rows_of(odd, "best")[0][0]["completion"] == "long"
+    assert rows_of(record(["", ""], [0.0, 0.0]), "best") == ([], {"empty answers": 2, "prompts without an answer": 1})
+    alike = rows_of(record(["a", "b"], [1.0, 1.0]), "ranked")
+    assert alike == ([], {"prompts whose answers are all as good": 1})
+
+
+@given(st.lists(st.tuples(st.text(), st.floats(-9, 9)), min_size=1, max_size=6), st.sampled_from(["ranked", "pairs"]))
+def test_rows_have_answers_that_differ_and_one_that_is_better(answers, write):
+    texts, scores = [text for text, _ in answers], [score for _, score in answers]
+    rows, _ = rows_of(record(texts, scores), write)
+    for row in rows:
+        if write == "ranked":
+            assert len(set(row["completions"])) == len(row["completions"]) >= 2 and len(set(row["scores"])) > 1
+        else:
+            assert row["chosen"].strip() and row["rejected"].strip() and row["chosen"] != row["rejected"]
+            assert scores[texts.index(row["chosen"])] > scores[texts.index(row["rejected"])]
+
+
+def test_a_shard_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    path = tmp_path / "labels" / "shard-0000.jsonl"
+    records = [record(["\u2028x\n", "é"], [0.1, 0.2], index=4), record(["y", "z"], [1.0, 2.0], index=7)]
+    assert read_shard(path, "known", [4, 7]) is None
+    write_shard(path, "known", records)
+    assert read_shard(path, "known", [4, 7]) == records
+    assert read_shard(path, "another", [4, 7]) is None
+    assert read_shard(path, "known", [4]) is None
+    whole = path.read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert read_shard(path, "known", [4, 7]) is None
+    path.write_bytes(b"\xff\xfe\n")
+    assert read_shard(path, "known", [4, 7]) is None
+    path.write_text("[1]\n[2]\n")
+    assert read_shard(path, "known", [4, 7]) is None
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    assert write_lines(path, [{"a": 1}]) == 1
+    before, (soft, hard) = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(CheckpointError, match="those before it are untouched"):
+            write_lines(path, [{"text": "x" * 5000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_text() == before and [each.name for each in tmp_path.iterdir()] == ["labels.jsonl"]
+    assert json.loads(before) == {"a": 1}
