@@ -25,7 +25,6 @@ from rayalign.submit.sources import may_be_secret, size_in_words, sources
 CONFIG_NAME = "config.yaml"
 LIMIT_MIB = 100.0  # Ray's own is 500: what is larger belongs on a file system of the cluster
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # never uploaded, wherever they lie
-JUDGES = ("scorer.ask.model", "scorer.scorers.scorer.ask.model")
 DATA = ("data.prompts", "data.examples.path")  # keys whose files travel, whatever their name looks like
 DOTTED = re.compile(r"([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -207,9 +206,8 @@ def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> A
 
 
 def _is_model(key: str) -> bool:
-    """Whether a checkpoint stands there: the policy's, a reward model's, or a judge's. What a server calls its model
-    is a name like one of a hub, and stays as it is."""
-    return key in ("model.path", "scorer.model", "scorer.scorers.scorer.model", *JUDGES)
+    """Whether a checkpoint stands there: the policy's, or a reward model's. What a server calls its model is none."""
+    return key == "model.path" or key in ("scorer.model", "scorer.scorers.scorer.model")
 
 
 def _is_kept_back(key: str, path: Path) -> bool:
