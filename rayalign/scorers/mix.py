@@ -51,7 +51,9 @@ class Mix(ScorerConfig):
     weight where all of them give some, and no weight is below 0.
     """
 
-    paper: ClassVar = "Wu et al. 2023, arXiv:2306.01693 (weighted rewards); standardised by group, Shao et al. 2024, arXiv:2402.03300"
+    paper: ClassVar = (
+        "Wu et al. 2023, arXiv:2306.01693 (weighted rewards); standardised by group, Shao et al. 2024, arXiv:2402.03300"
+    )
     name: Literal["mix"] = "mix"
     scorers: tuple[Part, ...] = Field(
         min_length=1,
@@ -174,8 +176,9 @@ def standardised(scores: Sequence[float]) -> tuple[float, ...]:
 
 def _preferences(given: Sequence[Group], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:
     """[K, K] mean of the parts' soft preferences by weight; None where one that counts gives none, or is a penalty."""
-    counted = [(weight, each.preferences) for weight, each in zip(weights, given, strict=True) if weight]
-    if any(weight < 0 or matrix is None for weight, matrix in counted):
+    parts = [(weight, each.preferences) for weight, each in zip(weights, given, strict=True) if weight]
+    counted = [(weight, matrix) for weight, matrix in parts if weight > 0 and matrix is not None]
+    if len(counted) < len(parts):
         return None
     total = math.fsum(weight for weight, _ in counted)
     count = len(given[0].completions)

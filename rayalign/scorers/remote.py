@@ -22,7 +22,8 @@ from rayalign.errors import ScoreError
 from rayalign.record import Record, Unfit, redacted
 
 log = logging.getLogger("rayalign")
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 LONGEST_WAIT_S = 60.0  # between two tries, whatever the server asks for
 LOCAL = ("localhost", "127.0.0.1", "::1")
 NOBODY = {  # answers after which no request of ours would fare better, with what to do about them

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from rayalign.data.groups import fit
 from rayalign.data.tokens import Turns
+from rayalign.engines.common import quiet_loading
 from rayalign.errors import ConfigError, DataError, RayalignError, ScoreError
 from rayalign.learners.settings import LearnerSettings, LearnerSpec
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
@@ -25,7 +26,7 @@ class RewardModelScorer(ScorerConfig):
 
     Prompt and answer become tokens by its own tokenizer, as those of a data set do in training, the token that ends
     an answer included: the score of a text is the one that the learner gave it. An answer that was cut is scored as
-    if it had ended there. On a cluster with GPUs each of its actors takes one, unless `device: cpu`.
+    if it had ended there. In bfloat16 the last product is one in float32. On a cluster with GPUs each of its actors takes one, unless `device: cpu`.
     """
 
     paper: ClassVar = "Ouyang et al. 2022, arXiv:2203.02155"
@@ -88,7 +89,8 @@ class _Scores:
         self._config, self._pad = config, pad
         self._device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
         try:
-            self._network = ScoreNetwork.load(spec, resolve_dtype(spec)).to(self._device)
+            with quiet_loading():
+                self._network = ScoreNetwork.load(spec, resolve_dtype(spec)).to(self._device)
         except RayalignError:
             raise
         except Exception as error:  # a file that is half a file fails in the reader of its format
@@ -99,6 +101,7 @@ class _Scores:
                 rule="a whole checkpoint, and the memory for it",
                 remedy="look at its files; write them again if one is cut off",
             ) from error
+        _head_in_float32(self._network)
         longest = getattr(self._network.model.config.get_text_config(), "max_position_embeddings", None)
         self._room = min(config.max_tokens, longest or config.max_tokens)
 
@@ -151,6 +154,13 @@ class _Scores:
             for index, value in zip(micro, values[Column.VALUES.value][:, 0].float().tolist(), strict=True):
                 found[index] = value
         return found
+
+
+def _head_in_float32(network: Any) -> None:
+    """The last product alone, so that in bfloat16 good answers and slightly better ones do not round to a tie."""
+    if network.tokenwise:
+        head = network.model.score.float()
+        head.register_forward_pre_hook(lambda module, arguments: tuple(each.float() for each in arguments))
 
 
 def _check_checkpoint(config: RewardModelScorer) -> None:

@@ -55,8 +55,9 @@ class _Scores:
 
     def __call__(self, groups: Sequence[Group]) -> list[list[float]]:
         texts = [self._text(group, text) for group in groups for text in group.texts]
-        keys = [key_of(url=self._config.url, **text) for text in texts] if self._cache is not None else []
-        known = {place: score for place, key in enumerate(keys) if (score := self._cache.get(key)) is not None}
+        keys = [key_of(url=self._config.url, **text) for text in texts]
+        kept = [self._cache.get(key) if self._cache is not None else None for key in keys]
+        known = {place: score for place, score in enumerate(kept) if score is not None}
         missing = [place for place in range(len(texts)) if place not in known]
         size = self._config.max_batch
         batches = [missing[start : start + size] for start in range(0, len(missing), size)]

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from rayalign.api import run_training
 from rayalign.config import parse_config
@@ -14,6 +15,7 @@ from rayalign.errors import ConfigError, ScoreError
 from rayalign.registry import resolve
 from rayalign.scorers import SCORERS
 from rayalign.scorers.base import score_groups
+from rayalign.scorers.engine_asker import EngineAsker
 from rayalign.scorers.mix import Mix, standardised
 from rayalign.types import Group
 from tests.parts import tiny_config
@@ -148,3 +150,19 @@ def test_a_training_with_one_records_each_score(tmp_path, model):
     assert all({"scores/tokens", "scores/brevity"} <= record.keys() for record in records)
     assert all(0 <= record["scores/tokens"] <= 1 and record["scores/brevity"] < 0 for record in records)
     assert all(abs(record["reward/mean"]) < 1e-6 for record in records)
+
+
+def test_a_judge_that_asks_the_policy_gets_what_is_lent(model):
+    judge = {"name": "judge", "ask": "policy", "min_mass": 0.0}
+    mix = Mix(scorers=({"scorer": judge}, {"scorer": {"name": "rules", "rule": "brevity"}, "weight": 0.1}))
+    assert mix.borrows_engine and not Mix(scorers=({"scorer": {"name": "rules", "rule": "vader"}},)).borrows_engine
+    with pytest.raises(ScoreError, match="no engine of its own"):
+        mix.start()
+    lent = EngineAsker(model=str(model), engine={"name": "transformers", "max_context": 512}).start()
+    score = mix.start_with(lent)
+    (found,) = score_groups(score, [group(0, "a good film", "bad")], who="scorer-0")
+    score.close()
+    assert found.metrics["scores/brevity"] == -2.0 and found.metrics["judge/refused"] == 0.0
+    assert found.preferences is None  # the rule gives none
+    with pytest.raises(ValidationError, match="engines are one pool"):
+        Mix(scorers=({"scorer": judge},), count=2)

@@ -106,6 +106,14 @@ def test_transformers_scores_the_checkpoint_alike(trained):
     assert scores(checkpoint, [group(0, "a good film")])[0][0] == pytest.approx(want, abs=1e-5)
 
 
+def test_in_bfloat16_scores_are_near_and_do_not_round_to_ties(trained):
+    _, checkpoint = trained
+    groups = [group(0, *(f"a great film {word}" for word in ("", "story", "actor", "opera", "and I love it")))]
+    (exact,), (found,) = scores(checkpoint, groups), scores(checkpoint, groups, dtype="bfloat16")
+    assert found == pytest.approx(exact, abs=0.05 * max(map(abs, exact)) + 0.02)
+    assert all(score != torch.tensor(score).bfloat16().item() for score in found)  # finer than its 8 bits
+
+
 def test_the_whole_conversation_counts_and_a_text_alone_will_do(trained):
     _, checkpoint = trained
     one = group(0, "good", "")
