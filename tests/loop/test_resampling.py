@@ -133,3 +133,13 @@ def test_every_online_loss_trains_on_the_same_samples(train, tmp_path, algorithm
 def test_the_reference_stays_follows_or_is_replaced(train, reference, zero):
     steps = records(train(algorithm__reference=reference, algorithm__loss="ipo", train__steps=4).run_dir)
     assert [r["kl/k3"] == 0.0 for r in steps] == zero
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "soft", "psi_po"])
+def test_the_policy_follows_a_judges_preferences_and_not_its_scores(train, loss):
+    changes = {"train__steps": 10, "rollout__prompts": 8, "evaluation__prompts": 4, "optimizer__lr": 2e-3}
+    algorithm = {"name": "online_preference", "samples": 4, "pairs": "all", "loss": loss}
+    run = train(scorer={"name": "tests.online_parts:Contrary"}, algorithm=algorithm, **changes)
+    before, after = run.evaluations[0].metrics, run.evaluations[10].metrics
+    assert after["reward/high"] < before["reward/low"]
+    assert records(run.run_dir)[0]["judge/ties"] == 0.25
