@@ -51,9 +51,7 @@ class Mix(ScorerConfig):
     weight where all of them give some, and no weight is below 0.
     """
 
-    paper: ClassVar = (
-        "Wu et al. 2023, arXiv:2306.01693 (weighted rewards); standardised by group, Shao et al. 2024, arXiv:2402.03300"
-    )
+    paper: ClassVar = "Wu et al. 2023, arXiv:2306.01693 (weighted); Shao et al. 2024, arXiv:2402.03300 (by group)"
     name: Literal["mix"] = "mix"
     scorers: tuple[Part, ...] = Field(
         min_length=1,

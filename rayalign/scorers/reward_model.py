@@ -26,7 +26,8 @@ class RewardModelScorer(ScorerConfig):
 
     Prompt and answer become tokens by its own tokenizer, as those of a data set do in training, the token that ends
     an answer included: the score of a text is the one that the learner gave it. An answer that was cut is scored as
-    if it had ended there. In bfloat16 the last product is one in float32. On a cluster with GPUs each of its actors takes one, unless `device: cpu`.
+    if it had ended there. In bfloat16 the last product is one in float32. On a cluster with GPUs each of its actors
+    takes one, unless `device: cpu`.
     """
 
     paper: ClassVar = "Ouyang et al. 2022, arXiv:2203.02155"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -155,3 +157,11 @@ def test_a_training_with_one(tmp_path, model, monkeypatch):
     assert result.step == 1
     saved = load_config(result.run_dir / "config.yaml")
     assert saved.scorer.function == "my_rewards_of_tests:score"
+
+
+def test_the_function_that_is_shipped():
+    score = Python(function="configs.rewards:on_topic", arguments={"longest": 4}).start()
+    texts = ("The camera glides over glaciers", "I liked it", "", "glaciers glaciers " * 8)
+    asked = replace(group(0, *texts), prompt=replace(group(0).prompt, text="Praise the camera work about glaciers"))
+    (found,) = score([asked])
+    assert found == pytest.approx([2 / 4 * 4 / 5, 0.0, 0.0, 1 / 4 * 4 / 16])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -14,6 +18,8 @@ from tests.http_service import Reply, serving
 from tests.parts import tiny_config
 from tests.ranks import free_port
 from tests.scored import group
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def lengths(body, before):
@@ -139,3 +145,18 @@ def test_a_run_goes_on_with_the_service_elsewhere_and_with_other_columns_it_does
         with pytest.raises(ConfigError, match="cannot change when a run is resumed") as raised:
             run_training(config(second, 3, resume=True, scorer={"columns": ["topic"]}))
     assert raised.value.where == "key scorer.columns"
+
+
+def test_the_service_that_is_shipped(monkeypatch):
+    port = free_port()
+    command = [sys.executable, str(ROOT / "configs" / "reward_service.py"), str(port)]
+    service = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        address = service.stdout.readline().strip()
+        assert address == f"http://127.0.0.1:{port}/score"
+        (found,) = scores(address, [group(0, "a great film, I love it", "awful", "")], retries=8, backoff_s=0.2)
+    finally:
+        service.terminate()
+        service.wait(timeout=30)
+        service.stdout.close()
+    assert found[0] > 0.5 > 0 == found[2] > found[1]
