@@ -226,10 +226,10 @@ def submit(
       rayalign submit my.yaml --address http://head:8265
       rayalign submit my.yaml run_dir=/shared/runs/a train.steps=500 --no-follow
     """
-    from rayalign.config import load_config
+    from rayalign.config import load_job
     from rayalign.submit import submit as submit_job
 
-    code = submit_job(load_config(config, overrides or ()), name=config.stem, address=address, follow=follow, say=_say)
+    code = submit_job(load_job(config, overrides or ()), name=config.stem, address=address, follow=follow, say=_say)
     raise typer.Exit(code)
 
 

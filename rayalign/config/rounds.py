@@ -46,6 +46,29 @@ class Rounds:
         """As YAML would hold it: what was written, without defaults."""
         return dict(self.data)
 
+    def resolved(self) -> dict[str, Any]:
+        """As YAML would hold it, every stage with all of its keys; a model.path only where the stage says its own."""
+        stages = []
+        for stage, written in zip(self.once, self.data["rounds"], strict=True):
+            whole = {key: value for key, value in stage.config.to_dict().items() if key not in ("run_dir", "resume")}
+            own = written.get("model")
+            if not isinstance(own, str) and "path" not in (own or {}):
+                del whole["model"]["path"]
+            stages.append({"name": stage.name, **whole})
+        path = (self.data.get("model") or {}).get("path")
+        shared = {"model": {"path": path}} if path is not None else {}
+        return {**shared, "rounds": stages, "repeat": self.repeat, "run_dir": self.run_dir, "resume": self.resume}
+
+    @property
+    def once(self) -> tuple[Stage, ...]:
+        """The stages of the first repetition."""
+        return self.stages[: len(self.stages) // self.repeat]
+
+    def standing(self, stage: Stage) -> Config:
+        """The stage's config with the model that it descends from, which is there before anything has run."""
+        model = stage.config.model.model_copy(update={"path": self.initial_model(stage)})
+        return stage.config.model_copy(update={"model": model})
+
     def stage(self, folder: str) -> Stage:
         return next(stage for stage in self.stages if stage.folder == folder)
 

@@ -49,7 +49,7 @@ def plan_job(job: Config | Rounds, *, nodes: str | None = None, console: Console
 
 def plan_stages(rounds: Rounds, *, nodes: str | None = None) -> Iterator[StagePlan]:
     """Of each stage of the first repetition; the later ones are like it. Raises ConfigError."""
-    for stage in rounds.stages[: len(rounds.stages) // rounds.repeat]:
+    for stage in rounds.once:
         config = _standing_for(rounds, stage)
         yield StagePlan(stage, make_plan(config, nodes=nodes, rows=_rows(rounds, stage, config)))
 

@@ -103,7 +103,7 @@ def _in_words(stage: Stage) -> str:
 def check_stages(rounds: Rounds) -> None:
     """All that can be told before the first stage starts: parts, prompts and rows of each of them, as far as no
     earlier stage makes them. Raises RayalignError that names the stage."""
-    for stage in rounds.stages[: len(rounds.stages) // rounds.repeat]:
+    for stage in rounds.once:
         try:
             _check_stage(rounds, stage)
         except RayalignError as error:
@@ -112,8 +112,7 @@ def check_stages(rounds: Rounds) -> None:
 
 
 def _check_stage(rounds: Rounds, stage: Stage) -> None:
-    model = stage.config.model.model_copy(update={"path": rounds.initial_model(stage)})
-    config = stage.config.model_copy(update={"model": model})
+    config = rounds.standing(stage)
     if config.learns:
         check_training(config)
     else:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.build import examples_for, load_tokenizer, model_path, prompts_for
-from rayalign.checks import check_rollouts, check_training
-from rayalign.config import parse_config, save_config
+from rayalign.checks import check_labelling, check_rollouts, check_training
+from rayalign.config import Rounds, parse_job, save_config
+from rayalign.config.rounds import STAGE
 from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
@@ -41,7 +42,7 @@ class Upload:
         left_out: files of the packages that travel which do not, a line for each package.
     """
 
-    config: Config
+    config: Config | Rounds
     files: Mapping[str, Path]
     stays: tuple[str, ...]
     variables: tuple[str, ...]
@@ -96,7 +97,7 @@ class Upload:
 
 
 def submit(
-    config: Config, *, name: str, address: str | None, follow: bool = True, say: Callable[[str], None] = print
+    config: Config | Rounds, *, name: str, address: str | None, follow: bool = True, say: Callable[[str], None] = print
 ) -> int:
     """Train as the config says, as a job on the cluster at this address.
 
@@ -136,9 +137,13 @@ def submit(
     return jobs.follow_job(client, job_id, say) if follow else 0
 
 
-def check(config: Config) -> None:
+def check(config: Config | Rounds) -> None:
     """What can be told before anything is uploaded: data that travel are read whole; with the model here too,
     everything is checked that `train` checks. Raises ConfigError or DataError."""
+    if isinstance(config, Rounds):
+        for stage in config.once:
+            check(config.standing(stage))
+        return
     model = config.model.path
     if not model.startswith(("/", "~")):
         model_path(model)
@@ -146,10 +151,12 @@ def check(config: Config) -> None:
     named = [config.data.prompts] if config.data.prompts else []
     named += [source.path for source in config.data.examples]
     if has_model:
-        check_training(config)
+        (check_training if config.learns else check_labelling)(config)
     if has_model and all(map(_is_here, named)):
         tokenizer = load_tokenizer(config)
-        check_rollouts(config, prompts_for(config, tokenizer), examples_for(config, tokenizer))
+        prompts, examples = prompts_for(config, tokenizer), examples_for(config, tokenizer)
+        if config.learns:
+            check_rollouts(config, prompts, examples)
     elif config.data.prompts and _is_here(config.data.prompts):
         read_rows(config.data.prompts)
 
@@ -160,24 +167,30 @@ def _is_here(data: str) -> bool:
     return path.exists() or (path.suffix in SUFFIXES and not os.path.isabs(data))
 
 
-def collect(config: Config, *, name: str) -> Upload:
+def collect(config: Config | Rounds, *, name: str) -> Upload:
     """What the config needs of this machine's files."""
-    data = config.to_dict()
+    several = isinstance(config, Rounds)
+    data = config.resolved() if several else config.to_dict()
     files: dict[str, Path] = {}
     stays: list[str] = []
-    for key, value in data.items():
-        if key not in ("run_dir", "placement"):
-            data[key] = _placed(value, key, files, stays)
+    runs = data["rounds"] if several else [data]
+    for part in [*runs, {"model": data["model"]}] if several and "model" in data else runs:
+        for key, value in part.items():
+            if key not in ("run_dir", "placement", "name"):
+                part[key] = _placed(value, key, files, stays)
+        if several and "name" not in part:
+            data["model"] = part["model"]
+        if "address" in part.get("placement", {}):
+            part["placement"]["address"] = "auto"  # the cluster that the job runs on
     data["run_dir"] = _on_cluster(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if "address" in data["placement"]:
-        data["placement"]["address"] = "auto"  # the cluster that the job runs on
-    modules = ["rayalign", *(match[1] for text in _texts(data) if (match := DOTTED.fullmatch(text)))]
-    code, left_out = sources(modules)
-    job = parse_config(data, source="the config of the job")
-    named = [
-        text for key in ("model", "data", "algorithm", "scorer") for text in _texts(data[key]) if text not in files
-    ]
-    return Upload(job, files | code, tuple(stays), variables(job, named), tuple(left_out))
+    texts = [text for text in _texts(data) if not text.startswith(STAGE)]
+    code, left_out = sources(["rayalign", *(match[1] for text in texts if (match := DOTTED.fullmatch(text)))])
+    job = parse_job(data, source="the config of the job")
+    named = [text for run in runs for key in ("model", "data", "algorithm", "scorer") for text in _texts(run[key])]
+    named = [text for text in dict.fromkeys(named) if text not in files and not text.startswith(STAGE)]
+    configs = [stage.config for stage in job.stages] if isinstance(job, Rounds) else [job]
+    wanted = dict.fromkeys(each for one in configs for each in variables(one, named))
+    return Upload(job, files | code, tuple(dict.fromkeys(stays)), tuple(wanted), tuple(left_out))
 
 
 def _placed(value: Any, key: str, files: dict[str, Path], stays: list[str]) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import rayalign
-from rayalign.config import load_config, parse_config
+from rayalign.config import load_config, parse_config, parse_job
 from rayalign.errors import ConfigError, DataError
 from rayalign.submit import check, collect
 from tests.parts import tiny_config, write_prompts
@@ -368,3 +368,29 @@ def test_a_function_of_ones_own_travels_with_its_package(config, place):
     write(place / "my_functions" / "kind.py", "def score(prompts, completions):\n    return [0.0 for _ in prompts]\n")
     upload = collect(config(scorer={"name": "python", "function": "my_functions.kind:score"}), name="my")
     assert outside_the_package(upload) == {"prompts.jsonl", "my_functions/__init__.py", "my_functions/kind.py"}
+
+
+def test_a_job_of_rounds_travels_as_one(place, model):
+    """With the data of all stages, and what a stage has from another left to it."""
+    base = tiny_config(place, model, run_dir=None, scorer={"name": "rules", "rule": "brevity"})
+    del base["algorithm"], base["data"]
+    write(place / "answers.jsonl", '{"prompt": "a", "completion": "b"}\n' * 9)
+    rounds = [
+        {"name": "answers", "algorithm": {"name": "label"}, "data": {"prompts": "prompts.jsonl"}},
+        {"name": "sft", "algorithm": "sft", "data": {"examples": "answers.jsonl"}},
+        {"name": "dpo", "algorithm": "preference", "data": {"examples": "stage:answers"}},
+    ]
+    job = parse_job({**base, "rounds": rounds, "repeat": 2})
+    check(job)
+    upload = collect(job, name="my")
+    assert outside_the_package(upload) == {"prompts.jsonl", "answers.jsonl"}
+    assert upload.stays == (f"model.path {model}",) and upload.variables == ()
+    assert str(upload.config.run_dir).startswith(f"{place}/runs/my-")
+    models = [stage.config.model.path for stage in upload.config.stages]
+    assert models == [str(model), str(model), "stage:sft", "stage:dpo", "stage:dpo", "stage:sft-2"]
+    assert [stage.config.to_dict() for stage in parse_job(upload.config.to_dict()).stages] == [
+        stage.config.to_dict() for stage in upload.config.stages
+    ]
+    rounds[1]["data"]["examples"] = "nope.jsonl"
+    with pytest.raises(DataError, match="there is no such file"):
+        check(parse_job({**base, "rounds": rounds}))
