@@ -101,8 +101,19 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             rule="one or more folders of runs",
             remedy="rayalign report runs/NAME",
         )
-    folders = list({path.resolve(): path for path in map(locate, paths)}.values())
+    whole = [each for path in paths for each in _stages(path)]
+    folders = list({path.resolve(): path for path in map(locate, whole)}.values())
     return [_load(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _stages(path: Path) -> list[Path]:
+    """Of a job of rounds the folders of the stages that did something, in the order in which they began."""
+    folder = path.expanduser()
+    if not (folder / "rounds.yaml").is_file():
+        return [path]
+    found = [each.parent for each in folder.glob("stages/*/metrics.jsonl") if each.stat().st_size]
+    began = {each: _mapping(each / "manifest.json").get("began", "") for each in found}
+    return sorted(found, key=lambda each: (began[each], each)) or [path]
 
 
 def locate(path: Path) -> Path:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from rayalign.config import load_job, parse_job
 from rayalign.errors import ConfigError, DataError
+from rayalign.report import write_report
 from rayalign.rounds import run_job, run_rounds
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut, tiny_config, write_prompts
@@ -63,6 +64,9 @@ def test_stages_hand_over_weights_and_rows(rounds, model):
     for stage in found.stages:
         assert f'href="stages/{stage}/report.html"' in page
         assert (found.run_dir / "stages" / stage / "report.html").is_file()
+    compared = write_report([found.run_dir], found.run_dir / "compared.html").read_text()
+    assert "3 runs compared" in compared
+    assert compared.index("answers") < compared.index("dpo")
 
 
 def test_a_repeated_list_starts_each_time_from_the_newest_policy(rounds, model):
