@@ -32,6 +32,7 @@ NOBODY = {  # answers after which no request of ours would fare better, with wha
     404: "correct the url (an OpenAI-compatible one ends with /v1) or the model's name: GET URL/models lists them",
     405: "correct the url: what is there takes no POST",
 }
+IN_A_ROW = 4  # requests whose tries are used up, and none answered in between: nobody is there
 AGAIN = (408, 409, 425, 429)
 JSON = {"Content-Type": "application/json"}
 
@@ -89,11 +90,16 @@ def _is_address(url: str) -> bool:
 
 
 class Failed(Exception):
-    """One request has no usable reply; others may have. `of_any`: any other would seem to fare no better."""
+    """One request has no usable reply; others may have.
 
-    def __init__(self, reason: str, *, of_any: bool = False):
+    Attributes:
+        of_any: whether any other request would seem to fare no better.
+        ends: what to raise where no other did.
+    """
+
+    def __init__(self, reason: str, *, of_any: bool = False, ends: ScoreError | None = None):
         super().__init__(reason)
-        self.of_any = of_any
+        self.of_any, self.ends = of_any, ends
 
 
 class _Again(Exception):
@@ -105,8 +111,8 @@ class _Again(Exception):
 
 
 class Caller:
-    """Posts JSON to one server. One request whose tries are used up is `Failed` as long as others are answered
-    meanwhile; where none is, nobody answers, and all that is left undone ends with a ScoreError.
+    """Posts JSON to one server. One request whose tries are used up is `Failed`. Several in a row, or one that found
+    nobody to connect to, mean that nobody answers: all that is left undone then ends with a ScoreError.
 
     Args:
         place: the key of the config, for messages.
@@ -128,7 +134,7 @@ class Caller:
         self._random = random.Random()  # waits differ between actors; nothing that is sampled depends on it
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._nobody: ScoreError | None = None
-        self._answered_at = float("-inf")
+        self._answered_at, self._in_a_row = float("-inf"), 0
 
     def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`work` of every item, which may `post`, as many at once as the config says; in the order of the items.
@@ -175,11 +181,9 @@ class Caller:
             except httpx.RequestError as error:
                 trouble = _Again(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
                 continue
-            self._answered_at = time.monotonic()
+            self._answered()
             return read(reply)
-        if self._answered_at >= began:
-            raise Failed(f"{self._clean(str(trouble))}, {self._set.retries + 1} times")
-        raise self._give_up(self._clean(str(trouble)))
+        raise self._unanswered(self._clean(str(trouble)), began)
 
     def close(self) -> None:
         self._stop.set()
@@ -201,7 +205,7 @@ class Caller:
             to = f" to {redacted(response.headers['location'])}" if "location" in response.headers else ""
             self._refused(status, f"status {status}{to}: {_said(raw)}")
         if status != 200:
-            self._answered_at = time.monotonic()  # it is there: something about this request is wrong
+            self._answered()  # it is there: something about this request is wrong
             raise Failed(self._clean(f"status {status}: {_said(raw)}"), of_any=True)
         try:
             return json.loads(raw)
@@ -217,7 +221,22 @@ class Caller:
             ScoreError("the server refuses", where=self._where, value=self._clean(reason), rule=rule, remedy=remedy)
         )
 
-    def _give_up(self, reason: str) -> ScoreError:
+    def _answered(self) -> None:
+        with self._lock:
+            self._answered_at, self._in_a_row = time.monotonic(), 0
+
+    def _unanswered(self, reason: str, began: float) -> Exception:
+        """What to raise when all tries of a request, the first at `began`, are used up."""
+        with self._lock:
+            self._in_a_row += 1
+            absent = "Connect" in reason and self._answered_at < began
+            nobody = absent or self._in_a_row >= IN_A_ROW
+        error = self._no_answer(reason)
+        if nobody:
+            return self._end(error)
+        return Failed(f"{reason}, {self._set.retries + 1} times", of_any=True, ends=error)
+
+    def _no_answer(self, reason: str) -> ScoreError:
         tries = self._set.retries + 1
         if "status 429" in reason:
             remedy = "lower concurrency or scorer.count, or raise retries and backoff_s"
@@ -227,14 +246,12 @@ class Caller:
             remedy = "raise timeout_s, or lower concurrency: the server is slow"
         else:
             remedy = "look at the server's log"
-        return self._end(
-            ScoreError(
-                "the server does not answer",
-                where=self._where,
-                value=f"{reason} (the last of {tries} {'tries' if tries > 1 else 'try'})",
-                rule=f"a usable reply within {self._set.timeout_s:g} s, once in {tries} at least",
-                remedy=remedy,
-            )
+        return ScoreError(
+            "the server does not answer",
+            where=self._where,
+            value=f"{reason} (the last of {tries} {'tries' if tries > 1 else 'try'})",
+            rule=f"a usable reply within {self._set.timeout_s:g} s, once in {tries} at least",
+            remedy=remedy,
         )
 
     def _end(self, error: ScoreError) -> ScoreError:

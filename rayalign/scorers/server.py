@@ -58,13 +58,13 @@ class Server:
         """The answers, in the order of the questions.
 
         Raises:
-            ScoreError: nobody answers; or, as long as there was no answer at all, a server that understands none of
-                the questions, or gives no log-probs.
+            ScoreError: nobody answers; or, as long as there was no answer at all, a server that answers or understands
+                none of the questions, or gives no log-probs.
         """
         found = self._caller.each(self._answer, questions)
         self._answered = self._answered or any(answer.error is None for answer, _ in found)
-        if questions and not self._answered and all(misunderstood for _, misunderstood in found):
-            raise ScoreError(
+        if questions and not self._answered and all(failed is not None and failed.of_any for _, failed in found):
+            raise found[0][1].ends or ScoreError(
                 "the server answers none of the questions",
                 where=f"key {self._place}.url, {self._config.url}",
                 value=found[0][0].error,
@@ -84,8 +84,8 @@ class Server:
         if self._cache is not None:
             self._cache.close()
 
-    def _answer(self, question: Question) -> tuple[Answer, bool]:
-        """The answer, and whether the server seems not to understand what is asked of it."""
+    def _answer(self, question: Question) -> tuple[Answer, Failed | None]:
+        """The answer, and why there is none."""
         thought = ""
         try:
             messages = question.messages
@@ -95,10 +95,10 @@ class Server:
             body = {**_sampling(1, 1.0), "logprobs": True, "top_logprobs": self._config.top_logprobs}
             tokens = [(str(token), float(logp)) for token, logp in self._reply(messages, body, _top_tokens)]
         except Failed as failed:
-            return Answer(question.id, None, thought, str(failed)), failed.of_any
+            return Answer(question.id, None, thought, str(failed)), failed
         if not tokens:
-            return Answer(question.id, None, thought, "it answered nothing"), False
-        return Answer(question.id, tuple(_logp(tokens, answer) for answer in question.answers), thought), False
+            return Answer(question.id, None, thought, "it answered nothing"), None
+        return Answer(question.id, tuple(_logp(tokens, answer) for answer in question.answers), thought), None
 
     def _think(self, question: Question) -> str:
         body = _sampling(question.reasoning, self._config.reasoning_temperature)

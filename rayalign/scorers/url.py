@@ -100,7 +100,7 @@ class _Scores:
         try:
             return self._caller.post("", body, lambda reply: _numbers(reply, len(texts)))
         except Failed as failed:
-            raise ScoreError(
+            raise failed.ends or ScoreError(
                 "the service gave no usable scores",
                 where=f"key scorer.url, {self._config.url}",
                 value=str(failed),

@@ -10,9 +10,12 @@ from pydantic import ValidationError
 
 from rayalign.errors import ScoreError
 from rayalign.scorers.asking import Asker, Question
+from rayalign.scorers.base import score_groups
+from rayalign.scorers.judge import Judge
 from rayalign.scorers.server import ServerAsker
 from tests.http_service import Reply, serving
 from tests.ranks import free_port
+from tests.scored import group
 
 KEY = "sk-nobody-may-read-this"
 
@@ -143,7 +146,7 @@ def test_where_something_that_matters_is_different_it_is_asked_again(asker, sett
         assert len(service.asked) == 2
 
 
-def test_the_thought_and_each_answer_are_kept_when_the_server_goes_down_in_between(asker):
+def test_the_thought_and_each_answer_are_kept_when_the_server_fails_in_between(asker):
     def answer(body, before):
         if "logprobs" not in body:
             return Reply({"choices": [{"message": {"content": "hm"}}]})
@@ -151,12 +154,11 @@ def test_the_thought_and_each_answer_are_kept_when_the_server_goes_down_in_betwe
 
     with serving(answer) as service:
         server = asker(service.url, concurrency=1, retries=0)
-        with pytest.raises(ScoreError, match="does not answer"):
-            server.ask(questions(2, reasoning=5))
-        asked = len(service.asked)
-        with pytest.raises(ScoreError):
-            server.ask(questions(2, reasoning=5))
-        assert len(service.asked) == asked + 1  # the second answer alone: all else is on disk
+        assert [each.error is None for each in server.ask(questions(2, reasoning=5))] == [True, False]
+        assert len(service.asked) == 4
+        found = server.ask(questions(2, reasoning=5))
+        assert [each.reasoning for each in found] == ["hm", "hm"] and found[0].error is None
+        assert len(service.asked) == 5  # the second answer alone: all else is on disk
 
 
 # Retries.
@@ -218,6 +220,17 @@ def test_one_question_that_a_server_cannot_answer_costs_only_that_answer(asker):
         found = asker(service.url, retries=2, concurrency=2).ask(questions(12))
     assert [each.id for each in found if each.error] == ["q2"]
     assert found[2].logps is None and found[2].error == "status 500: nothing, 3 times"
+
+
+def test_a_server_that_breaks_down_later_ends_it_and_what_it_had_answered_is_kept(asker):
+    with serving(lambda body, before: Reply(GOOD) if before < 5 else Reply(b"", status=500)) as service:
+        server = asker(service.url, retries=0, concurrency=1)
+        assert all(each.error is None for each in server.ask(questions(3)))
+        with pytest.raises(ScoreError, match="does not answer"):
+            server.ask(questions(30))
+        assert len(service.asked) == 9  # five answers, four failures in a row
+        assert all(each.error is None for each in asker(service.url).ask(questions(5)))
+        assert len(service.asked) == 9
 
 
 # Replies that are no answers.
@@ -330,3 +343,54 @@ def test_a_key_that_is_not_there_is_said_before_anything_is_asked(asker, monkeyp
 def test_a_config_that_could_not_work_or_would_show_a_key_is_refused(settings, says):
     with pytest.raises(ValidationError, match=says):
         ServerAsker(**{"url": "http://host/v1", "model": "judge", **settings})
+
+
+# The judge that asks such a server.
+
+
+def judged(url, tmp_path, groups, **keys):
+    ask = {"name": "server", "url": url, "model": "judge", "cache": str(tmp_path / "judge.sqlite"), "backoff_s": 0.001}
+    score = Judge.model_validate({"name": "judge", "ask": ask, **keys}).start()
+    try:
+        return score_groups(score, groups, who="scorer-0")
+    finally:
+        score.close()
+
+
+def test_a_judge_that_always_picks_the_first_is_told_by_its_metric_and_prefers_nothing(tmp_path):
+    with serving(lambda body, before: Reply(reply(("1", math.log(0.9)), ("2", math.log(0.1))))) as service:
+        (found,) = judged(service.url, tmp_path, [group(0, "a", "b", "c")])
+    assert found.metrics["judge/order_dependent"] == 1.0 and found.metrics["judge/refused"] == 0.0
+    assert all(found.preferences[i][j] == pytest.approx(0.5) for i in range(3) for j in range(3))
+
+
+def test_a_judge_that_reads_the_answers_prefers_the_better_one_and_its_server_is_asked_in_both_orders(tmp_path):
+    def answer(body, before):
+        text = body["messages"][-1]["content"]
+        first = text.index("a lovely film") < text.index("awful stuff")
+        return Reply(reply(("1", math.log(0.8 if first else 0.2)), ("2", math.log(0.2 if first else 0.8))))
+
+    with serving(answer) as service:
+        (found,) = judged(service.url, tmp_path, [group(0, "awful stuff", "a lovely film")])
+        assert len(service.asked) == 2
+    assert found.preferences[1][0] == pytest.approx(0.8) and found.scores[1] > found.scores[0]
+    assert found.metrics["judge/order_dependent"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        reply(("I", -0.1), ("Well", -3.0)),
+        {"choices": [{"logprobs": {"content": []}}]},
+        b'{"choices": [{"logprobs": {"content": [{"token": "1", "logprob": NaN}]}}]}',
+    ],
+    ids=["neither", "nothing", "nan"],
+)
+def test_a_judge_that_refuses_is_counted_and_ends_the_run_when_it_always_does(tmp_path, body):
+    few, many = [group(0, "a", "b")], [group(i, "a", f"b{i}", "c") for i in range(1, 9)]
+    with serving(lambda asked, before: Reply(body)) as service:
+        (found,) = judged(service.url, tmp_path, few)
+        assert found.metrics["judge/refused"] == 1.0 and found.preferences[0][1] == 0.5
+        with pytest.raises(ScoreError, match="refuse") as raised:
+            judged(service.url, tmp_path, many)
+    assert raised.value.value and raised.value.rule and raised.value.remedy
