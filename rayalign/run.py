@@ -162,7 +162,7 @@ class Run:
                 step=step,
                 learner_temperature=self.learner_temperature,
                 progress=self.progress,
-                further=contest and partial(contest.metrics, step, self.roles.policy),
+                further=None if contest is None else partial(contest.metrics, step, self.roles.policy),
             )
         elif contest is not None:
             self.say(f"evaluating on the prompts of {len(contest.prompts)} held-out rows")

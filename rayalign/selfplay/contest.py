@@ -117,11 +117,8 @@ class Contest:
                 both = Group(f"contest/{number}", group.prompt, (completion, other), (text, first[number].completion))
                 pairs[both.id] = both
         scored = self._scored(list(pairs.values()))
-        found = []
-        for number in range(len(answers)):
-            group = scored.get(f"contest/{number}")
-            found.append(0.5 if group is None else _beats(group))
-        return found
+        outcomes = (scored.get(f"contest/{number}") for number in range(len(answers)))
+        return [0.5 if outcome is None else _beats(outcome) for outcome in outcomes]
 
     def _scored(self, pairs: Sequence[Group]) -> dict[str, Group]:
         assert self._scorer is not None

@@ -57,7 +57,7 @@ def shared(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "model": {"path": arguments.model, "dtype": "bfloat16"},
         "data": {"examples": {"path": str(DATA), "limit": arguments.limit}, "max_tokens": 128},
         "rollout": {"prompts": arguments.batch},
-        "optimizer": {"lr": 1.0e-5, "warmup_steps": 2},
+        "optimizer": {"lr": arguments.lr, "warmup_steps": 2},
         "engine": {"name": "vllm", "max_context": 128, "max_running": SLOTS, "kv_cache_gib": 0.5},
         "learner": {"name": "deepspeed", "zero_stage": 0},
         "placement": {"name": "ray", "object_store_gib": 1.0},
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8, help="of an iteration")
+    parser.add_argument("--lr", type=float, default=2.0e-5, help="of all rows but sft, which has 3e-5")
     parser.add_argument("--batch", type=int, default=24, help="pairs of a step")
     parser.add_argument("--lam", type=float, nargs="*", default=[0.1, 1.0])
     parser.add_argument("--limit", type=int, default=240, help="rows of the data")
