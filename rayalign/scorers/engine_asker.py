@@ -26,7 +26,7 @@ class EngineAsker(Record):
 
     name: Literal["engine"] = "engine"
     model: str = Field(
-        description="the judge: folder of a Hugging Face checkpoint, or a hub id", examples=["/models/j"]
+        description="the judge: folder of a Hugging Face checkpoint, or a hub id", examples=["/models/my-judge"]
     )
     engine: AnyEngine = Field({"name": "vllm"}, description="what it runs on, as the section engine; count stays 1")
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")

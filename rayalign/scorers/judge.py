@@ -11,7 +11,7 @@ from rayalign.record import Unfit
 from rayalign.scorers.asking import AnyAsker, Asker
 from rayalign.scorers.base import ScorerConfig
 from rayalign.scorers.judging import JudgeRules, Judging
-from rayalign.scorers.templates import Template, is_there, load_template
+from rayalign.scorers.templates import Template, is_elsewhere, load_template
 
 USUAL = {"pairwise": "helpful", "direct": "helpful_score"}
 
@@ -45,7 +45,7 @@ class Judge(JudgeRules, ScorerConfig):
     @model_validator(mode="after")
     def _template_fits(self) -> Judge:
         name = self.template or USUAL[self.mode]
-        if is_there(name):
+        if not is_elsewhere(name):
             self._template = self._loaded(name)
         return self
 

@@ -96,8 +96,8 @@ def test_answers_keep_their_spelling(tmp_path: Path) -> None:
         ),
         ("think: Compare them.", "examples: [{prompt: p, first: a, second: b, third: c, verdict: A}]", r"third"),
         ("{A: 1, B: 0}", "{A: 1", r"this template is not YAML"),
-        (GOOD, "just a text", r"lacks something, or has something else"),
-        (GOOD, "", r"lacks something, or has something else"),
+        (GOOD, "just a text", r"this cannot be used(.|\n)*found:  just a text"),
+        (GOOD, "", r"this cannot be used(.|\n)*found:  nothing"),
     ],
 )
 def test_what_is_wrong_with_a_template_is_said(tmp_path: Path, old: str, new: str, words: str) -> None:

@@ -24,7 +24,11 @@ from rayalign.schema import json_schema
 
 HERE = Path(__file__).resolve().parents[1] / "malformed"
 ROOT = HERE.parents[1]
-BASES = {"data/": ("base.yaml", "data.prompts"), "examples/": ("pairs.yaml", "data.examples")}
+BASES = {
+    "data/": ("base.yaml", "data.prompts"),
+    "examples/": ("pairs.yaml", "data.examples"),
+    "judges/": ("judge.yaml", "scorer.template"),
+}
 CASES = yaml.safe_load((HERE / "expected.yaml").read_text("utf-8"))
 PLACE = re.compile(r"error: (command line|[^:]+(:\d+|, row \d+)?)?(, )?(key [^:]+)?: .+")
 

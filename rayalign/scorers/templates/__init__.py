@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 PLACEHOLDERS = {"pairwise": ("prompt", "first", "second"), "direct": ("prompt", "answer")}
 NEEDED = {"pairwise": ("first", "second"), "direct": ("answer",)}  # {prompt} may be left out
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
-SPOKEN = ("thinking", "verdict")  # what an example has beside values of placeholders
+PLAIN = {"float_parsing": "a number"}  # what pydantic says, in fewer words
 
 Mode = Literal["pairwise", "direct"]
 
@@ -134,9 +134,9 @@ class Template(Record):
             )
 
 
-def is_there(name: str) -> bool:
-    """Whether this template is shipped, or a file."""
-    return name in _shipped() or Path(name).expanduser().exists()
+def is_elsewhere(name: str) -> bool:
+    """Whether this is a file that is not here (a job brings it along), rather than the name of a shipped template."""
+    return name not in _shipped() and Path(name).suffix != "" and not Path(name).expanduser().exists()
 
 
 def _shipped() -> dict[str, Path]:
@@ -181,8 +181,8 @@ def _read(text: str, where: str) -> Any:
         raise ConfigError(
             "this template is not YAML",
             where=f"{where}:{mark.line + 1}" if mark else where,
-            value=getattr(error, "problem", None) or str(error),
-            rule="YAML",
+            value=text.splitlines()[mark.line].strip() if mark and mark.line < len(text.splitlines()) else "its end",
+            rule=f"YAML; its reader says: {getattr(error, 'problem', None) or error}",
             remedy="begin with a copy of one of those in rayalign/scorers/templates",
         ) from None
 
@@ -205,16 +205,20 @@ def _unfit(error: ValidationError, where: str) -> ConfigError:
     fault = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt key lacks as well
     cause = fault.get("ctx", {}).get("error")
     path = ".".join(map(str, fault["loc"]))
-    found = "nothing" if fault["type"] == "missing" else fault["input"]
+    found = "nothing" if fault["type"] == "missing" else fault["input"] or "nothing"
     if not isinstance(cause, Unfit):
         known = {name: field.description or "" for name, field in Template.model_fields.items()}
         key = str(fault["loc"][0]) if fault["loc"] else ""
-        extra = fault["type"] == "extra_forbidden"
+        extra, missing = fault["type"] == "extra_forbidden", fault["type"] == "missing"
         return ConfigError(
-            "no key of a template is called so" if extra else "this template lacks something, or has something else",
+            "no key of a template is called so"
+            if extra
+            else "this key is missing"
+            if missing
+            else "this cannot be used",
             where=f"{where}, key {path}" if path else where,
             value=found,
-            rule=fault["msg"] if not extra else f"one of {', '.join(known)}",
+            rule=PLAIN.get(fault["type"], fault["msg"]) if not extra else f"one of {', '.join(known)}",
             remedy=did_you_mean(key, known) if extra else known.get(key, "begin with a copy of a shipped template"),
         )
     value = found.get(cause.key) if isinstance(found, Mapping) else found
