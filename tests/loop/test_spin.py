@@ -11,9 +11,12 @@ import pytest
 
 from rayalign.api import run_evaluation, run_training
 from rayalign.checkpoint import load_state
-from rayalign.config import parse_config
+from rayalign.config import parse_config, parse_job
 from rayalign.engines.transformers import TransformersEngine, TransformersEngineConfig
 from rayalign.errors import ConfigError, DataError, TrainingStopped
+from rayalign.rounds import run_rounds
+from rayalign.scorers.base import ScorerConfig
+from rayalign.types import Judgement
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut, tiny_config
 
@@ -387,3 +390,42 @@ def test_rows_that_cannot_be_counted_are_refused(config, tmp_path, key):
     source = {"path": write(tmp_path / "rows.jsonl", sft_rows()), key: {"stream": True, "weight": 1.0}[key]}
     with pytest.raises(ConfigError, match="answers each row once an iteration"):
         config(data__examples=source)
+
+
+class Opinion(ScorerConfig):
+    """A judge's word instead of scores: the answer with the lower first token is better with certainty."""
+
+    name: str
+
+    def start(self):
+        def judge(groups):
+            found = []
+            for group in groups:
+                firsts = [completion.token_ids[0] for completion in group.completions]
+                table = tuple(tuple(0.5 if a == b else float(a < b) for b in firsts) for a in firsts)
+                found.append(Judgement(tuple(map(float, firsts)), table))  # scores that say the opposite
+            return found
+
+        return judge
+
+
+def test_a_judges_preferences_are_its_word(config):
+    found = run_training(config(scorer={"name": "tests.loop.test_spin:Opinion"}, optimizer__lr=5e-3)).evaluations
+    kept = found[9].samples
+    wins = [0.5 * (1 + np.sign(now.score - then.score)) for now, then in zip(kept, found[0].samples, strict=True)]
+    assert found[9].metrics["win_rate"] == pytest.approx(1 - np.mean(wins))  # the score is the first token here
+    assert 0 < np.mean(wins) != 0.5
+
+
+def test_a_stage_of_rounds(config, tmp_path):
+    """Fine-tuning, and self-play from what it wrote."""
+    base = config().to_dict() | {"run_dir": str(tmp_path / "rounds")}
+    spin = base.pop("algorithm")
+    base["train"] = {"steps": 9}
+    stages = [{"name": "sft", "algorithm": "sft"}, {"name": "play", "algorithm": spin}]
+    result = run_rounds(parse_job({**base, "rounds": stages}))
+    assert list(result.ran) == ["sft", "play"]
+    play = tmp_path / "rounds/stages/play"
+    assert len(records(play)) == 9 and sorted(generated(play, 2)) == list(range(15))
+    again = run_rounds(parse_job({**base, "rounds": stages, "resume": True}))
+    assert not again.ran
