@@ -12,6 +12,7 @@ from rayalign.config.references import renamed
 from rayalign.plan import Plan, make_plan
 from rayalign.plan.batches import data_lengths
 from rayalign.plan.labels import labelled_rows
+from rayalign.plan.opponents import with_opponent
 from rayalign.plan.records import Lengths, Rows
 from rayalign.plan.show import print_plan, wide
 from rayalign.schema import Config
@@ -73,4 +74,5 @@ def _rows(rounds: Rounds, stage: Stage, config: Config) -> Rows | None:
     lengths: Lengths = (
         data_lengths(labelling) if before is None else Lengths(0.0, 0, 0, 0, 0, True, "nothing is sampled", rows=before)
     )
-    return labelled_rows(labelling, lengths, config.data.held_out)
+    rows = labelled_rows(labelling, lengths, config.data.held_out)
+    return with_opponent(config, rows, [rows.longest - rows.answer])

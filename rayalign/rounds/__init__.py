@@ -24,6 +24,7 @@ from rayalign.console import Console
 from rayalign.errors import CheckpointError, RayalignError
 from rayalign.label import Labelled, run_labelling
 from rayalign.metrics import read_records
+from rayalign.opponents import check_opponents
 from rayalign.rounds.folder import STAGES, WRITTEN, folder_of, rounds_folder
 from rayalign.rounds.manifest import Manifest, planned, read_manifest
 from rayalign.rounds.page import write_page
@@ -125,6 +126,7 @@ def _check_stage(rounds: Rounds, stage: Stage) -> None:
     examples = None if from_stages else examples_for(config, tokenizer)
     if config.learns and not from_stages:
         check_rollouts(config, prompts, examples)
+        check_opponents(config, examples)
 
 
 def _run_stage(

@@ -19,7 +19,7 @@ def folder_of(rounds: Rounds, name: str) -> Path:
     """Where a job would be, as far as that is known to be possible. Raises ConfigError."""
     run_dir = Path(rounds.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     _check(run_dir, rounds)
-    return run_dir
+    return run_dir.absolute()  # stages name one another's files: wherever the job is gone on with
 
 
 @contextmanager

@@ -31,7 +31,8 @@ class Manifest:
         fingerprint: of its config and of its inputs.
         config: what its fingerprint is of: the keys that decide what it makes.
         inputs: key of the config → fingerprint of the file, the model or the stage that it names.
-        outputs: "model" and "data" → path; empty until it ended.
+        outputs: "model" and "data" → path; empty until it ended. In the file they are relative to the folder, which
+            may be moved.
         metrics: what it came to.
         began, ended: times; `ended` is None until then.
     """
@@ -54,7 +55,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         writing = folder / f".{FILE}.writing"
-        writing.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+        outputs = {kind: str(Path(path).relative_to(folder)) for kind, path in self.outputs.items()}
+        writing.write_text(json.dumps({**asdict(self), "outputs": outputs}, indent=1, ensure_ascii=False), "utf-8")
         writing.replace(folder / FILE)
 
 
@@ -64,8 +66,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not file.is_file():
         return None
     try:
-        return Manifest(**json.loads(file.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
+        found = json.loads(file.read_text("utf-8"))
+        return Manifest(**{**found, "outputs": {kind: str(folder / path) for kind, path in found["outputs"].items()}})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             "this manifest of a stage is damaged",
             where=str(file),

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rayalign.config import load_job, parse_job
-from rayalign.errors import ConfigError, DataError
+from rayalign.errors import CheckpointError, ConfigError, DataError
 from rayalign.report import write_report
 from rayalign.rounds import run_job, run_rounds
 from tests.loop.conftest import records, timeless
@@ -173,6 +173,19 @@ def test_what_a_stage_left_is_made_again_when_it_is_gone(rounds, tmp_path):
     assert again.output("sft").is_dir()
 
 
+def test_a_folder_that_was_moved_is_still_known(rounds, tmp_path, monkeypatch):
+    first = rounds()
+    first.run_dir.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    again = rounds(resume=True, run_dir="elsewhere")
+    assert again.ran == () and again.output("dpo") == tmp_path / "elsewhere/stages/dpo/checkpoints/step-2"
+    manifest = tmp_path / "elsewhere/stages/sft/manifest.json"
+    for damage in ("{", "[]", '{"stage": "sft"}'):
+        manifest.write_text(damage)
+        with pytest.raises(CheckpointError, match="this manifest of a stage is damaged"):
+            rounds(resume=True, run_dir="elsewhere")
+
+
 def test_reward_models_and_rejection_sampling_are_stages(rounds, tmp_path):
     prompts = {"prompts": str(tmp_path / "prompts.jsonl")}
     found = rounds(
@@ -194,6 +207,15 @@ def test_reward_models_and_rejection_sampling_are_stages(rounds, tmp_path):
     assert step["best_of_n/gain"] == pytest.approx(step["best_of_n/reward"] - step["best_of_n/mean_reward"])
     assert step["best_of_n/kl_bound"] == pytest.approx(0.4319456220)  # ln 3 − ⅔
     assert step["best_of_n/mean_reward"] == pytest.approx(step["reward/mean"])
+
+
+def test_self_play_is_a_stage(rounds):
+    best = {"name": "label", "samples": 2, "write": "best"}
+    spin = {"name": "spin", "iterations": 2, "steps": 1}
+    found = rounds([{**STAGES[0], "algorithm": best}, {**STAGES[1], "name": "spin", "algorithm": spin}, STAGES[1]])
+    assert found.ran == ("answers", "spin", "sft")
+    assert load_job(found.run_dir / "stages/sft/config.yaml").model.path == str(found.output("spin"))
+    assert list((found.run_dir / "stages/spin/generations").glob("iteration-*/shard-*"))
 
 
 def stages(*found):
