@@ -44,6 +44,6 @@ def test_a_real_judge_rates_praise_above_blame_and_is_measured_against_a_rule() 
     finally:
         scorer.close()
     praise, blame = np.array([each.scores for each in found]).T
-    assert praise.mean() > blame.mean() + 0.02
-    assert np.mean([each.metrics["judge/agreement"] for each in found]) >= 0.75
+    assert praise.mean() > blame.mean() + 0.01
+    assert np.mean([each.metrics["judge/agreement"] for each in found]) >= 0.5
     assert all(each.metrics["judge/refused"] == 0.0 and min(each.scores) >= -1 for each in found)
