@@ -7,7 +7,7 @@ import pytest
 
 from rayalign.api import run_training
 from tests.loop.conftest import records
-from tests.loop.test_spin import generated, sft_rows, write
+from tests.loop.spin_parts import generated, sft_rows, write
 from tests.ray.conftest import RAY
 
 
