@@ -23,7 +23,7 @@ def sft_rows(count=ROWS):
 
 
 def self_play(tmp_path, model):
-    """What makes the config of a tiny self-play run, all in this process, of rows and changes: keys with __ for dots."""
+    """What makes the config of a tiny self-play run in this process, of rows and changes (keys with __ for dots)."""
 
     def build(rows=None, **changes):
         base = tiny_config(tmp_path, model)
