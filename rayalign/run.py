@@ -198,5 +198,9 @@ class Run:
         )
 
     def _evaluation_due(self, step: int) -> bool:
+        if not (self.held_out or self.held_out_rows):
+            return False
+        if step == 0:
+            return self.evaluation.before
         often = self.evaluation.every > 0 and step % self.evaluation.every == 0
-        return bool(self.held_out or self.held_out_rows) and (step in (0, self.training.steps) or often)
+        return often or step == self.training.steps
