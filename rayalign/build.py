@@ -252,6 +252,7 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     start = model_path(policy) if policy else initial
     # What is cached are rows to learn from; an evaluation of another checkpoint asks the reference itself.
     reference = needs_reference(config.algorithm) and not (train and has_cached_reference(config))
+    reference = reference or (config.samples and (config.evaluation.reference or not train))  # for the KL to it
     lora = config.model.lora if train else None  # a checkpoint that is evaluated has it merged
     # With adapters, the initial policy is in the policy's model already.
     shares = "policy" if lora and reference and start == initial else None

@@ -24,6 +24,10 @@ class EvaluationConfig(Record):
     """Held-out prompts, sampled with the same seeds each time, and held-out rows of data."""
 
     every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after training only")
+    before: bool = Field(True, description="evaluate the model before its first step, to compare with")
+    reference: bool = Field(
+        False, description="keep the model as it began, to report KL to it, also for an algorithm without a reference"
+    )
     prompts: int = Field(40, ge=0, description="held-out prompts; 0: never evaluate")
     samples: int = Field(4, ge=1, description="completions for each of them")
     rows: int = Field(200, ge=0, description="held-out rows of data.examples that are measured; 0: none")

@@ -215,6 +215,9 @@ class Run:
         )
 
     def _evaluation_due(self, step: int) -> bool:
+        if not (self.held_out or self.held_out_rows or self.contest is not None):
+            return False
+        if step == 0:
+            return self.evaluation.before
         often = self.evaluation.every > 0 and step % self.evaluation.every == 0
-        there = bool(self.held_out or self.held_out_rows or self.contest is not None)
-        return there and (step in (0, self.training.steps) or often or self.rollouts.milestone(step))
+        return often or step == self.training.steps or self.rollouts.milestone(step)

@@ -222,11 +222,12 @@ def _evaluated(config: Config, lengths: Lengths) -> int:
 
 
 def _evaluations(config: Config, lengths: Lengths) -> set[int]:
-    """Steps after which there is one: before, after, and every so often."""
+    """Steps after which there is one: before (0), after, and every so often."""
     if not (_evaluated(config, lengths) or _measured_rows(config, lengths)):
         return set()
     every, steps = config.evaluation.every, config.train.steps
-    return {0, steps} | iteration_ends(config) | (set(range(every, steps + 1, every)) if every else set())
+    first = {0} if config.evaluation.before else set()
+    return first | {steps} | iteration_ends(config) | (set(range(every, steps + 1, every)) if every else set())
 
 
 def _pushes(config: Config, lengths: Lengths) -> int:

@@ -121,8 +121,9 @@ def _adapted(config: Config, shape: Shape, zero: Zero | None) -> State:
 
 
 def has_reference(config: Config) -> bool:
-    """Whether the algorithm needs a reference that is a role of each rank: no cached log-probs are enough."""
-    return needs_reference(config.algorithm) and not has_cached_reference(config)
+    """Whether a reference is a role of each rank: the algorithm needs one, no cached log-probs, or evaluations do."""
+    asked = needs_reference(config.algorithm) and not has_cached_reference(config)
+    return asked or (config.samples and config.evaluation.reference)
 
 
 def zero_of(config: Config, shape: Shape) -> Zero | None:

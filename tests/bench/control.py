@@ -2,8 +2,9 @@
 
 SmolLM2-135M-Instruct writes four film reviews for each training prompt; the sentiment rule VADER ranks them (the true
 reward, between −1 and 1). Each row of the table is a run of `rayalign train` on those answers, and differs from the
-others in its algorithm only: 24 answers a step, the same number of steps, the same learning rate schedule. Held-out
-prompts are sampled before, in the middle and after: reward, and KL to the start, with bootstrap intervals.
+others in its algorithm only: 16 answers a step, the same number of steps, the same learning rate schedule. Held-out
+prompts are sampled in the middle and after (the first row: before as well): reward, and KL to the start, with
+bootstrap intervals.
 
   python tests/bench/control.py                       all rows that are not there yet (some minutes each)
   python tests/bench/control.py --only dpo-0.1 sft    these
@@ -29,9 +30,10 @@ sys.path.insert(0, str(ROOT))
 
 MODEL = "~/.cache/rayalign/models/SmolLM2-135M-Instruct"
 PROMPTS = str(ROOT / "configs/prompts/film_reviews.jsonl")
-ANSWERS = 24  # of one training step
+ANSWERS = 16  # of one training step
 GOOD = 0.4  # score from which an answer counts as good, about the median of the samples
 BETAS = (0.03, 0.1, 0.3)
+INTERRUPTED = 130  # the exit code of a run that was asked to stop
 FLIPPED = {"kind": "flip", "prob": 0.2}
 
 
@@ -67,8 +69,12 @@ def _answers(algorithm: dict[str, Any], file: str, prompts: int, **source: Any) 
     return {"algorithm": algorithm, "examples": {"path": file, **source}, "prompts": prompts}
 
 
-def config_of(row: dict[str, Any], out: Path, run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def config_of(
+    row: dict[str, Any], out: Path, run_dir: Path, arguments: argparse.Namespace, first: bool
+) -> dict[str, Any]:
+    """`first`: of all rows that begin with the same model, the one that evaluates it."""
     examples = {**row["examples"], "path": str(out / "data" / f"{row['examples']['path']}.jsonl")}
+    often = max(1, arguments.steps // 2)
     return {
         "model": {"path": arguments.model, "dtype": "bfloat16"},
         "data": {"prompts": str(out / "data/held_out.jsonl"), "held_out": 0.0, "examples": examples},
@@ -81,8 +87,8 @@ def config_of(row: dict[str, Any], out: Path, run_dir: Path, arguments: argparse
         "engine": {"name": "vllm", "max_context": 128, "max_running": 64, "kv_cache_gib": 0.5},
         "learner": {"name": "deepspeed", "zero_stage": 0},
         "placement": {"name": "ray", "object_store_gib": 1.0},
-        "evaluation": {"prompts": 40, "samples": 4, "every": max(1, arguments.steps // 3), "rows": 0, "show": 0},
-        "checkpoint": {"every": max(1, arguments.steps // 3), "keep": 1},
+        "evaluation": {"samples": 4, "every": often, "rows": 0, "show": 0, "before": first, "reference": True},
+        "checkpoint": {"every": often, "keep": 1},
         "run_dir": str(run_dir),
         "resume": (run_dir / "metrics.jsonl").is_file(),
     }
@@ -142,23 +148,27 @@ def make_data(out: Path, model: str) -> None:
     (data / "made.json").write_text(json.dumps({"prompts": len(groups), "seconds": seconds}))
 
 
-def run_row(name: str, row: dict[str, Any], out: Path, arguments: argparse.Namespace) -> None:
+def run_row(name: str, row: dict[str, Any], out: Path, arguments: argparse.Namespace) -> bool:
+    """Whether the row is there now."""
     run_dir = out / "rows" / name.replace(" ", "_")
     if _evaluations(run_dir).get(arguments.steps):
-        return
+        return True
     import yaml
 
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     file = out / f"{run_dir.name}.yaml"
-    file.write_text(yaml.safe_dump(config_of(row, out, run_dir, arguments)))
+    file.write_text(yaml.safe_dump(config_of(row, out, run_dir, arguments, first=name == next(iter(rows())))))
     begun = time.time()
-    command = [sys.executable, "-m", "rayalign", "train", str(file)]
+    command = [sys.executable, "-m", "rayalign.cli", "train", str(file)]
     log = (out / f"{run_dir.name}.log").open("a")
     done = subprocess.run(
         command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     took = f"{(time.time() - begun) / 60:.1f} min"
     print(f"{name}: {took}" if done.returncode == 0 else f"{name}: failed after {took}, see {log.name}", flush=True)
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
+    return done.returncode == 0
 
 
 def _evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
@@ -203,8 +213,9 @@ def figure(out: Path) -> Path:
 
     drawn, axes = pyplot.subplots(figsize=(8, 5))
     families = list(dict.fromkeys(name.split("-")[0].split(",")[0] for name in rows()))
+    start = _evaluations(out / "rows" / next(iter(rows()))).get(0)
     for name in rows():
-        found = sorted(_evaluations(out / "rows" / name.replace(" ", "_")).items())
+        found = sorted((_evaluations(out / "rows" / name.replace(" ", "_")) | ({0: start} if start else {})).items())
         if len(found) > 1:
             colour = f"C{families.index(name.split('-')[0].split(',')[0]) % 10}"
             axes.plot([m["kl/k3"] for _, m in found], [m["reward"] for _, m in found], "o-", ms=3, color=colour, lw=1)
@@ -218,25 +229,28 @@ def figure(out: Path) -> Path:
     return path
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/control"))
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(rows()), help="these rows")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    out, ended = arguments.out.resolve(), [True]
     if not arguments.table:
         make_data(out, arguments.model)
-        for name in arguments.only or rows():
-            run_row(name, rows()[name], out, arguments)
+        ended = [run_row(name, rows()[name], out, arguments) for name in arguments.only or rows()]
     print(table(out, arguments.steps))
     from rayalign.run_dir import versions
 
     print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions()}")
     print(f"figure: {figure(out)}")
+    return 0 if all(ended) else 1
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

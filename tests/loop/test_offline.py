@@ -213,6 +213,24 @@ def test_prompts_beside_a_data_set_are_sampled_in_evaluations(config, tmp_path, 
     assert records(result.run_dir)[-1]["sync/version"] == 12
 
 
+def test_kl_is_reported_where_the_objective_has_no_reference(config, tmp_path, model):
+    base = tiny_config(tmp_path, model)
+    whole = config({"name": "sft"}, "pair").to_dict()
+    whole |= {key: base[key] for key in ("scorer", "sampling", "engine")}
+    whole["data"]["prompts"] = base["data"]["prompts"]
+    whole["evaluation"] = {"prompts": 3, "samples": 2}
+    without = run_training(parse_config({**whole, "run_dir": str(tmp_path / "without")}))
+    assert "kl/k3" not in without.evaluations[12].metrics
+    whole["evaluation"]["reference"] = True
+    beside = run_training(parse_config({**whole, "run_dir": str(tmp_path / "beside")}))
+    assert beside.evaluations[0].metrics["kl/k3"] == 0
+    assert beside.evaluations[12].metrics["kl/k3"] > 0
+    assert [r["loss"] for r in records(beside.run_dir)] == [r["loss"] for r in records(without.run_dir)]
+    checkpoint = str(without.run_dir / "checkpoints/step-12")
+    again = run_evaluation(parse_config({**whole, "evaluation": {"prompts": 3, "samples": 2}}), model=checkpoint)
+    assert again.metrics["kl/k3"] == pytest.approx(beside.evaluations[12].metrics["kl/k3"], abs=1e-5)
+
+
 def test_the_temperature_of_evaluations_is_not_that_of_the_objective(config, tmp_path, model):
     base = tiny_config(tmp_path, model)
     losses = []

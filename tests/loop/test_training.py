@@ -54,6 +54,14 @@ def test_a_run_directory_holds_all_that_is_promised(train, model):
     assert "torch" in json.loads((run_dir / "versions.json").read_text())
 
 
+def test_the_evaluation_before_the_first_step_can_be_left_out(train, tmp_path):
+    whole = train(evaluation__prompts=2, evaluation__every=2)
+    assert [*whole.evaluations] == [0, 2, 4]
+    late = train(run_dir=str(tmp_path / "late"), evaluation__prompts=2, evaluation__every=2, evaluation__before=False)
+    assert [*late.evaluations] == [2, 4]
+    assert late.evaluations[4].metrics == whole.evaluations[4].metrics
+
+
 def test_evaluation_of_a_checkpoint_equals_the_one_made_in_training(train, make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = train(evaluation__prompts=3)
