@@ -47,7 +47,7 @@ class Offline(Record):
         return self
 
     def stretch(self, step: int) -> Stretch | None:
-        """The part of a run that this step, counted from 0, belongs to, where each has its own learning-rate schedule."""
+        """The part of a run with a learning-rate schedule of its own that this step, counted from 0, belongs to."""
         return None
 
     def for_held_out(self) -> Offline:

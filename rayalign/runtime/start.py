@@ -30,8 +30,8 @@ def start_actors(
     """All actors of a run, ready; the stack ends them.
 
     Returns:
-        engine pool and scorer pool (None where nothing is sampled, or scored by actors), roles, whether engines and learners take
-        turns on GPUs, and what asks all of them for their peak memory.
+        engine pool and scorer pool (None where nothing is sampled, or scored by actors), roles, whether engines and
+        learners take turns on GPUs, and what asks all of them for their peak memory.
     """
     log_dir = log_dir.resolve()
     if cluster.connect(config.placement):

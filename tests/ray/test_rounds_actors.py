@@ -1,4 +1,4 @@
-"""Rounds on a real Ray cluster: stages without a learner, or without an engine, start only the actors that they need."""
+"""Rounds on a real Ray cluster: stages without a learner, or without an engine, start only what they need."""
 
 from __future__ import annotations
 

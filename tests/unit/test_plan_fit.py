@@ -59,7 +59,8 @@ def test_every_shipped_config_plans(path):
         there.append(f"scorer.ask.model={SHAPES / SIMILAR.get(Path(judge).name, Path(judge).name)}")
     plan = make_plan(load_config(path, there), nodes=nodes)
     assert plan.fits, plan.problems
-    kinds = {*(["learner"] if config.learns else []), *(["engine"] if config.samples else []), *(["scorer"] if config.scorer_actors else [])}
+    expected = {"learner": config.learns, "engine": config.samples, "scorer": config.scorer_actors}
+    kinds = {kind for kind, there in expected.items() if there}
     assert {place.actor.split("-")[0] for place in plan.fit.places} == kinds
     assert plan.fit.batches.passes or "hub" in (plan.lengths.rows or plan.lengths).source
     assert "this fits" in printed(plan)
