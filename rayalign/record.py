@@ -23,6 +23,12 @@ class Unfit(ValueError):
         super().__init__(what)
         self.what, self.rule, self.remedy, self.key = what, rule, remedy, key
 
+    def __reduce__(self):
+        return _unfit_again, (self.what, self.rule, self.remedy, self.key)
+
+    def __reduce__(self):
+        return _unfit_again, (self.what, self.rule, self.remedy, self.key)
+
 
 class Record(BaseModel):
     """A frozen set of settings. Field descriptions are what error messages and the JSON schema say."""
@@ -40,6 +46,14 @@ class Record(BaseModel):
             if kinds & {int, float} and bool not in kinds:
                 raise ValueError("true and false are no numbers")
         return value
+
+
+def _unfit_again(what: str, rule: str, remedy: str, key: str) -> Unfit:
+    return Unfit(what, rule=rule, remedy=remedy, key=key)
+
+
+def _unfit_again(what: str, rule: str, remedy: str, key: str) -> Unfit:
+    return Unfit(what, rule=rule, remedy=remedy, key=key)
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from rayalign.record import flat, is_secret, redacted
+from rayalign.record import Unfit, flat, is_secret, redacted
+
+
+def test_what_is_wrong_with_a_record_crosses_processes_whole():
+    found = pickle.loads(pickle.dumps(Unfit("no such module", rule="one", remedy="install it", key="function")))
+    assert (str(found), found.rule, found.remedy, found.key) == ("no such module", "one", "install it", "function")
+
+
+def test_what_is_wrong_with_a_record_crosses_processes_whole():
+    found = pickle.loads(pickle.dumps(Unfit("no such module", rule="one", remedy="install it", key="function")))
+    assert (str(found), found.rule, found.remedy, found.key) == ("no such module", "one", "install it", "function")
 
 
 def test_nested_sections_become_dotted_keys():
