@@ -145,7 +145,7 @@ class Judging:
             texts = game.group.texts
             for pair in game.asked:
                 for first, second in (pair, pair[::-1]):
-                    values = {"prompt": game.group.prompt.text, "first": texts[first], "second": texts[second]}
+                    values = {"prompt": game.group.prompt.conversation, "first": texts[first], "second": texts[second]}
                     questions.append(self._question(f"{place}/{first}/{second}", values))
         probs = iter(self._read(questions))
         found = [{pair: self._verdict(next(probs), next(probs)) for pair in game.asked} for game in games]
@@ -178,7 +178,7 @@ class Judging:
 
     def _rate(self, groups: Sequence[Group]) -> list[Judgement]:
         questions = [
-            self._question(f"{place}/{k}", {"prompt": group.prompt.text, "answer": text})
+            self._question(f"{place}/{k}", {"prompt": group.prompt.conversation, "answer": text})
             for place, group in enumerate(groups)
             for k, text in enumerate(group.texts)
         ]

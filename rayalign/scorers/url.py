@@ -23,7 +23,8 @@ class Url(ScorerConfig, Connection):
 
     Request: {"prompts": [text, …], "completions": [text, …], "columns": {name: [value, …], …}}, all lists of the
     same length, `columns` those that the config names. Reply: {"scores": [number, …]}, one for each completion in
-    their order, higher is better; a list alone will do. Status 429 and 5xx are asked again, other errors end the run.
+    their order, higher is better; a list alone will do. A prompt of several
+    messages is one text, each behind its role. Status 429 and 5xx are asked again, other errors end the run.
     """
 
     paper: ClassVar = "Hu et al. 2024, arXiv:2405.11143 (rewards behind a URL)"
@@ -89,7 +90,7 @@ class _Scores:
                 remedy="add the column to the prompts, or take it out of scorer.columns",
             )
         columns = {name: json.loads(json.dumps(extra[name], default=str)) for name in self._config.columns}
-        return {"prompt": group.prompt.text, "completion": completion, "columns": columns}
+        return {"prompt": group.prompt.conversation, "completion": completion, "columns": columns}
 
     def _scores(self, texts: Sequence[Text]) -> list[float]:
         body = {

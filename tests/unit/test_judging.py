@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from rayalign.scorers.base import LocalScorer, score_groups
 from rayalign.scorers.judge import Judge
 from rayalign.scorers.templates import load_template
 from rayalign.types import Group, Judgement
-from tests.judges import ENDS, build_steady_judge, group, judge
+from tests.judges import ENDS, Says, build_steady_judge, group, judge
 from tests.tiny_models import build_tiny_llama
 
 TEXTS = ("a great film", "a bad film", "it was not very good", "happy story about love")
@@ -75,6 +76,17 @@ def test_preferences_are_the_mean_of_both_orders(reader: Path) -> None:
     np.testing.assert_allclose(found.scores, [(row.sum() - 0.5) / 2 for row in matrix])
     assert found.metrics["judge/order_dependent"] == pytest.approx(flips / 3)
     assert len({round(p, 9) for p in matrix.flatten()}) == 7  # this judge tells all of them apart
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "direct"])
+def test_the_judge_sees_the_whole_conversation(mode: str) -> None:
+    messages = ({"role": "system", "content": "In French."}, {"role": "user", "content": "Who?"})
+    one = group(0, *TEXTS[:2], prompt="Who?")
+    one = replace(one, prompt=replace(one.prompt, messages=messages))
+    asker = Says(*[math.log(0.2)] * (2 if mode == "pairwise" else 5))
+    judge("any", mode=mode).start_with(asker)([one])
+    assert all("System: In French.\n\nUser: Who?" in asked.messages[-1]["content"] for asked in asker.asked)
+    assert len(asker.asked) == 2
 
 
 def test_a_direct_judge_gives_the_expected_rating_from_minus_one_to_one(reader: Path) -> None:

@@ -115,3 +115,13 @@ def test_no_chat_template_is_explained(tokenizer, tmp_path):
     bare.chat_template = None
     with pytest.raises(DataError, match=r"data.chat_template=false"):
         load(bare, write(tmp_path / "p.jsonl", ROWS))
+
+
+def test_what_scorers_are_shown_is_the_whole_conversation(tokenizer, tmp_path):
+    told = [{"role": "user", "content": "My cat is Tom."}, {"role": "assistant", "content": "Nice."}]
+    file = write(tmp_path / "p.jsonl", [{"prompt": [*told, {"role": "user", "content": "Its name?"}]}, {"prompt": "x"}])
+    first, second = load(tokenizer, file, room=10**6, held_out=0.0).training
+    assert first.conversation == "User: My cat is Tom.\n\nAssistant: Nice.\n\nUser: Its name?"
+    assert first.text == "Its name?" and second.conversation == second.text == "x"
+    french = load(tokenizer, file, room=10**6, held_out=0.0, system="In French.").training[1]
+    assert french.conversation == "System: In French.\n\nUser: x" and french.text == "x"

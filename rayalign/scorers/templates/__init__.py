@@ -25,8 +25,9 @@ Mode = Literal["pairwise", "direct"]
 
 
 class Template(Record):
-    """What a judge is asked. In `prompt` the placeholders stand for what is judged: {prompt}, and {first} and {second}
-    (pairwise) or {answer} (direct). A word in braces that is none of these is an error; other braces are text."""
+    """What a judge is asked. In `prompt` the placeholders stand for what is judged: {prompt} (all of a
+    conversation, each message behind its role, where there are several), and {first} and {second} (pairwise) or
+    {answer} (direct). A word in braces that is none of these is an error; other braces are text."""
 
     mode: Mode = Field(description="pairwise: two answers are compared; direct: one is rated")
     system: str = Field("", description="a system message before everything; empty: none")
