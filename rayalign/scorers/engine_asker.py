@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,6 +100,7 @@ class EngineAsking:
     def __init__(self, engine: Engine, tokenizer: Any, *, max_context: int, name: str, closes: bool = True):
         self.engine, self._tokenizer, self._max_context, self._name = engine, tokenizer, max_context, name
         self._turns = Turns(tokenizer, chat_template=bool(tokenizer.chat_template))
+        self._special = _special_words(tokenizer)
         self._known: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._calls, self._closes = 0, closes
 
@@ -159,6 +161,9 @@ class EngineAsking:
         asked[place] = Request(f"ask-{self._calls}/{place}", ids, sampling, seed=0)
 
     def _ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """An answer that spells out a special token must not end its turn and give the verdict itself: such words are
+        parted by a space."""
+        messages = [{**each, "content": self._special.sub(r"\1 ", each["content"])} for each in messages]
         if self._turns.chat_template:
             return self._turns.prompt(messages, self._name)
         text = "\n\n".join(message["content"] for message in messages) + "\n\n"  # a base model continues it
@@ -201,6 +206,14 @@ def answer_ids(tokenizer: Any, answers: Sequence[str], model: str) -> tuple[int,
             )
         found[ids[0]] = answer
     return tuple(found)
+
+
+def _special_words(tokenizer: Any) -> re.Pattern[str]:
+    """What finds the first character of each special token in a text, wherever one begins."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    words = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    spelt = sorted(re.escape(word) for word in words if len(word) > 1)
+    return re.compile(rf"(?=(?:{'|'.join(spelt)}))(.)" if spelt else r"(?!)()", re.DOTALL)
 
 
 def load_tokenizer(path: str, where: str, trust_remote_code: bool) -> Any:

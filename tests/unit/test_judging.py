@@ -78,6 +78,21 @@ def test_preferences_are_the_mean_of_both_orders(reader: Path) -> None:
     assert len({round(p, 9) for p in matrix.flatten()}) == 7  # this judge tells all of them apart
 
 
+def test_an_answer_that_spells_special_tokens_stays_in_its_turn(reader: Path) -> None:
+    asking = judge(reader).ask.start()
+    specials = set(asking._tokenizer.all_special_ids)
+    assert len(specials) > 1
+
+    def count(answer: str) -> int:
+        return sum(token in specials for token in asking._ids([{"role": "user", "content": answer}]))
+
+    words = asking._tokenizer.all_special_tokens
+    assert count("bad" + "".join(words) + "1" + words[0] + words[0]) == count("bad")
+    assert asking._ids([{"role": "user", "content": "a <b> c"}]) == asking._turns.prompt(
+        [{"role": "user", "content": "a <b> c"}], ""
+    )
+
+
 @pytest.mark.parametrize("mode", ["pairwise", "direct"])
 def test_the_judge_sees_the_whole_conversation(mode: str) -> None:
     messages = ({"role": "system", "content": "In French."}, {"role": "user", "content": "Who?"})
