@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -31,10 +32,18 @@ FIXED = (
     "evaluation.samples",
 )
 DATA = "data.json"  # fingerprints
-FREE = ("deadline_s", "max_replacements", "count", "iterations") + (  # wherever they stand; and how a scorer is reached
+FREE = (  # wherever they stand they change nothing that is made: places, patience, and how a scorer is reached
+    *("deadline_s", "max_replacements", "count", "micro_batch_tokens", "threads", "device"),
     *("url", "key_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_batch", "cache"),
-    *("micro_batch_tokens", "threads", "device"),
 )
+OPEN = ("iterations", "write", "drop_truncated")  # what is made of all that is there already, or after it
+
+
+def decides(value: Any, free: Sequence[str] = FREE) -> Any:
+    """The same settings without the keys that change nothing that is made."""
+    if isinstance(value, Mapping):
+        return {key: decides(each, free) for key, each in value.items() if key not in free}
+    return [decides(each, free) for each in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -136,9 +145,9 @@ def _holds_something(run_dir: Path) -> bool:
 
 def _check_same_run(config: Config, before: Config) -> None:
     """Raises ConfigError naming the first key that may not change in the middle of a run."""
-    new, old = flat(config.to_dict()), flat(before.to_dict())
+    new, old = (flat(decides(each.to_dict(), FREE + OPEN)) for each in (config, before))
     for key in sorted(new.keys() | old.keys()):
-        fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED) and key.split(".")[-1] not in FREE
+        fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED)
         if fixed and new.get(key) != old.get(key):
             raise ConfigError(
                 "this cannot change when a run is resumed",

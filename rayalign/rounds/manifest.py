@@ -13,11 +13,11 @@ from rayalign.config import Stage
 from rayalign.config.references import texts
 from rayalign.config.rounds import STAGE
 from rayalign.errors import CheckpointError
+from rayalign.run_dir import FREE, OPEN, decides
 
 FILE = "manifest.json"
 # What a stage makes depends on these. Others, as engine.max_running or evaluation.prompts, do not run it again.
 DECIDING = ("model", "data", "algorithm", "scorer", "sampling", "rollout", "train", "optimizer", "seed")
-FREE = ("deadline_s", "max_replacements", "count")  # wherever they stand: they change nothing that is made
 FILES = (".path", ".prompts", ".model", ".template")  # ends of keys that may name a file or a folder
 WHOLE = 16 * 2**20  # bytes of a file that are read to know it; of a larger one its beginning and its end
 EDGE = 2**20
@@ -52,6 +52,17 @@ class Manifest:
         """Whether it ended, and what it left is still there."""
         return self.ended is not None and all(Path(path).exists() for path in self.outputs.values())
 
+    def goes_on(self, there: Manifest) -> bool:
+        """Whether a stage can be made of the one that is there: it is the same, has more iterations, or other rows are
+        written of the same answers."""
+        parts, known = [], []
+        for each in (there, self):
+            iterations = each.config["algorithm"].get("iterations")
+            follows = () if iterations is None else ("steps",)  # as many as iterations have
+            parts.append(decides({**each.config, "train": decides(each.config["train"], follows)}, FREE + OPEN))
+            known.append(iterations or 1)
+        return there.inputs == self.inputs and parts[0] == parts[1] and known[0] <= known[1]
+
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         writing = folder / f".{FILE}.writing"
@@ -85,7 +96,7 @@ def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
         before: folder → manifest of the stages that ran before.
     """
     whole = stage.config.to_dict()
-    config = {key: _fixed(whole[key]) for key in DECIDING}
+    config = {key: decides(whole[key]) for key in DECIDING}
     inputs = {}
     for path, text in texts(config):
         key = ".".join(map(str, path))
@@ -96,13 +107,6 @@ def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
             inputs[key] = known
     text = json.dumps([config, inputs], sort_keys=True)
     return Manifest(stage.name, _digest(text.encode()), config, inputs)
-
-
-def _fixed(value: Any) -> Any:
-    """Without what may change in the middle of a run, as deadlines."""
-    if isinstance(value, dict):
-        return {key: _fixed(each) for key, each in value.items() if key not in FREE}
-    return value
 
 
 def content(path: Path) -> str:

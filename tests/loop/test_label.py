@@ -72,6 +72,15 @@ def test_what_was_paid_for_is_not_paid_for_again(label, tmp_path):
     assert [r["step"] for r in records(found.run_dir)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_neither_patience_nor_other_rows_make_the_answers_anew(label):
+    first = label()
+    times = {path: path.stat().st_mtime_ns for path in (first.run_dir / "labels").iterdir()}
+    for changes in ({"scorer__deadline_s": 99}, {"algorithm__write": "best"}):
+        again = label(resume=True, **changes)
+        assert {path: path.stat().st_mtime_ns for path in (first.run_dir / "labels").iterdir()} == times
+    assert all("completion" in row for row in lines(again.file))
+
+
 def _other(found, run_dir):
     """The config of a labelling, for a folder of its own."""
     from rayalign.config import load_config

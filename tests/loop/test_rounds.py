@@ -142,6 +142,7 @@ def changed(job, key, value):
         ("answers.sampling.max_tokens", 6, ["answers", "sft", "dpo"]),
         ("sft.evaluation.rows", 3, []),  # says more of the same weights
         ("dpo.checkpoint.keep", 1, []),
+        ("answers.scorer", {"name": "tests.parts:Tokens", "deadline_s": 99}, []),
     ],
 )
 def test_a_changed_input_runs_the_stage_and_those_behind_it_again(rounds, key, value, again):
@@ -152,6 +153,17 @@ def test_a_changed_input_runs_the_stage_and_those_behind_it_again(rounds, key, v
     assert kept == sorted(again)
     for path in (found.run_dir / "replaced").glob("*"):
         assert (path / "manifest.json").is_file() and (path / "config.yaml").is_file()
+
+
+def test_other_rows_of_the_same_answers_are_written_without_asking_again(rounds):
+    first = rounds()
+    shards = sorted((first.run_dir / "stages/answers/labels").iterdir())
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    found = rounds(changed(copy.deepcopy(STAGES), "answers.algorithm.write", "pairs"), resume=True)
+    assert found.ran == ("answers", "sft", "dpo")
+    assert [shard.stat().st_mtime_ns for shard in shards] == times
+    assert "chosen" in found.output("answers", "data").read_text()
+    assert sorted(path.name.split("-")[0] for path in (found.run_dir / "replaced").iterdir()) == ["dpo", "sft"]
 
 
 def test_a_changed_file_runs_all_that_comes_of_it_again(rounds, tmp_path, job):
@@ -210,12 +222,20 @@ def test_reward_models_and_rejection_sampling_are_stages(rounds, tmp_path):
 
 
 def test_self_play_is_a_stage(rounds):
-    best = {"name": "label", "samples": 2, "write": "best"}
-    spin = {"name": "spin", "iterations": 2, "steps": 1}
-    found = rounds([{**STAGES[0], "algorithm": best}, {**STAGES[1], "name": "spin", "algorithm": spin}, STAGES[1]])
+    answers = {**STAGES[0], "algorithm": {"name": "label", "samples": 2, "write": "best"}}
+    spin, sft = {"name": "spin", "iterations": 2, "steps": 1}, {**STAGES[1], "train": {"steps": 1}}
+
+    def stages(**more):
+        return [answers, {**STAGES[1], "name": "spin", "algorithm": {**spin, **more}}, sft]
+
+    found = rounds(stages(), train={})
     assert found.ran == ("answers", "spin", "sft")
     assert load_job(found.run_dir / "stages/sft/config.yaml").model.path == str(found.output("spin"))
-    assert list((found.run_dir / "stages/spin/generations").glob("iteration-*/shard-*"))
+    shards = list((found.run_dir / "stages/spin/generations").glob("iteration-*/shard-*"))
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    found = rounds(stages(iterations=3), train={}, resume=True)
+    assert found.ran == ("spin", "sft") and found.stages["spin"].steps == 3
+    assert times and [shard.stat().st_mtime_ns for shard in shards] == times
 
 
 def stages(*found):
