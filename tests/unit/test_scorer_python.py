@@ -91,9 +91,9 @@ def test_tensors_arrays_and_objects_that_can_be_called_will_do(name, want):
     assert scored(name) == want and isinstance(want[0][0], float)
 
 
-def test_a_function_that_is_not_where_the_scorer_starts_is_a_configs_fault(rewards):
+def test_a_function_that_is_not_where_the_scorer_starts_is_a_configs_fault(rewards, monkeypatch):
     config = Python(function="my_rewards_of_tests:score")
-    vars(rewards).pop("score")  # as on a node with another version of the module
+    monkeypatch.delattr(rewards, "score")  # as on a node with another version of the module
     with pytest.raises(ConfigError, match="holds no score") as raised:
         config.start()
     assert raised.value.where == "key scorer.function" and raised.value.value.startswith("my_rewards_of_tests:score on ")
