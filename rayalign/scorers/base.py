@@ -17,7 +17,7 @@ from rayalign.types import Group, Judgement
 # Groups → for each of them one score a completion, or a Judgement. It may have `close()`, called at the end, and
 # `memory_gib()`, the peak memory of processes of its own.
 ScoreFunction = Callable[[Sequence[Group]], Sequence[Sequence[float] | Judgement]]
-AT_ONCE = 32  # groups that are scored in one call: more would keep others waiting for the first of them
+AT_ONCE = 32  # groups that are scored in one call, at most: more would keep others waiting for the first of them
 
 
 class ScorerConfig(Record):
@@ -45,6 +45,11 @@ class ScorerConfig(Record):
     def check_files(self) -> None:
         """Whether files that it names are there, for a plan, which loads nothing. Raises ConfigError."""
 
+    def at_once(self, answers: int) -> int:
+        """Groups of so many answers each that are scored in one call: a scorer is heard of after each of them only,
+        so that they have to be scored well within `deadline_s`."""
+        return AT_ONCE
+
     @property
     def gpus(self) -> int:
         """That each of its actors takes, on a cluster that has some."""
@@ -62,6 +67,7 @@ class LocalScorer:
 
     def __init__(self, config: ScorerConfig, *, name: str = "scorer-0"):
         self._score: Any = config.start()
+        self._at_once = config.at_once
         self._waiting: list[Group] = []
         self.name = name
 
@@ -70,8 +76,11 @@ class LocalScorer:
 
     def poll(self, timeout_s: float = 1.0) -> list[Group]:
         """Some groups at least, when any wait, however long it takes."""
-        taken, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
-        return score_groups(self._score, taken, who=self.name) if taken else []
+        if not self._waiting:
+            return []
+        most = self._at_once(len(self._waiting[0].texts))
+        taken, self._waiting = self._waiting[:most], self._waiting[most:]
+        return score_groups(self._score, taken, who=self.name)
 
     def memory_gib(self) -> float:
         return peak_gib() + (self._score.memory_gib() if hasattr(self._score, "memory_gib") else 0.0)

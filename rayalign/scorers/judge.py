@@ -9,10 +9,12 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from rayalign.record import Unfit
 from rayalign.scorers.asking import AnyAsker, Asker
-from rayalign.scorers.base import ScorerConfig
+from rayalign.scorers.base import AT_ONCE, ScorerConfig
 from rayalign.scorers.judging import JudgeRules, Judging
 from rayalign.scorers.templates import Template, is_elsewhere, load_template
 
+WAVES = 8  # of requests in one call: with 45 s for each, as a server may take, well within deadline_s
+TOGETHER = 16  # requests of a wave of an engine, which takes as many at once as a server is asked
 USUAL = {"pairwise": "helpful", "direct": "helpful_score"}
 
 
@@ -86,6 +88,11 @@ class Judge(JudgeRules, ScorerConfig):
                 remedy="take count out; engine.count are asked",
             )
         return self
+
+    def at_once(self, answers: int) -> int:
+        asked = self.questions(answers) * (2 if self.reasoning else 1)
+        together = getattr(self.ask, "concurrency", TOGETHER)
+        return max(1, min(AT_ONCE, WAVES * together // max(1, asked)))
 
     @property
     def gpus(self) -> int:

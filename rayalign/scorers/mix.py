@@ -62,6 +62,10 @@ class Mix(ScorerConfig):
         "none", description="group: each scorer's scores of one prompt get mean 0 and standard deviation 1"
     )
 
+    deadline_s: float = Field(
+        600.0, gt=0, description="seconds without the scores of any group after which one is lost"
+    )
+
     @model_validator(mode="after")
     def _apart(self) -> Mix:
         labels = [part.called for part in self.scorers]
@@ -96,6 +100,11 @@ class Mix(ScorerConfig):
     def check_files(self) -> None:
         for part in self.scorers:
             part.scorer.check_files()  # type: ignore[attr-defined]
+
+    def at_once(self, answers: int) -> int:
+        """As many as the slowest takes, in all: they score one after the other."""
+        fewest = min(part.scorer.at_once(answers) for part in self.scorers)  # type: ignore[attr-defined]
+        return max(1, fewest // len(self.scorers))
 
     @property
     def gpus(self) -> int:

@@ -15,6 +15,7 @@ from rayalign.errors import ConfigError, ScoreError
 from rayalign.rollouts import Rollout, group_metrics
 from rayalign.scorers.base import LocalScorer, score_groups
 from rayalign.scorers.judge import Judge
+from rayalign.scorers.mix import Mix
 from rayalign.scorers.templates import load_template
 from rayalign.types import Group, Judgement
 from tests.judges import ENDS, Says, build_steady_judge, group, judge
@@ -41,7 +42,9 @@ def steady(folder: Path, **probs: float) -> Path:
 def score(config: Judge, *groups: Group) -> list[Group]:
     scorer = LocalScorer(config)
     scorer.submit(groups)
-    found = scorer.poll()
+    found: list[Group] = []
+    while portion := scorer.poll():
+        found += portion
     scorer.close()
     return found
 
@@ -263,6 +266,27 @@ def test_judgements_are_checked(judgement: Judgement, words: str) -> None:
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, keys: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         judge(tmp_path, **keys)
+
+
+def test_so_few_groups_are_judged_at_once_that_a_slow_server_is_heard_of_in_time() -> None:
+    server = {"name": "server", "url": "http://127.0.0.1:9/v1", "model": "m"}
+    for keys in ({}, {"reasoning": 48}, {"schedule": "tournament"}, {"mode": "direct"}):
+        config = Judge.model_validate({"ask": server, **keys})
+        for count in (2, 4, 8):
+            groups = config.at_once(count)
+            waves = groups * config.questions(count) * (2 if config.reasoning else 1) / config.ask.concurrency
+            assert groups == 1 or waves * config.ask.timeout_s < config.deadline_s
+    rule = {"scorer": {"name": "rules", "rule": "vader"}}
+    mixed = Mix.model_validate({"scorers": [rule, {"scorer": config}]})
+    assert mixed.at_once(4) == config.at_once(4) // 2 == 16 and mixed.deadline_s == config.deadline_s
+    assert Judge.model_validate({"ask": server}).at_once(8) == 2
+
+
+def test_what_waits_is_scored_in_portions(reader: Path) -> None:
+    scorer = LocalScorer(judge(reader, min_mass=0.0, max_context=4096))
+    scorer.submit([group(index, *(f"{word} {index}" for word in "abcdefgh")) for index in range(3)])
+    assert [len(scorer.poll()) for _ in range(3)] == [2, 1, 0]
+    scorer.close()
 
 
 def test_the_judge_is_looked_at_before_anything_starts(tmp_path: Path, reader: Path) -> None:
