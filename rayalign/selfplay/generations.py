@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Protocol
 
 from rayalign.data.order import Passes
+from rayalign.data.files import set_aside
 from rayalign.errors import TrainingStopped
 from rayalign.rollouts import Progress, Rollout
 from rayalign.selfplay.asking import Opponent, Rate, Work
-from rayalign.selfplay.shards import AWAY, Answer, Shard, settings_of
+from rayalign.selfplay.shards import Answer, Shard, settings_of
 from rayalign.types import Group, Metrics
 
 FOLDER = "generations"
@@ -188,7 +189,6 @@ class Generations:
             "data": self._rows.fingerprint,
             "sampling": settings_of(self._opponent.sampling),
             "seed": self._opponent.seed,
-            "room": self._opponent.room,
             "model": self._identity,
         }
         starts = range(0, self._total, size)
@@ -294,9 +294,5 @@ class Generations:
         for folder in sorted(self._folder.glob("iteration-*")):
             number = re.fullmatch(r"iteration-(\d+)", folder.name)
             if number and self._course.first_step(int(number[1])) > step:
-                target = folder.with_name(f"{folder.name}{AWAY}")
-                suffix = 1
-                while target.exists():
-                    suffix, target = suffix + 1, folder.with_name(f"{folder.name}{AWAY}-{suffix + 1}")
-                folder.replace(target)
+                target = set_aside(folder)
                 self._say(f"{folder.name} was answered by a later policy than the checkpoint's: moved to {target.name}")
