@@ -26,7 +26,7 @@ class Judge(JudgeRules, ScorerConfig):
     better is `report_agreement`, whose rule's score is recorded beside, or `rayalign compare`. Direct gives ratings.
 
     Metrics, means over prompts: judge/order_dependent, the share of comparisons whose verdict is another one in the
-    other order; judge/ties; judge/refused; judge/agreement with the rule; scores/RULE.
+    other order; judge/ties; judge/refused; judge/mass, the probability that is on the answers together; judge/agreement with the rule; scores/RULE.
     """
 
     paper: ClassVar = "Lee et al. 2023, arXiv:2309.00267"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayalign.errors import ConfigError, ScoreError
 from rayalign.rollouts import Rollout, group_metrics
+from rayalign.scorers.asking import Answer
 from rayalign.scorers.base import LocalScorer, score_groups
 from rayalign.scorers.judge import Judge
 from rayalign.scorers.mix import Mix
@@ -107,6 +108,26 @@ def test_the_judge_sees_the_whole_conversation(mode: str) -> None:
     assert len(asker.asked) == 2
 
 
+@pytest.mark.parametrize(
+    ("logps", "unseen", "expected"),
+    [
+        ((math.log(0.03), -math.inf), 0.0, 0.5),  # the other may be as likely
+        ((math.log(0.3), -math.inf), math.log(0.01), 30 / 31),
+        ((math.log(0.9), -math.inf), 0.0, 0.9),
+        ((0.0, -math.inf), 0.0, 1.0),
+        ((-math.inf, math.log(0.6)), 0.0, 0.4),
+        ((math.log(0.6), math.log(0.2)), 0.0, 0.75),
+    ],
+)
+def test_an_answer_that_was_not_given_back_is_not_impossible(
+    logps: tuple[float, ...], unseen: float, expected: float
+) -> None:
+    judging = judge("any", min_mass=0.02).start_with(Says(*logps, unseen=unseen))
+    read = judging._value(Answer("q", logps, unseen=unseen))
+    assert read.value == pytest.approx(expected) and read.mass == pytest.approx(sum(map(math.exp, logps)))
+    assert judging([group(0, "a", "b")])[0].metrics["judge/mass"] == pytest.approx(read.mass)
+
+
 def test_a_direct_judge_gives_the_expected_rating_from_minus_one_to_one(reader: Path) -> None:
     (found,) = score(judge(reader, mode="direct", min_mass=0.0), group(0, *TEXTS))
     template, answers = load_template("helpful_score"), ("1", "2", "3", "4", "5")
@@ -114,7 +135,7 @@ def test_a_direct_judge_gives_the_expected_rating_from_minus_one_to_one(reader: 
         values = {"prompt": "write a review", "answer": text}
         probs = answer_probs(reader, list(template.question("q", values).messages), answers)
         assert rating == pytest.approx((probs @ np.arange(1, 6) - 3) / 2, abs=1e-5)
-    assert found.preferences is None and found.metrics == {"judge/refused": 0.0}
+    assert found.preferences is None and found.metrics.keys() == {"judge/refused", "judge/mass"}
 
 
 def test_thinking_stands_before_the_answer(reader: Path) -> None:
@@ -169,7 +190,7 @@ def test_equal_answers_are_not_compared(tmp_path: Path, reader: Path) -> None:
     ("probs", "reason"),
     [
         ({}, "0 of the probability|e-.. of the probability"),
-        ({"t1": 0.004, "t2": 0.004}, "0.008 of the probability is on its answers, min_mass is 0.02"),
+        ({"t1": 0.004, "t2": 0.004}, "0.008 of the probability is on its answers, min_mass is 0.2"),
         ({ENDS: 1.0}, "of the probability"),
         ({"t1": math.nan, "t2": math.nan}, "log-probs nan, nan"),
     ],
