@@ -77,6 +77,7 @@ def test_rollout_t_is_sampled_by_the_version_that_depth_says(train, depth, every
     for record in steps:
         index = (record["step"] - 1) // every
         assert record["rollout/version"] == max(0, index - depth) * every
+        assert ("kl/k1" in record) == (record["rollout/version"] == record["step"] - 1)  # else of an older policy
     used = [record["reward/mean"] for record in steps]
     assert [used[i] == used[i - 1] for i in range(1, 7)] == [i % every != 0 for i in range(1, 7)]
     assert ["time/rollout_s" in record for record in steps] == [i % every == 0 for i in range(7)]
