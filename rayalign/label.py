@@ -158,7 +158,7 @@ def _label(
         seed=config.seed,
     )
     files = [run_dir / SHARDS / f"shard-{number:04d}.jsonl" for number in range(len(parts))]
-    there = [read_shard(file, known, _indices(part)) for file, part in zip(files, parts, strict=True)]
+    there = [read_shard(file, known, _indices(part), console.say) for file, part in zip(files, parts, strict=True)]
     first = next((number for number, records in enumerate(there) if records is None), len(parts))
     count = sum(map(len, parts))
     told = examples.describe() if examples else f"{count:,} prompts × {config.algorithm.samples} samples"

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from rayalign.data.order import Passes
 from rayalign.data.files import set_aside
+from rayalign.data.order import Passes
 from rayalign.errors import TrainingStopped
 from rayalign.rollouts import Progress, Rollout
 from rayalign.selfplay.asking import Opponent, Rate, Work

@@ -49,9 +49,13 @@ def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, tmp_path):
     shards[1].write_text(whole[1][:-20])
     head, _, rest = whole[3].partition("\n")
     shards[3].write_text(json.dumps({**json.loads(head), "fingerprint": "another"}) + "\n" + rest)
+    for number, line in ((2, "[1]\n"), (4, '{"scores": []}\n')):
+        shards[number].write_text(whole[number].partition("\n")[0] + "\n" + line)
     kept = shards[0].stat().st_mtime_ns
     again = label(resume=True)
     assert [shard.read_text() for shard in shards] == whole
+    aside = [shards[number].with_name(f"{shards[number].name}.set-aside") for number in (1, 2, 3, 4)]
+    assert aside[2].read_text().endswith(rest) and all(each.is_file() for each in aside)
     assert shards[0].stat().st_mtime_ns == kept
     assert lines(again.file) == lines(first.file)
 
