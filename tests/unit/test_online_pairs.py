@@ -118,6 +118,8 @@ def test_online_kto_and_cringe_ask_for_samples_and_no_rows():
     for algorithm in (KTO(samples=4), KTO(samples=4, paired=True), Cringe(samples=4, pairs="random")):
         assert len(algorithm.request(Sampling(max_tokens=4))) == 4 and algorithm.rows == ()
     seeded = [replace(SCORED, seed=seed) for seed in range(40)]
+    drawn = {Cringe(samples=4).examples([each])[0][0].values["seed"] for each in seeded}
+    assert len(drawn) == 40  # another s* in each step that uses the same set again
     seen = {e.sequences[0].completion_ids for e in Cringe(samples=4, pairs="random").examples(seeded)[0]}
     assert len(seen) > 1
     (example,), _ = KTO(samples=4, paired=True).examples([SCORED])
