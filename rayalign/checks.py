@@ -24,6 +24,14 @@ def check_training(config: Config) -> None:
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"set rollout.prompts={value}, or lower {key}",
             )
+    if config.scored and config.evaluation.prompts and config.evaluation.samples < 2 and _relative(config):
+        raise ConfigError(
+            "evaluations would measure nothing",
+            where="key evaluation.samples",
+            value=config.evaluation.samples,
+            rule="at least 2 with a judge that compares answers to the same prompt, or a rule beside it",
+            remedy="set evaluation.samples=2, and scorer.report_agreement to see whether the policy gets better",
+        )
     if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
         raise ConfigError(
             "greedy samples of one prompt are all the same",
@@ -32,6 +40,10 @@ def check_training(config: Config) -> None:
             rule="above 0 when an algorithm learns from its own samples",
             remedy="set sampling.temperature=1.0",
         )
+
+
+def _relative(config: Config) -> bool:
+    return getattr(config.scorer, "relative", False)
 
 
 def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:

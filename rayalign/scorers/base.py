@@ -51,6 +51,11 @@ class ScorerConfig(Record):
         return AT_ONCE
 
     @property
+    def relative(self) -> bool:
+        """Whether it says nothing of an answer that is the only one to its prompt."""
+        return False
+
+    @property
     def gpus(self) -> int:
         """That each of its actors takes, on a cluster that has some."""
         return 0

@@ -95,6 +95,10 @@ class Judge(JudgeRules, ScorerConfig):
         return max(1, min(AT_ONCE, WAVES * together // max(1, asked)))
 
     @property
+    def relative(self) -> bool:
+        return self.mode == "pairwise" and self.report_agreement is None
+
+    @property
     def gpus(self) -> int:
         return int(getattr(self.ask, "gpus", 0))
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayalign.checks import check_training
+from rayalign.config import parse_config
 from rayalign.errors import ConfigError, ScoreError
 from rayalign.rollouts import Rollout, group_metrics
 from rayalign.scorers.asking import Answer
@@ -20,6 +22,7 @@ from rayalign.scorers.mix import Mix
 from rayalign.scorers.templates import load_template
 from rayalign.types import Group, Judgement
 from tests.judges import ENDS, Says, build_steady_judge, group, judge
+from tests.parts import tiny_config
 from tests.tiny_models import build_tiny_llama
 
 TEXTS = ("a great film", "a bad film", "it was not very good", "happy story about love")
@@ -308,6 +311,18 @@ def test_what_waits_is_scored_in_portions(reader: Path) -> None:
     scorer.submit([group(index, *(f"{word} {index}" for word in "abcdefgh")) for index in range(3)])
     assert [len(scorer.poll()) for _ in range(3)] == [2, 1, 0]
     scorer.close()
+
+
+@pytest.mark.parametrize("keys", [{}, {"report_agreement": "vader"}, {"mode": "direct"}])
+def test_evaluations_of_a_judge_that_compares_need_two_answers(tmp_path: Path, reader: Path, keys: dict) -> None:
+    raw = tiny_config(tmp_path, reader, scorer={"name": "judge", "ask": "policy", **keys})
+    raw["evaluation"] = {"prompts": 2, "samples": 1}
+    if keys:
+        return check_training(parse_config(raw))
+    with pytest.raises(ConfigError, match="evaluations would measure nothing"):
+        check_training(parse_config(raw))
+    raw["evaluation"]["samples"] = 2
+    return check_training(parse_config(raw))
 
 
 def test_the_judge_is_looked_at_before_anything_starts(tmp_path: Path, reader: Path) -> None:
