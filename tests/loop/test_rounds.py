@@ -278,6 +278,25 @@ REFUSED = {
         stages(A, SFT, {**A, "name": "c", "scorer": {"name": "reward_model", "model": "stage:b"}}),
         ["key rounds.c.scorer.model", "trains no reward model"],
     ),
+    "prompts of a stage": (
+        stages(A, {**A, "name": "b", "data": {"prompts": "stage:a"}}),
+        ["key rounds.b.data.prompts", "no prompts", "under data.examples"],
+    ),
+    "rows of another kind": (
+        stages({**A, "algorithm": {**A["algorithm"], "write": "best"}}, {**SFT, "algorithm": "preference"}),
+        ["key rounds.b.data.examples", "the rows of the stage a are none for preference", "chosen"],
+    ),
+    "a policy in a mix": (
+        stages(A, SFT, {**A, "name": "c", "scorer": {"name": "mix", "scorers": [
+            {"weight": 1, "scorer": {"name": "reward_model", "model": "stage:b"}},
+        ]}}),
+        ["trains no reward model"],
+    ),
+    "a judge that gives scores": (
+        stages(A, {**SFT, "name": "r", "algorithm": "reward_model", "scorer": None}, {**A, "name": "c", "scorer": {
+            "name": "judge", "template": "positive", "ask": {"name": "engine", "model": "stage:r"}}}),
+        ["the stage r trains a reward model", "trains a language model", "add such a stage"],
+    ),
     "a shared stage": ({**stages(A), "model": {"path": "stage:a"}}, ["what all stages share cannot come from one"]),
     "a key of the whole": (stages({**A, "run_dir": "x"}), ["run_dir is none of a stage's keys"]),
     "a stage of the wrong keys": (stages(A, {**SFT, "trian": {"steps": 1}}), ["key rounds.b.trian", "unknown key"]),
