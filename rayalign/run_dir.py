@@ -34,7 +34,7 @@ FIXED = (
 DATA = "data.json"  # fingerprints
 FREE = (  # wherever they stand they change nothing that is made: places, patience, and how a scorer is reached
     *("deadline_s", "max_replacements", "count", "micro_batch_tokens", "threads", "device"),
-    *("url", "key_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_batch", "cache"),
+    *("url", "key_env", "timeout_s", "retries", "patience_s", "backoff_s", "concurrency", "max_batch", "cache"),
 )
 OPEN = ("iterations", "write", "drop_truncated")  # what is made of all that is there already, or after it
 

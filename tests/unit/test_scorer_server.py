@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from pydantic import ValidationError
 
-from rayalign.errors import ScoreError
+from rayalign.errors import ConfigError, ScoreError
 from rayalign.scorers.asking import Asker, Question
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.judge import Judge
-from rayalign.scorers.server import ServerAsker
+from rayalign.scorers.remote import _wait_of
+from rayalign.scorers.server import ENOUGH, ServerAsker
 from tests.http_service import Reply, serving
 from tests.ranks import free_port
 from tests.scored import group
@@ -44,6 +47,7 @@ def asker(tmp_path):
 
     def make(url: str, **settings):
         usual = {"model": "judge", "cache": str(tmp_path / "answers.sqlite"), "backoff_s": 0.001, "timeout_s": 30.0}
+        usual["patience_s"] = 30.0
         config = ServerAsker(url=url, **{**usual, **settings})
         made.append(config.start())
         return made[-1]
@@ -125,7 +129,53 @@ def test_as_many_requests_at_once_as_the_config_says(asker):
     assert all(each.error is None for each in found) and service.most_open == 3
 
 
+# An answer is one token.
+
+
+def test_a_server_that_tokenizes_tells_an_answer_of_several_tokens_before_anything_is_asked(asker):
+    with serving(lambda body, before: Reply(GOOD)) as service:
+        service.about["/tokenize"] = lambda body: {"token_strs": ["▁", *body["prompt"].split("-")]}
+        server = asker(f"{service.url}/v1")
+        server.tokenizes(("A", "B"))
+        with pytest.raises(ScoreError, match="not one token of the judge") as raised:
+            server.tokenizes(("yes", "no-way"))
+        assert service.asked == []
+    assert raised.value.value == "'no-way', which it reads as 'no', 'way'"
+
+
+def test_of_another_server_an_answer_that_never_comes_though_its_beginning_does_ends_it(asker):
+    asked = [Question(f"q{i}", ({"role": "user", "content": str(i)},), ("yes", "no way")) for i in range(ENOUGH)]
+    with serving(lambda body, before: Reply(reply(("no", -0.1), ("yes", -3.0)))) as service:
+        server = asker(service.url)
+        server.tokenizes(("yes", "no way"))
+        assert len(server.ask(asked[:-1])) == ENOUGH - 1
+        with pytest.raises(ScoreError, match="not one token of the judge") as raised:
+            server.ask(asked)
+    assert "'no way', never among" in raised.value.value and "'no' was" in raised.value.value
+
+
 # What is paid for is kept.
+
+
+def test_a_reply_is_of_a_model_and_its_checkpoint_wherever_its_server_is(asker):
+    def models(root):
+        return {"data": [{"id": "other", "root": "/x"}, {"id": "judge", "root": root}]}
+
+    with serving(lambda body, before: Reply(GOOD)) as first, serving(lambda body, before: Reply(GOOD)) as second:
+        first.about["/models"] = second.about["/models"] = models("/weights/1")
+        asker(first.url).ask(questions(2))
+        asker(second.url).ask(questions(2))
+        assert second.asked == []
+        second.about["/models"] = models("/weights/2")
+        asker(second.url).ask(questions(2))
+        assert len(second.asked) == 2
+
+
+def test_nothing_said_may_be_something_the_next_time(asker):
+    nothing = {"choices": [{"logprobs": {"content": []}}]}
+    with serving(lambda body, before: Reply(GOOD if before else nothing)) as service:
+        assert [asker(service.url).ask(questions(1))[0].error for _ in range(3)] == ["it answered nothing", None, None]
+        assert len(service.asked) == 2
 
 
 def test_what_was_answered_is_not_asked_again_whoever_asks(asker):
@@ -137,7 +187,9 @@ def test_what_was_answered_is_not_asked_again_whoever_asks(asker):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"model": "another"}, {"top_logprobs": 5}, {"extra": {"seed": 3}}, {"cache": None}], ids=str
+    "settings",
+    [{"model": "another"}, {"revision": "2"}, {"top_logprobs": 5}, {"extra": {"seed": 3}}, {"cache": None}],
+    ids=str,
 )
 def test_where_something_that_matters_is_different_it_is_asked_again(asker, settings):
     with serving(lambda body, before: Reply(GOOD)) as service:
@@ -184,10 +236,63 @@ def test_a_server_in_trouble_is_asked_again(asker, trouble):
         assert len(service.asked) >= 3  # one more, should this machine be as slow as the server
 
 
+def test_one_bad_question_is_one_refusal_whatever_the_server_calls_it(asker):
+    def answer(body, before):
+        bad = body["messages"][0]["content"] == "question 1"
+        return Reply({"error": "upstream Connection reset: ConnectTimeout"}, status=500) if bad else Reply(GOOD)
+
+    with serving(answer) as service:
+        found = asker(service.url, retries=1, concurrency=1).ask(questions(3))
+    assert [each.error is None for each in found] == [True, False, True]
+
+
+def test_a_server_that_has_no_time_is_asked_when_it_says_and_by_nobody_before(asker):
+    def answer(body, before):
+        return Reply({"error": "slow down"}, status=429, headers={"Retry-After": "1"}) if before < 1 else Reply(GOOD)
+
+    with serving(answer) as service:
+        server, waits = asker(service.url, concurrency=1, retries=0), []
+        wait = server._caller._stop.wait
+        server._caller._stop.wait = lambda seconds: waits.append(seconds) or wait(seconds)
+        assert all(each.error is None for each in server.ask(questions(2))) and len(service.asked) == 3
+    assert sum(seconds > 0.9 for seconds in waits) == 1  # by the one that was told; the other came after
+
+
+def test_a_server_that_asks_for_more_patience_than_there_is_is_not_waited_for(asker):
+    busy = Reply({"error": "slow down"}, status=429, headers={"Retry-After": "3600"})
+    with serving(lambda body, before: busy) as service, pytest.raises(ScoreError) as raised:
+        asker(service.url).ask(questions(2))
+    assert "asked again in 3600 s" in raised.value.value and "raise patience_s" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("0", 0), ("nan", 0), ("inf", 0), ("-3", 0), ("120", 120), ("soon", 0), (None, 0)]
+)
+def test_what_a_server_asks_for(header, seconds):
+    assert _wait_of(header) == seconds
+
+
+def test_a_server_that_was_there_and_is_gone_is_waited_for(asker, caplog):
+    port = free_port()
+    with serving(lambda body, before: Reply(GOOD), port=port) as service:
+        server = asker(service.url, retries=0, backoff_s=0.05, concurrency=2)
+        server.ask(questions(1))
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(server.ask, questions(4))
+        while "waiting for it" not in caplog.text and not asked.done():
+            time.sleep(0.01)
+        with serving(lambda body, before: Reply(GOOD), port=port):
+            assert all(each.error is None for each in asked.result(timeout=30))
+    assert service.url in caplog.text
+
+
 @pytest.mark.parametrize(
     ("trouble", "says"),
     [
-        (Reply({"error": {"message": "slow down"}}, status=429), ["status 429: slow down", "lower concurrency"]),
+        (
+            Reply({"error": {"message": "slow down"}}, status=429),
+            ["status 429: slow down (the last of 1 try in 0 s)", "raise patience_s"],
+        ),
         (Reply(b"oops", status=500), ["status 500: oops", "look at the server's log"]),
         (Reply(GOOD, sent=30), ["RemoteProtocolError", "look at the server's log"]),
         (Reply(b'{"choices": [{'), ["no JSON, or half of it", "look at the server's log"]),
@@ -197,10 +302,12 @@ def test_a_server_in_trouble_is_asked_again(asker, trouble):
 )
 def test_a_server_that_stays_in_trouble_ends_it(asker, trouble, says):
     with serving(lambda body, before: trouble) as service, pytest.raises(ScoreError) as raised:
-        asker(service.url, retries=1, timeout_s=0.3 if "0.3 s" in says else 30.0).ask(questions(2))
+        timeout_s = 0.3 if "0.3 s" in says else 30.0
+        asker(service.url, retries=1, patience_s=0, timeout_s=timeout_s).ask(questions(2))
     text = str(raised.value)
     assert text.startswith(f"key scorer.ask.url, {service.url}: the server does not answer")
-    assert "(the last of 2 tries)" in text and all(part in text for part in says), text
+    assert "(the last of 2 tries in " in text or trouble.status == 429
+    assert all(part in text for part in says), text
 
 
 def test_a_server_that_is_down_ends_it(asker):
@@ -300,6 +407,36 @@ def test_a_server_that_refuses_ends_it_at_once_and_never_shows_the_key(asker, mo
     assert KEY not in repr(raised.value) + str(raised.value) + caplog.text
 
 
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Reply({"error": f"Incorrect API key provided: {KEY}"}),
+        Reply({"error": {"message": "x" * 149 + KEY}}, status=401),
+        Reply({"error": {"message": f"not {KEY}"}}, status=500),
+        Reply({"choices": [{"logprobs": {"content": [{"token": KEY}]}}]}),
+        Reply(b"", status=302, headers={"Location": f"http://elsewhere/v1?k={KEY}"}),
+    ],
+    ids=["200", "cut", "500", "logprobs", "location"],
+)
+def test_no_part_of_the_key_is_shown_whatever_a_server_says(asker, monkeypatch, caplog, trouble):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with (
+        serving(lambda body, before: trouble) as service,
+        pytest.raises(ScoreError) as raised,
+        caplog.at_level("DEBUG"),
+    ):
+        asker(service.url, key_env="JUDGE_KEY", retries=0).ask(questions(1))
+    assert KEY[:6] not in repr(raised.value) + str(raised.value) + caplog.text
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-ключ", "sk-\x07"])
+def test_a_key_that_cannot_be_sent_is_not_repeated(asker, monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="cannot be sent") as raised:
+        asker("http://127.0.0.1:9", key_env="JUDGE_KEY")
+    assert "sk-" not in str(raised.value)
+
+
 def test_a_refused_request_without_a_key_says_how_one_is_given(asker):
     with serving(lambda body, before: Reply({}, status=401)) as service, pytest.raises(ScoreError) as raised:
         asker(service.url).ask(questions(1))
@@ -322,7 +459,7 @@ def test_a_key_that_is_not_there_is_said_before_anything_is_asked(asker, monkeyp
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("JUDGE_KEY", value)
-    with pytest.raises(ScoreError) as raised:
+    with pytest.raises(ConfigError) as raised:
         asker("http://127.0.0.1:9", key_env="JUDGE_KEY")
     assert raised.value.where == "key scorer.ask.key_env"
     assert "on each node before `ray start`" in raised.value.rule
@@ -334,6 +471,11 @@ def test_a_key_that_is_not_there_is_said_before_anything_is_asked(asker, monkeyp
         ({"url": "127.0.0.1:8000"}, "no address of a server"),
         ({"url": "ftp://host/v1"}, "no address of a server"),
         ({"url": "http://host:99999/v1"}, "no address of a server"),
+        ({"url": "http://ho st/v1"}, "no address of a server"),
+        ({"url": "http://ü..ü/v1"}, "no address of a server"),
+        ({"url": "http://host/score?code=4711"}, "or what may be one"),
+        ({"extra": {"extra_headers": {"x-api-key": KEY}}}, "a key or a password among these"),
+        ({"key_env": "hf_AbCdEf"}, "no name of an environment variable"),
         ({"url": f"http://me:{KEY}@host/v1"}, "a password or a key in it"),
         ({"url": f"http://host/v1?api_key={KEY}"}, "a password or a key in it"),
         ({"key_env": KEY}, "no name of an environment variable"),

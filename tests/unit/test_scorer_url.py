@@ -86,6 +86,17 @@ def test_scores_are_kept_where_the_config_says_and_only_new_texts_are_sent(tmp_p
         assert len(service.asked) == 3
 
 
+def test_scores_of_a_revision_are_kept_wherever_the_service_runs(tmp_path):
+    cache = str(tmp_path / "scores.sqlite")
+    with serving(lengths) as first, serving(lengths) as second:
+        scores(first.url, GROUPS, cache=cache, revision="1")
+        scores(second.url, GROUPS, cache=cache, revision="1")
+        assert second.asked == []
+        scores(second.url, GROUPS, cache=cache, revision="2")
+        scores(second.url, GROUPS, cache=cache)
+        assert len(second.asked) == 2
+
+
 def test_what_was_scored_before_the_service_went_down_is_kept(tmp_path):
     cache = str(tmp_path / "scores.sqlite")
 
