@@ -96,7 +96,9 @@ def test_a_function_that_is_not_where_the_scorer_starts_is_a_configs_fault(rewar
     monkeypatch.delattr(rewards, "score")  # as on a node with another version of the module
     with pytest.raises(ConfigError, match="holds no score") as raised:
         config.start()
-    assert raised.value.where == "key scorer.function" and raised.value.value.startswith("my_rewards_of_tests:score on ")
+    assert raised.value.where == "key scorer.function" and raised.value.value.startswith(
+        "my_rewards_of_tests:score on "
+    )
     assert raised.value.rule and raised.value.remedy
 
 
