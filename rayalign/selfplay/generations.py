@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,7 +281,9 @@ class Generations:
                 remedy="use the last checkpoint; or other data, or a higher sampling.temperature if that was low",
             )
         if left_out:
-            self._say(f"iteration {iteration}: {left_out:,} prompts left out, as they leave no room for an answer")
+            why = Counter(answer.left_out for answer in answers.values() if answer.left_out)
+            told = ", ".join(f"{count:,} for {reason}" for reason, count in why.items())
+            self._say(f"iteration {iteration}: {left_out:,} prompts left out: {told}")
         self._more = {
             "generation/answers": float(len(answers) - left_out),
             "generation/left_out": float(left_out),
