@@ -13,6 +13,8 @@ from rayalign.algorithms.kto import KTO
 from rayalign.algorithms.losses import PAIR_LOSSES
 from rayalign.algorithms.online_preference import OnlinePreference
 from rayalign.algorithms.pairing import Pairing
+from rayalign.config import parse_config
+from rayalign.errors import ConfigError
 from rayalign.types import Sampling
 from tests.unit.algorithm_cases import group, random_groups, whole
 
@@ -143,3 +145,11 @@ def test_online_kto_and_cringe_ask_for_samples_and_no_rows():
 def test_settings_that_do_not_fit_are_refused(record, settings, message):
     with pytest.raises(ValidationError, match=message):
         record(**settings)
+
+
+@pytest.mark.parametrize("name", ["kto", "cringe"])
+def test_who_looks_for_an_algorithm_among_the_losses_is_told_where_it_is(name):
+    algorithm = {"name": "online_preference", "loss": {"name": name}}
+    with pytest.raises(ConfigError, match="no loss is called") as error:
+        parse_config({"model": {"path": "m"}, "algorithm": algorithm, "data": {"prompts": "p.jsonl"}})
+    assert f"algorithm: {{name: {name}, samples: 4}}" in error.value.remedy
