@@ -18,6 +18,11 @@ from rayalign.types import Group, Judgement
 # `memory_gib()`, the peak memory of processes of its own.
 ScoreFunction = Callable[[Sequence[Group]], Sequence[Sequence[float] | Judgement]]
 AT_ONCE = 32  # groups that are scored in one call, at most: more would keep others waiting for the first of them
+# What a run says itself: a scorer's metric of such a name would stand in its place.
+TAKEN = (
+    *("reward", "rewards", "length", "truncated", "completion", "rollout", "time", "memory", "kl", "loss", "logps"),
+    *("step", "eval", "held_out", "win_rate", "examples", "pairs", "best_of_n", "distinct_1", "distinct_2"),
+)
 
 
 class ScorerConfig(Record):
@@ -115,6 +120,14 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
         return replace(group, scores=_checked(group, found, who))
     metrics = {str(name): float(value) for name, value in found.metrics.items()}
     for name, value in metrics.items():
+        if name.partition("/")[0] in TAKEN:
+            raise ScoreError(
+                "a metric of a scorer has the name of one of the run's own",
+                where=f"{who}, prompt {group.prompt.index}",
+                value=name,
+                rule=f"no name that begins with {', '.join(TAKEN)}",
+                remedy=f"call it my/{name}, say",
+            )
         if not math.isfinite(value):
             raise ScoreError(
                 "a metric of a scorer is not a finite number",

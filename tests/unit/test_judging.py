@@ -267,6 +267,8 @@ def test_agreement_with_a_rule_is_counted_where_both_prefer_one(reader: Path) ->
         (Judgement((1.0, 0.0), ((0.6, 0.9), (0.1, 0.5))), "no probabilities"),
         (Judgement((1.0, 0.0), ((0.5, math.nan), (math.nan, 0.5))), "no probabilities"),
         (Judgement((1.0, 0.0), None, {"judge/ties": math.inf}), "judge/ties=inf"),
+        (Judgement((1.0, 0.0), None, {"reward/mean": 99.0}), "the name of one of the run's own"),
+        (Judgement((1.0, 0.0), None, {"reward": 99.0}), "the name of one of the run's own"),
     ],
 )
 def test_judgements_are_checked(judgement: Judgement, words: str) -> None:
@@ -283,6 +285,8 @@ def test_judgements_are_checked(judgement: Judgement, words: str) -> None:
     [
         ({"mode": "direct", "template": "helpful"}, "a judge that is pairwise"),
         ({"schedule": "swiss"}, "swiss rounds need a budget"),
+        ({"ask": "policy", "deadline_s": 900.0}, "is no actor"),
+        ({"ask": "policy", "max_replacements": 0}, "is no actor"),
         ({"comparisons": 4}, "this schedule knows no budget"),
         ({"mode": "direct", "schedule": "tournament"}, "compares none"),
     ],
