@@ -87,6 +87,15 @@ class Judge(JudgeRules, ScorerConfig):
                 rule="1 with ask: policy",
                 remedy="take count out; engine.count are asked",
             )
+        pool = ("deadline_s", "max_replacements")
+        unused = [key for key in pool if getattr(self, key) != type(self).model_fields[key].default]
+        if self.borrows_engine and unused:
+            raise Unfit(
+                "a judge that asks the policy is no actor, so that none is lost or replaced",
+                key=unused[0],
+                rule="not set with ask: policy",
+                remedy=f"take it out; set engine.{unused[0]}",
+            )
         return self
 
     def at_once(self, answers: int) -> int:
