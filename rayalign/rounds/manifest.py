@@ -19,7 +19,8 @@ FILE = "manifest.json"
 # What a stage makes depends on these. Others, as engine.max_running or evaluation.prompts, do not run it again.
 DECIDING = ("model", "data", "algorithm", "scorer", "sampling", "rollout", "train", "optimizer", "seed")
 FILES = (".path", ".prompts", ".model", ".template")  # ends of keys that may name a file or a folder
-WHOLE = 16 * 2**20  # bytes of a file that are read to know it; of a larger one its beginning and its end
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+WHOLE = 16 * 2**20  # bytes of weights that are read to know them; of larger ones the beginning and the end
 EDGE = 2**20
 
 
@@ -97,6 +98,8 @@ def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
     """
     whole = stage.config.to_dict()
     config = {key: decides(whole[key]) for key in DECIDING}
+    if whole["learner"].get("train_vision"):
+        config["learner"] = {"train_vision": True}
     inputs = {}
     for path, text in texts(config):
         key = ".".join(map(str, path))
@@ -110,15 +113,15 @@ def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
 
 
 def content(path: Path) -> str:
-    """Fingerprint of a file, or of the files of a folder, whatever their times and wherever they lie; "" where there
-    is none. Of large files the size, the beginning and the end are looked at."""
+    """Fingerprint of a file, or of all files below a folder, whatever their times and wherever it lies; "" where there
+    is none. Of large weights the size, the beginning and the end are looked at."""
     try:
         if path.is_file():
             return _of_file(path)
         if not path.is_dir() or not path.name:
             return ""
-        files = sorted(each for each in path.iterdir() if each.is_file())
-        return _digest(json.dumps([(each.name, _of_file(each)) for each in files]).encode())
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        return _digest(json.dumps([(str(each.relative_to(path)), _of_file(each)) for each in files]).encode())
     except OSError:  # a text that is no path at all, or one that may not be read
         return ""
 
@@ -126,8 +129,8 @@ def content(path: Path) -> str:
 def _of_file(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= WHOLE:
-            return _digest(file.read())
+        if size <= WHOLE or path.suffix not in WEIGHTS:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         found = hashlib.blake2b(f"{size}".encode(), digest_size=16)
         found.update(file.read(EDGE))
         file.seek(-EDGE, 2)

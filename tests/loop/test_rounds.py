@@ -12,6 +12,7 @@ from rayalign.config import load_job, parse_job
 from rayalign.errors import CheckpointError, ConfigError, DataError
 from rayalign.report import write_report
 from rayalign.rounds import run_job, run_rounds
+from rayalign.rounds.manifest import content
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut, tiny_config, write_prompts
 
@@ -173,6 +174,18 @@ def test_a_changed_file_runs_all_that_comes_of_it_again(rounds, tmp_path, job):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(prompts.read_text().replace("film 3", "film 33"))
     assert run_rounds(parse_job({**data, "resume": True})).ran == ("answers", "sft", "dpo")
+
+
+def test_all_of_a_data_set_is_looked_at(tmp_path):
+    """Files in folders below it, and the middle of long ones."""
+    folder, file = tmp_path / "saved", tmp_path / "rows.jsonl"
+    (folder / "train").mkdir(parents=True)
+    (folder / "train/data-0.arrow").write_bytes(b"one")
+    file.write_bytes(b"a" * (17 * 2**20))
+    before = content(folder), content(file)
+    (folder / "train/data-0.arrow").write_bytes(b"two")
+    file.write_bytes(b"a" * (8 * 2**20) + b"b" + b"a" * (9 * 2**20 - 1))
+    assert content(folder) != before[0] and content(file) != before[1]
 
 
 def test_what_a_stage_left_is_made_again_when_it_is_gone(rounds, tmp_path):
