@@ -201,7 +201,8 @@ class Run:
             return
         if self.algorithm.request(self.sampling):
             what, remedy = "rollouts", "look at samples.jsonl: the scorer has to tell answers apart; or raise "
-            value, remedy = "every prompt's completions were all scored the same", f"{remedy}sampling.temperature"
+            value = "no prompt left an example: completions were scored the same, or were the same; */dropped and "
+            value, remedy = f"{value}pairs/same_answer in metrics.jsonl count them", f"{remedy}sampling.temperature"
         else:
             what, value = "steps", "no row left an example: what */dropped and pairs/same_answer in metrics.jsonl count"
             remedy = "answers of a row have to differ, and one has to be better, also once they are cut: "

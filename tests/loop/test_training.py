@@ -114,7 +114,7 @@ def test_ties_are_skipped_and_logged_then_learning_goes_on(train):
 @pytest.mark.parametrize("every", [1, 2])
 def test_many_rollouts_of_ties_stop_the_run_with_the_reason(train, tmp_path, every):
     """However often each of them is used."""
-    with pytest.raises(TrainingStopped, match="3 rollouts in which every prompt") as error:
+    with pytest.raises(TrainingStopped, match="3 rollouts in which no prompt left an example") as error:
         train(
             scorer={"name": "tests.parts:SameScore"},
             rollout__max_empty=3,
