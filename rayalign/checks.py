@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from rayalign.build import longest_context, model_path
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
+from rayalign.scorers.connection import Connection, key_of_server
+from rayalign.scorers.mix import parts_of
 
 
 def check_training(config: Config) -> None:
@@ -129,7 +133,15 @@ def check_labelling(config: Config) -> None:
 
 
 def check_scorer(config: Config) -> None:
-    """Whether the scorer finds what it needs, before anything is started. Raises ConfigError."""
+    """Whether the scorer finds what it needs, keys included where it runs here, before anything is started.
+
+    Raises ConfigError.
+    """
+    if not (getattr(config.placement, "address", None) or os.environ.get("RAY_ADDRESS")):
+        for place, scorer in parts_of(config.scorer) if config.scored else ():
+            for where, asked in ((place, scorer), (f"{place}.ask", getattr(scorer, "ask", None))):
+                if isinstance(asked, Connection):
+                    key_of_server(asked, where)
     if config.scored and hasattr(config.scorer, "check"):
         config.scorer.check(model_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
 

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from rayalign.api import run_training
+from rayalign.checks import check_scorer
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError, ScoreError
 from rayalign.scorers.base import score_groups
@@ -69,6 +70,19 @@ def test_the_key_is_sent(monkeypatch):
     with serving(lengths) as service:
         scores(service.url, GROUPS, key_env="REWARD_KEY")
     assert service.headers[0]["Authorization"] == "Bearer abc"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_key_that_is_not_there_is_said_before_anything_is_started(tmp_path, model, monkeypatch, mixed):
+    monkeypatch.delenv("REWARD_KEY", raising=False)
+    url = {"name": "url", "url": "http://127.0.0.1:9", "key_env": "REWARD_KEY"}
+    parts = [{"scorer": {"name": "url", "url": "http://127.0.0.1:8"}, "label": "free"}, {"scorer": url}]
+    scorer = {"name": "mix", "scorers": parts} if mixed else url
+    with pytest.raises(ConfigError, match="the key for the server is not there") as raised:
+        check_scorer(parse_config(tiny_config(tmp_path, model, scorer=scorer)))
+    assert raised.value.where == f"key {'scorer.scorers.1.scorer' if mixed else 'scorer'}.key_env"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check_scorer(parse_config(tiny_config(tmp_path, model, scorer=scorer)))  # the nodes there may have it
 
 
 def test_a_busy_service_is_asked_again():
