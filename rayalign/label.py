@@ -31,7 +31,7 @@ from rayalign.metrics import Recorder
 from rayalign.protocols import Scorer
 from rayalign.reference_cache import fingerprint
 from rayalign.rollouts import Collector, Rollout, sample_seed
-from rayalign.run_dir import OPEN, decides, run_directory
+from rayalign.run_dir import OPEN, decides, run_directory, scorer_files
 from rayalign.schema import Config
 from rayalign.trackers import start_trackers
 from rayalign.types import Group, Metrics, Prompt
@@ -154,7 +154,7 @@ def _label(
         model_path(config.model.path),
         algorithm=decides(config.algorithm.model_dump(mode="json"), OPEN),
         sampling=config.sampling.model_dump(mode="json"),
-        scorer=decides(config.scorer.model_dump(mode="json")),
+        scorer=decides(config.scorer.model_dump(mode="json")) | scorer_files(config),
         seed=config.seed,
     )
     files = [run_dir / SHARDS / f"shard-{number:04d}.jsonl" for number in range(len(parts))]

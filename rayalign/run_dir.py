@@ -117,6 +117,7 @@ def _check(run_dir: Path, config: Config) -> None:
 
 
 def _write(run_dir: Path, config: Config, data: Mapping[str, str]) -> None:
+    data = {**data, **scorer_files(config)}
     if config.resume:
         _check_same_run(config, load_config(run_dir / "config.yaml"))
         _check_same_data(run_dir, data)
@@ -158,19 +159,28 @@ def _check_same_run(config: Config, before: Config) -> None:
             )
 
 
+def scorer_files(config: Config) -> dict[str, str]:
+    """Fingerprints of the files that the scorer reads, as a judge's template, by key of the config."""
+    if not (config.scored and hasattr(config.scorer, "contents")):
+        return {}
+    return {f"scorer.{key}": text for key, text in config.scorer.contents().items()}
+
+
 def _check_same_data(run_dir: Path, data: Mapping[str, str]) -> None:
     """Raises ConfigError when the rows, or how they become tokens, are not those that the run began with."""
     file = run_dir / DATA
     before = json.loads(file.read_text()) if file.is_file() else {}
     for key, fingerprint in data.items():
         if before.get(key, fingerprint) != fingerprint:
+            judged = key.startswith("scorer.")
+            what = "rows, tokenizer and chat template: else rows that were held out would be trained on"
             raise ConfigError(
-                "the data are not those that the run began with",
+                f"{'this file is not the one' if judged else 'the data are not those'} that the run began with",
                 where=f"key {key}",
                 value=f"fingerprint {fingerprint}",
-                rule=f"{before[key]}, of the same rows, tokenizer and chat template: else rows that were held out "
-                "would be trained on",
-                remedy="put the data back as they were, or start a new run from the checkpoint with model.path",
+                rule=f"{before[key]}, of the same {'words: another template is another judge' if judged else what}",
+                remedy=f"put {'it back as it was' if judged else 'the data back as they were'}, or start a new run "
+                "from the checkpoint with model.path",
             )
 
 

@@ -55,6 +55,10 @@ class ScorerConfig(Record):
         so that they have to be scored well within `deadline_s`."""
         return AT_ONCE
 
+    def contents(self) -> dict[str, str]:
+        """Fingerprints of files that it names, by key: others would be another scorer. Raises ConfigError."""
+        return {}
+
     @property
     def relative(self) -> bool:
         """Whether it says nothing of an answer that is the only one to its prompt."""

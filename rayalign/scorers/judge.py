@@ -3,6 +3,7 @@ tokens that it may answer with."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -114,6 +115,9 @@ class Judge(JudgeRules, ScorerConfig):
     @property
     def borrows_engine(self) -> bool:
         return getattr(self.ask, "name", None) == "policy"
+
+    def contents(self) -> dict[str, str]:
+        return {"template": hashlib.sha256(self._known_template().model_dump_json().encode()).hexdigest()[:24]}
 
     def check_files(self) -> None:
         self._known_template()

@@ -119,6 +119,10 @@ class Mix(ScorerConfig):
         for part in self.scorers:
             part.scorer.check(model, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
 
+    def contents(self) -> dict[str, str]:
+        found = [part.scorer.contents() for part in self.scorers]  # type: ignore[attr-defined]
+        return {f"scorers.{place}.scorer.{key}": text for place, each in enumerate(found) for key, text in each.items()}
+
     def check_files(self) -> None:
         for part in self.scorers:
             part.scorer.check_files()  # type: ignore[attr-defined]
