@@ -152,7 +152,8 @@ class Server:
             return Answer(question.id, None, thought, "it answered nothing"), None
         self._count += 1
         self._seen.update(token.strip() for token, _ in tokens)
-        return Answer(question.id, tuple(_logp(tokens, answer) for answer in question.answers), thought), None
+        logps = tuple(_logp(tokens, answer) for answer in question.answers)
+        return Answer(question.id, logps, thought, unseen=min(logp for _, logp in tokens)), None
 
     def _think(self, question: Question) -> str:
         body = _sampling(question.reasoning, self._config.reasoning_temperature)

@@ -69,6 +69,7 @@ def test_log_probs_are_read_by_answer_and_the_order_is_that_of_the_questions(ask
     assert [each.id for each in found] == ["q0", "q1", "q2"]
     assert found[0].logps == pytest.approx((math.log(0.6), math.log(0.3)))
     assert found[1].logps == (-math.inf, -0.1)
+    assert found[1].unseen == -0.1  # the least likely one that was given back
     assert all(each.error is None and each.reasoning == "" for each in found)
     asked = service.asked[0]
     assert asked["path"] == "/v1/chat/completions" and asked["model"] == "judge"
