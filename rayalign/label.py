@@ -160,9 +160,9 @@ def _label(
     files = [run_dir / SHARDS / f"shard-{number:04d}.jsonl" for number in range(len(parts))]
     there = [read_shard(file, known, _indices(part), console.say) for file, part in zip(files, parts, strict=True)]
     first = next((number for number, records in enumerate(there) if records is None), len(parts))
-    count = sum(map(len, parts))
+    count, whole = sum(map(len, parts)), sum(records is not None for records in there)
     told = examples.describe() if examples else f"{count:,} prompts × {config.algorithm.samples} samples"
-    console.say(f"labelling {told}, in {len(parts)} shards" + (f"; {first} are there already" if first else ""))
+    console.say(f"labelling {told}, in {len(parts)} shards" + (f"; {whole} are there already" if whole else ""))
     recorder = Recorder(run_dir, start_trackers(config.trackers, run_dir, first, resume=config.resume), first)
     try:
         if None in there and not _fill(config, tokenizer, parts, files, there, known, recorder, run_dir, console):

@@ -41,7 +41,7 @@ def test_answers_and_scores_of_all_training_prompts(label):
     assert not (found.run_dir / "checkpoints").exists()
 
 
-def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, tmp_path):
+def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, capsys):
     """A torn shard, and one of something else, are made again; whole ones are not."""
     first = label()
     shards = sorted((first.run_dir / "labels").iterdir())
@@ -52,7 +52,9 @@ def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, tmp_path):
     for number, line in ((2, "[1]\n"), (4, '{"scores": []}\n')):
         shards[number].write_text(whole[number].partition("\n")[0] + "\n" + line)
     kept = shards[0].stat().st_mtime_ns
+    capsys.readouterr()
     again = label(resume=True)
+    assert "in 6 shards; 2 are there already" in " ".join(capsys.readouterr().err.split())
     assert [shard.read_text() for shard in shards] == whole
     aside = [shards[number].with_name(f"{shards[number].name}.set-aside") for number in (1, 2, 3, 4)]
     assert aside[2].read_text().endswith(rest) and all(each.is_file() for each in aside)
