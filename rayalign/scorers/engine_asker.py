@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from rayalign.registry import Tagged
 from rayalign.scorers.asking import Answer, Question
 from rayalign.types import Completion, Request, Sampling
 
+VARIABLES = "variables of the judge's chat template, as {enable_thinking: false}: an answer has to come first"
 AnyEngine = Annotated[SerializeAsAny[Record], Tagged("engine", ENGINES, "build", "vllm")]
 
 
@@ -31,6 +32,7 @@ class EngineAsker(Record):
     )
     engine: AnyEngine = Field({"name": "vllm"}, description="what it runs on, as the section engine; count stays 1")
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
+    chat_template_kwargs: dict[str, Any] = Field({}, description=VARIABLES)
 
     @property
     def gpus(self) -> int:
@@ -58,7 +60,13 @@ class EngineAsker(Record):
         engine = self.engine.build(  # type: ignore[attr-defined]
             model=str(Path(self.model).expanduser()), name="judge", trust_remote_code=self.trust_remote_code
         )
-        return EngineAsking(engine, tokenizer, max_context=self.engine.max_context, name=self.model)  # type: ignore[attr-defined]
+        return EngineAsking(
+            engine,
+            tokenizer,
+            max_context=self.engine.max_context,  # type: ignore[attr-defined]
+            name=self.model,
+            variables=self.chat_template_kwargs,
+        )
 
 
 class PolicyAsker(Record):
@@ -69,6 +77,7 @@ class PolicyAsker(Record):
     """
 
     name: Literal["policy"] = "policy"
+    chat_template_kwargs: dict[str, Any] = Field({}, description=VARIABLES)
 
     @property
     def gpus(self) -> int:
@@ -95,14 +104,35 @@ class EngineAsking:
         max_context: of the engine; a question that does not fit is no answer.
         name: of the model, for messages.
         closes: whether the engine ends with this.
+        variables: of the chat template.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, *, max_context: int, name: str, closes: bool = True):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        *,
+        max_context: int,
+        name: str,
+        closes: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ):
         self.engine, self._tokenizer, self._max_context, self._name = engine, tokenizer, max_context, name
-        self._turns = Turns(tokenizer, chat_template=bool(tokenizer.chat_template))
+        self._turns = Turns(tokenizer, chat_template=bool(tokenizer.chat_template), variables=variables or {})
         self._special = _special_words(tokenizer)
         self._known: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._calls, self._closes = 0, closes
+
+    def lent(self, variables: Mapping[str, Any]) -> EngineAsking:
+        """The same engine, asked with these variables of the chat template, by somebody who does not end it."""
+        return EngineAsking(
+            self.engine,
+            self._tokenizer,
+            max_context=self._max_context,
+            name=self._name,
+            closes=False,
+            variables=variables,
+        )
 
     def tokenizes(self, answers: Sequence[str]) -> None:
         """See asking.Asker."""

@@ -27,7 +27,8 @@ class Judge(JudgeRules, ScorerConfig):
     better is `report_agreement`, whose rule's score is recorded beside, or `rayalign compare`. Direct gives ratings.
 
     Metrics, means over prompts: judge/order_dependent, the share of comparisons whose verdict is another one in the
-    other order; judge/ties; judge/refused; judge/mass, the probability that is on the answers together; judge/agreement with the rule; scores/RULE.
+    other order; judge/ties; judge/refused; judge/mass, the probability that is on the answers together;
+    judge/agreement with the rule; scores/RULE.
     """
 
     paper: ClassVar = "Lee et al. 2023, arXiv:2309.00267"
@@ -136,4 +137,6 @@ class Judge(JudgeRules, ScorerConfig):
 
     def start_with(self, asker: Asker) -> Judging:
         """The judge, by an asker that is there already."""
+        if self.borrows_engine and self.ask.chat_template_kwargs:  # type: ignore[attr-defined]
+            asker = asker.lent(self.ask.chat_template_kwargs)  # type: ignore[attr-defined]
         return Judging(self, self._known_template(), asker)

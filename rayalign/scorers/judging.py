@@ -254,7 +254,8 @@ class Judging:
                 value=f"{sum(self._refusals)} of the last {len(self._refusals)} refused; the last: {self._reason}",
                 rule=f"at most {self.rules.max_refused:g} of them (scorer.max_refused), else nothing is learned",
                 remedy="try the template on this model: its ask has to make one of "
-                f"{', '.join(self._template.answers)} the next token; or lower scorer.min_mass",
+                f"{', '.join(self._template.answers)} the next token; or lower scorer.min_mass; "
+                "a model that thinks first is told not to by scorer.ask.chat_template_kwargs (of a server, ask.extra)",
             )
 
     def _agreement(self, group: Group, leads: Mapping[Pair, float]) -> dict[str, float]:

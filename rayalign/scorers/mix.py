@@ -44,9 +44,9 @@ class Part(Record):
 class Mix(ScorerConfig):
     """Several scorers at once: weight · score, added up.
 
-    Each one's mean, as it gave it, is the metric scores/LABEL; of two judges, each one's metrics are LABEL/judge/…. With `standardise: group` a scorer's scores of one
-    prompt have mean 0 and standard deviation 1 before they are weighted (all 0 where they are equal), so that
-    weights compare scorers of any scale; what is left is the order within a prompt, so that the reward's mean no
+    Each one's mean, as it gave it, is the metric scores/LABEL; the metrics of several judges are LABEL/judge/….
+    With `standardise: group` a scorer's scores of one prompt have mean 0 and standard deviation 1 before they are
+    weighted (all 0 where they are equal), so that weights compare scorers of any scale; what is left is the order within a prompt, so that the reward's mean no
     longer rises as the policy gets better: look at scores/LABEL. Soft preferences of the parts are averaged by
     weight where all of them give some, and no weight is below 0.
     """
@@ -83,7 +83,7 @@ class Mix(ScorerConfig):
                 f"a scorer of the mix is called {both[0]}, as the rule that its judge reports",
                 key="scorers",
                 rule="a label for each that no other has: it names the metric scores/LABEL",
-                remedy=f"take the judge's report_agreement out, or set label: {both[0]}_2, say, beside the other's weight",
+                remedy=f"take the judge's report_agreement out, or set label: {both[0]}_2, say, for the other",
             )
         if not any(part.weight for part in self.scorers):
             raise Unfit(

@@ -85,6 +85,24 @@ def test_preferences_are_the_mean_of_both_orders(reader: Path) -> None:
     assert len({round(p, 9) for p in matrix.flatten()}) == 7  # this judge tells all of them apart
 
 
+@pytest.mark.parametrize("name", ["engine", "policy"])
+def test_variables_of_the_chat_template_reach_it(tmp_path: Path, name: str) -> None:
+    folder = build_tiny_llama(tmp_path / "thinks", seed=7)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "{% if add_generation_prompt and enable_thinking is not defined %}think{% endif %}"
+    tokenizer.save_pretrained(folder)
+    own, variables = judge(folder).ask, {"enable_thinking": False}
+    thinking = own.start()
+    if name == "engine":
+        asking = own.model_copy(update={"chat_template_kwargs": variables}).start()
+    else:
+        ask = {"name": "policy", "chat_template_kwargs": variables}
+        asking = judge(folder, ask=ask).start_with(thinking)._asker
+    messages = [{"role": "user", "content": "x"}]
+    think = tuple(tokenizer("think", add_special_tokens=False)["input_ids"])
+    assert thinking._ids(messages) == asking._ids(messages) + think
+
+
 def test_an_answer_that_spells_special_tokens_stays_in_its_turn(reader: Path) -> None:
     asking = judge(reader).ask.start()
     specials = set(asking._tokenizer.all_special_ids)
