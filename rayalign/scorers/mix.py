@@ -46,9 +46,9 @@ class Mix(ScorerConfig):
 
     Each one's mean, as it gave it, is the metric scores/LABEL; the metrics of several judges are LABEL/judge/….
     With `standardise: group` a scorer's scores of one prompt have mean 0 and standard deviation 1 before they are
-    weighted (all 0 where they are equal), so that weights compare scorers of any scale; what is left is the order within a prompt, so that the reward's mean no
-    longer rises as the policy gets better: look at scores/LABEL. Soft preferences of the parts are averaged by
-    weight where all of them give some, and no weight is below 0.
+    weighted (all 0 where they are equal), so that weights compare scorers of any scale; what is left is the order
+    within a prompt, so that the reward's mean no longer rises as the policy gets better: look at scores/LABEL. Soft
+    preferences of the parts are averaged by weight where all of them give some, and no weight is below 0.
     """
 
     paper: ClassVar = "Wu et al. 2023, arXiv:2306.01693 (weighted); Shao et al. 2024, arXiv:2402.03300 (by group)"
