@@ -138,7 +138,7 @@ def _train(
     collector, interrupt = collector_for(config, parts, tokenizer), Interrupt()
     rollouts = _rollouts(config, collector, data, console, run_dir, interrupt)
     roles, sampling = parts.roles, sampling_of(config, data.examples)
-    contest = contest_for(config, parts, collector, data.examples, run_dir, sampling)
+    contest = contest_for(config, parts, collector, data.examples, run_dir, sampling, console.say)
     held_out = contest.prompts if contest and config.scored else data.prompts.held_out[: config.evaluation.prompts]
     if has_cached_reference(config) and data.examples is not None:
         roles = with_cached_reference(config, roles, data.examples, console.say)

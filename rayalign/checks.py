@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from rayalign.build import longest_context, model_path
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
+from rayalign.scorers.connection import Connection, key_of_server
+from rayalign.scorers.mix import parts_of
 
 
 def check_training(config: Config) -> None:
@@ -24,6 +28,14 @@ def check_training(config: Config) -> None:
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"set rollout.prompts={value}, or lower {key}",
             )
+    if config.scored and config.evaluation.prompts and config.evaluation.samples < 2 and _relative(config):
+        raise ConfigError(
+            "evaluations would measure nothing",
+            where="key evaluation.samples",
+            value=config.evaluation.samples,
+            rule="at least 2 with a judge that compares answers to the same prompt, or a rule beside it",
+            remedy="set evaluation.samples=2, and scorer.report_agreement to see whether the policy gets better",
+        )
     if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
         raise ConfigError(
             "greedy samples of one prompt are all the same",
@@ -32,6 +44,10 @@ def check_training(config: Config) -> None:
             rule="above 0 when an algorithm learns from its own samples",
             remedy="set sampling.temperature=1.0",
         )
+
+
+def _relative(config: Config) -> bool:
+    return getattr(config.scorer, "relative", False)
 
 
 def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
@@ -117,7 +133,15 @@ def check_labelling(config: Config) -> None:
 
 
 def check_scorer(config: Config) -> None:
-    """Whether the scorer finds what it needs, before anything is started. Raises ConfigError."""
+    """Whether the scorer finds what it needs, keys included where it runs here, before anything is started.
+
+    Raises ConfigError.
+    """
+    if not (getattr(config.placement, "address", None) or os.environ.get("RAY_ADDRESS")):
+        for place, scorer in parts_of(config.scorer) if config.scored else ():
+            for where, asked in ((place, scorer), (f"{place}.ask", getattr(scorer, "ask", None))):
+                if isinstance(asked, Connection):
+                    key_of_server(asked, where)
     if config.scored and hasattr(config.scorer, "check"):
         config.scorer.check(model_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
 

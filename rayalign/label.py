@@ -31,7 +31,7 @@ from rayalign.metrics import Recorder
 from rayalign.protocols import Scorer
 from rayalign.reference_cache import fingerprint
 from rayalign.rollouts import Collector, Rollout, sample_seed
-from rayalign.run_dir import run_directory
+from rayalign.run_dir import OPEN, decides, run_directory, scorer_files
 from rayalign.schema import Config
 from rayalign.trackers import start_trackers
 from rayalign.types import Group, Metrics, Prompt
@@ -152,17 +152,17 @@ def _label(
     known = fingerprint(
         (examples or prompts).fingerprint,
         model_path(config.model.path),
-        algorithm=config.algorithm.model_dump(mode="json", exclude={"write", "drop_truncated"}),
+        algorithm=decides(config.algorithm.model_dump(mode="json"), OPEN),
         sampling=config.sampling.model_dump(mode="json"),
-        scorer=config.scorer.model_dump(mode="json"),
+        scorer=decides(config.scorer.model_dump(mode="json")) | scorer_files(config),
         seed=config.seed,
     )
     files = [run_dir / SHARDS / f"shard-{number:04d}.jsonl" for number in range(len(parts))]
-    there = [read_shard(file, known, _indices(part)) for file, part in zip(files, parts, strict=True)]
+    there = [read_shard(file, known, _indices(part), console.say) for file, part in zip(files, parts, strict=True)]
     first = next((number for number, records in enumerate(there) if records is None), len(parts))
-    count = sum(map(len, parts))
+    count, whole = sum(map(len, parts)), sum(records is not None for records in there)
     told = examples.describe() if examples else f"{count:,} prompts × {config.algorithm.samples} samples"
-    console.say(f"labelling {told}, in {len(parts)} shards" + (f"; {first} are there already" if first else ""))
+    console.say(f"labelling {told}, in {len(parts)} shards" + (f"; {whole} are there already" if whole else ""))
     recorder = Recorder(run_dir, start_trackers(config.trackers, run_dir, first, resume=config.resume), first)
     try:
         if None in there and not _fill(config, tokenizer, parts, files, there, known, recorder, run_dir, console):

@@ -79,6 +79,7 @@ def contest_for(
     examples: ExampleSet | None,
     run_dir: Path,
     sampling: Sampling,
+    say: Callable[[str], None],
 ) -> Contest | None:
     """None where nothing is held out, or no prompt of it is to be answered."""
     rows = played_rows(config, examples)
@@ -93,6 +94,7 @@ def contest_for(
         samples=config.evaluation.samples,
         seed=config.seed,
         identity={"data": examples.fingerprint, "model": config.model.path},
+        say=say,
     )
 
 

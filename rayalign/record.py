@@ -23,6 +23,9 @@ class Unfit(ValueError):
         super().__init__(what)
         self.what, self.rule, self.remedy, self.key = what, rule, remedy, key
 
+    def __reduce__(self):
+        return _unfit_again, (self.what, self.rule, self.remedy, self.key)
+
 
 class Record(BaseModel):
     """A frozen set of settings. Field descriptions are what error messages and the JSON schema say."""
@@ -42,6 +45,10 @@ class Record(BaseModel):
         return value
 
 
+def _unfit_again(what: str, rule: str, remedy: str, key: str) -> Unfit:
+    return Unfit(what, rule=rule, remedy=remedy, key=key)
+
+
 def _kinds(annotation: Any) -> set[Any]:
     """The types that an annotation names, those of the values of a Literal included."""
     inner = get_args(annotation)
@@ -58,14 +65,15 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-_SECRET = r"(?:api_?key|key|token|secret|password|passwd|pwd|credentials?|auth|authorization|cookie|signature|sig)"
+_SECRET = r"(?:api[_-]?key|key|token|secret|password|passwd|pwd|credentials?|auth|authorization|cookie|signature|sig)"
 _SECRET_KEY = re.compile(rf"(^|[_.-]){_SECRET}$", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^\s?#]*@")
+_QUERY = re.compile(r"(?<=[?&])([^=&\s]*=)?[^&\s]+")
 _SECRET_IN_QUERY = re.compile(rf"([?&](?:\w+[_-])?{_SECRET}=)[^&\s]+", re.IGNORECASE)
 
 
 _TYPED_SECRET = re.compile(
-    r"^(key|.*api_?key|(.*[_.-])?(token|secret|password|passwd|pwd|credentials?|authorization))$", re.IGNORECASE
+    r"^(key|.*api[_-]?key|(.*[_.-])?(token|secret|password|passwd|pwd|credentials?|authorization))$", re.IGNORECASE
 )
 
 
@@ -74,7 +82,7 @@ def is_secret(key: str, value: Any) -> bool:
     of one that takes the name of an environment variable and got what is no name, perhaps the key itself."""
     if not isinstance(value, str) or not value:
         return False
-    return bool(_TYPED_SECRET.match(key)) or (key.endswith("_env") and not re.fullmatch(r"[A-Za-z_]\w*", value))
+    return bool(_TYPED_SECRET.match(key)) or (key.endswith("_env") and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value))
 
 
 def redacted(value: Any, key: str = "") -> Any:
@@ -90,6 +98,8 @@ def redacted(value: Any, key: str = "") -> Any:
         return {name: redacted(each, str(name)) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(each) for each in value]
+    if isinstance(value, str) and key == "url":  # an address is asked in its query with a key of any name
+        value = _QUERY.sub(r"\1***", value)
     if isinstance(value, str):
         return _SECRET_IN_QUERY.sub(r"\1***", _USERINFO.sub("***@", value))
     return value

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -65,12 +65,14 @@ class Tagged:
         kind: what is chosen, for messages: "algorithm".
         verb: a method that every record of this kind has.
         usual: the name that a mapping without one means; none: it has to have one.
+        elsewhere: a name that is looked for here, and stands somewhere else → what to write.
     """
 
     kind: str
     table: Mapping[str, str]
     verb: str
     usual: str | None = None
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def select(self, value: Any) -> type[Record]:
         """The record that a mapping with a name, or a name alone, asks for. Raises Unfit."""
@@ -87,7 +89,7 @@ class Tagged:
                 f"no {self.kind} is called {name}",
                 key="name",
                 rule=f"one of {names}, or package.module:Name for one of your own",
-                remedy=did_you_mean(name, self.table),
+                remedy=self.elsewhere.get(name) or did_you_mean(name, self.table),
             )
         record = resolve(self.table.get(name, name))
         if not (_is_record(record) and hasattr(record, self.verb)):

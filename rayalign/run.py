@@ -106,7 +106,7 @@ class Run:
         self.peak_gib = self.memory()
         return synced
 
-    def annotate(self, examples: list[Example], rollout: Rollout) -> tuple[list[Example], Metrics]:
+    def annotate(self, examples: list[Example], rollout: Rollout, step: int) -> tuple[list[Example], Metrics]:
         """The columns that the algorithm needs, and KL on completions that no score has selected, where they are new:
         on samples of older weights its estimators estimate something else, and k1 may well be negative."""
         if self.turns and self.collector is not None:
@@ -114,7 +114,7 @@ class Run:
         for role, column in self.algorithm.needs:
             examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
-        sampled = rollout.version is not None and not rollout.age and not self.sampling.truncated
+        sampled = rollout.version == step and not self.sampling.truncated
         if self.roles.reference is None or not sampled or not unselected:
             return examples, {}
         k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
@@ -201,7 +201,8 @@ class Run:
             return
         if self.algorithm.request(self.sampling):
             what, remedy = "rollouts", "look at samples.jsonl: the scorer has to tell answers apart; or raise "
-            value, remedy = "every prompt's completions were all scored the same", f"{remedy}sampling.temperature"
+            value = "no prompt left an example: completions were scored the same, or were the same; */dropped and "
+            value, remedy = f"{value}pairs/same_answer in metrics.jsonl count them", f"{remedy}sampling.temperature"
         else:
             what, value = "steps", "no row left an example: what */dropped and pairs/same_answer in metrics.jsonl count"
             remedy = "answers of a row have to differ, and one has to be better, also once they are cut: "

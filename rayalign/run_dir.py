@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -31,10 +32,18 @@ FIXED = (
     "evaluation.samples",
 )
 DATA = "data.json"  # fingerprints
-FREE = ("deadline_s", "max_replacements", "count", "iterations") + (  # wherever they stand; and how a scorer is reached
-    *("url", "key_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_batch", "cache"),
-    *("micro_batch_tokens", "threads", "device"),
+FREE = (  # wherever they stand they change nothing that is made: places, patience, and how a scorer is reached
+    *("deadline_s", "max_replacements", "count", "micro_batch_tokens", "threads", "device"),
+    *("url", "key_env", "timeout_s", "retries", "patience_s", "backoff_s", "concurrency", "max_batch", "cache"),
 )
+OPEN = ("iterations", "write", "drop_truncated")  # what is made of all that is there already, or after it
+
+
+def decides(value: Any, free: Sequence[str] = FREE) -> Any:
+    """The same settings without the keys that change nothing that is made."""
+    if isinstance(value, Mapping):
+        return {key: decides(each, free) for key, each in value.items() if key not in free}
+    return [decides(each, free) for each in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -108,6 +117,7 @@ def _check(run_dir: Path, config: Config) -> None:
 
 
 def _write(run_dir: Path, config: Config, data: Mapping[str, str]) -> None:
+    data = {**data, **scorer_files(config)}
     if config.resume:
         _check_same_run(config, load_config(run_dir / "config.yaml"))
         _check_same_data(run_dir, data)
@@ -136,9 +146,9 @@ def _holds_something(run_dir: Path) -> bool:
 
 def _check_same_run(config: Config, before: Config) -> None:
     """Raises ConfigError naming the first key that may not change in the middle of a run."""
-    new, old = flat(config.to_dict()), flat(before.to_dict())
+    new, old = (flat(decides(each.to_dict(), FREE + OPEN)) for each in (config, before))
     for key in sorted(new.keys() | old.keys()):
-        fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED) and key.split(".")[-1] not in FREE
+        fixed = any(key == name or key.startswith(f"{name}.") for name in FIXED)
         if fixed and new.get(key) != old.get(key):
             raise ConfigError(
                 "this cannot change when a run is resumed",
@@ -149,19 +159,28 @@ def _check_same_run(config: Config, before: Config) -> None:
             )
 
 
+def scorer_files(config: Config) -> dict[str, str]:
+    """Fingerprints of the files that the scorer reads, as a judge's template, by key of the config."""
+    if not (config.scored and hasattr(config.scorer, "contents")):
+        return {}
+    return {f"scorer.{key}": text for key, text in config.scorer.contents().items()}
+
+
 def _check_same_data(run_dir: Path, data: Mapping[str, str]) -> None:
     """Raises ConfigError when the rows, or how they become tokens, are not those that the run began with."""
     file = run_dir / DATA
     before = json.loads(file.read_text()) if file.is_file() else {}
     for key, fingerprint in data.items():
         if before.get(key, fingerprint) != fingerprint:
+            judged = key.startswith("scorer.")
+            what = "rows, tokenizer and chat template: else rows that were held out would be trained on"
             raise ConfigError(
-                "the data are not those that the run began with",
+                f"{'this file is not the one' if judged else 'the data are not those'} that the run began with",
                 where=f"key {key}",
                 value=f"fingerprint {fingerprint}",
-                rule=f"{before[key]}, of the same rows, tokenizer and chat template: else rows that were held out "
-                "would be trained on",
-                remedy="put the data back as they were, or start a new run from the checkpoint with model.path",
+                rule=f"{before[key]}, of the same {'words: another template is another judge' if judged else what}",
+                remedy=f"put {'it back as it was' if judged else 'the data back as they were'}, or start a new run "
+                "from the checkpoint with model.path",
             )
 
 

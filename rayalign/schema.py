@@ -197,6 +197,13 @@ class Config(Record):
                 rule="not set: in evaluations the prompts of held-out rows are answered",
                 remedy="take data.prompts out",
             )
+        if self.scorer is not None and self.evaluation.prompts and not self.evaluation.before:
+            raise Unfit(
+                "the win rate is against what the first model answers before the first step",
+                key="evaluation.before",
+                rule=f"true with {name} and a scorer",
+                remedy="take evaluation.before out, or leave the scorer out",
+            )
         for source in self.data.examples:
             if source.stream or source.weight is not None:
                 raise Unfit(
@@ -221,6 +228,13 @@ class Config(Record):
     def _lent_engine(self) -> Config:
         if not self.lends_engine:
             return self
+        if self.self_play:
+            raise Unfit(
+                "the judge would be the policy itself: the reference, which judges, is replaced by it",
+                key="scorer.ask",
+                rule=f"a judge that stays the same, with {self.algorithm.name}",
+                remedy="give the judge an engine: ask: {name: engine, model: …}",
+            )
         if self.rollout.depth:
             raise Unfit(
                 "the policy's engine cannot sample ahead while it judges",

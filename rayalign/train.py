@@ -21,7 +21,7 @@ def train(run: Run) -> TrainerState:
         examples, metrics = run.algorithm.examples(rollout.groups)
         if examples:
             with clock("annotate"):
-                examples, divergence = run.annotate(examples, rollout)
+                examples, divergence = run.annotate(examples, rollout, state.step)
             examples = run.algorithm.credit(examples)
             with clock("update"):
                 metrics |= divergence | run.update(examples, state.step)

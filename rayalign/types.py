@@ -37,7 +37,7 @@ class Prompt:
 
     Attributes:
         index: the row's position in its data set; part of every sample's seed.
-        text: the user's words, as in the file (what scorers and reports show).
+        text: the user's last words, as in the file (what reports show).
         token_ids: what an engine continues.
         extra: the row's other columns, for scorers.
         images: in the order in which their tokens stand in `token_ids`.
@@ -50,6 +50,14 @@ class Prompt:
     extra: Mapping[str, Any] = field(default_factory=dict)
     images: tuple[Picture, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def conversation(self) -> str:
+        """All that an answer answers, as one text (what scorers are shown): each message behind its role, where there
+        are several."""
+        if len(self.messages) < 2:
+            return self.text
+        return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in self.messages)
 
 
 @dataclass(frozen=True)

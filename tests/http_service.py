@@ -31,9 +31,14 @@ class Reply:
 
 @dataclass
 class Service:
-    """A running server: what it was asked, and the most requests that it had at once."""
+    """A running server: what it was asked, and the most requests that it had at once.
+
+    Attributes:
+        about: path → JSON that it says of itself, not counted among what it was asked; a function: of the body.
+    """
 
     url: str
+    about: dict[str, Any] = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     open: int = 0
@@ -41,15 +46,21 @@ class Service:
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Service]:
-    """A server whose reply is `answer(body, how many requests came before)`."""
+def serving(answer: Callable[[dict[str, Any], int], Reply], port: int = 0) -> Iterator[Service]:
+    """A server whose reply is `answer(body, how many requests came before)`; at any port that is free, or this."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_GET(self) -> None:
+            self.give(Reply(service.about.get(self.path), status=200 if self.path in service.about else 404))
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                said = service.about.get(self.path)
+                return self.give(Reply(said and said(body), status=200 if said else 404))
             with lock:
                 before = len(service.asked)
                 service.asked.append({"path": self.path, **body})
@@ -80,7 +91,7 @@ def serving(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Service]
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     service = Service(f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

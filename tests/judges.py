@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
+from rayalign.scorers.asking import Answer, Question
 from rayalign.scorers.judge import Judge
 from rayalign.types import Completion, Group, Prompt
 from tests.tiny_models import EOS_ID, build_tokenizer, tiny_config
@@ -48,6 +50,25 @@ def judge(model: str | Path, **keys: Any) -> Judge:
     return Judge.model_validate(
         {"name": "judge", "ask": {"name": "engine", "model": str(model), "engine": engine}} | keys
     )
+
+
+class Says:
+    """An asker that gives these log-probs to every question, and keeps what it was asked."""
+
+    def __init__(self, *logps: float, **keys: Any):
+        self.asked: list[Question] = []
+        self._logps, self._keys = logps, keys
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        self.asked += questions
+        return [Answer(question.id, self._logps, **self._keys) for question in questions]
+
+    def tokenizes(self, answers: Sequence[str]) -> None: ...
+
+    def memory_gib(self) -> float:
+        return 0.0
+
+    def close(self) -> None: ...
 
 
 def group(index: int, *texts: str, prompt: str = "write a review") -> Group:

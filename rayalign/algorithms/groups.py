@@ -129,5 +129,5 @@ class Seeds:
 
     def of(self, group: Group, *indices: int) -> float:
         """For these completions; below 2²⁴, so that it goes through a float32 unharmed."""
-        own = repr((group.id, [group.completions[index].token_ids for index in indices])).encode()
+        own = repr((group.id, group.seed, [group.completions[index].token_ids for index in indices])).encode()
         return float(int.from_bytes(hashlib.blake2b(self._step + own, digest_size=3).digest(), "big"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -76,8 +77,7 @@ class KTO(Regularised):
         total, good = len(answers), sum(label for *_, label in answers)
         weights = self._weights(good, total - good)
         longest, cut, examples = max(map(len, rows), default=0), 0, []
-        for place, (_, _, label) in enumerate(answers):
-            other = _mismatched(rows, place)
+        for place, ((_, _, label), other) in enumerate(zip(answers, _mismatched(rows), strict=True)):
             if other is not None and len(other) > longest:
                 room = longest - len(other.prompt_ids)
                 other, cut = replace(other, completion_ids=other.completion_ids[:room]), cut + 1
@@ -191,11 +191,14 @@ def _ratio(batch: Batch, columns: Mapping[str, Tensor]) -> Tensor:
     return batch.by_example(policy - reference)
 
 
-def _mismatched(rows: Sequence[Row], place: int) -> Row | None:
-    """The prompt of this row with the answer of the next one that has another prompt; None when none has."""
-    here = rows[place]
-    for step in range(1, len(rows)):
-        other = rows[(place + step) % len(rows)]
-        if (other.prompt_ids, other.images) != (here.prompt_ids, here.images):
-            return Row(here.prompt_ids, other.completion_ids, images=here.images)
-    return None
+def _mismatched(rows: Sequence[Row]) -> list[Row | None]:
+    """Each prompt with an answer of the next other prompt, the first with its first, the second with its second, and
+    around again where that has fewer; None where there is no other prompt."""
+    runs = [(prompt, list(own)) for prompt, own in groupby(rows, lambda each: (each.prompt_ids, each.images))]
+    found: list[Row | None] = []
+    for place, (prompt, own) in enumerate(runs):
+        others = next((theirs for key, theirs in runs[place + 1 :] + runs[:place] if key != prompt), ())
+        for number in range(len(own)):
+            other = others[number % len(others)].completion_ids if others else ()
+            found.append(Row(prompt[0], other, images=prompt[1]) if others else None)
+    return found

@@ -278,7 +278,11 @@ class SPIN(PairLoss):
         return self.lam * pair.ratio
 
 
-AnyPairLoss = Annotated[SerializeAsAny[Record], Tagged("loss", PAIR_LOSSES, "of", "dpo")]
+_ALGORITHMS = {
+    name: f"it is an algorithm of its own: algorithm: {{name: {name}, samples: 4}}; from a data set without samples"
+    for name in ("kto", "cringe")
+}
+AnyPairLoss = Annotated[SerializeAsAny[Record], Tagged("loss", PAIR_LOSSES, "of", "dpo", _ALGORITHMS)]
 SinglePairLoss = Annotated[SerializeAsAny[Record], Tagged("loss", SINGLE_LOSSES, "of")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -26,14 +27,18 @@ class RejectionSampling(SFT):
     name: Literal["rejection_sampling"] = "rejection_sampling"
     samples: int = Field(4, ge=2, description="K, completions sampled for each prompt, of which one is learned")
     min_gain: float = Field(
-        0.0, ge=0, description="prompts whose best answer is less than this above their mean score are left out"
+        0.0,
+        ge=0,
+        description="prompts whose best answer is less than this above their mean score are left out, as "
+        "are those whose answers are all as good",
     )
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return [sampling] * self.samples
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
-        """The best answer of each group; groups whose best gains less than `min_gain` are dropped and counted."""
+        """The best answer of each group. Ties, and groups whose best gains less than `min_gain`, are dropped and
+        counted."""
         kept = [group for group in groups if self._gains(group)]
         examples, _ = super().examples(kept)
         counts = {"examples/kept": float(len(examples)), "examples/dropped": float(len(groups) - len(examples))}
@@ -41,7 +46,9 @@ class RejectionSampling(SFT):
 
     def _gains(self, group: Group) -> bool:
         scores = [group.scores[index] for index in scored(group)]
-        return bool(scores) and max(scores) - sum(scores) / len(scores) >= self.min_gain
+        if not scores or min(scores) == max(scores):  # ties, whose mean in floating point may not be their score
+            return False
+        return max(scores) - math.fsum(scores) / len(scores) >= self.min_gain
 
 
 def best_of_n(scores: Sequence[Sequence[float]]) -> Metrics:

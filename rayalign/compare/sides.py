@@ -83,7 +83,7 @@ def _refuse_score_model(folder: Path, where: str) -> None:
     """Raises ConfigError for a model with a scalar head, as reward models are."""
     try:
         names = json.loads((folder / "config.json").read_text()).get("architectures") or ()
-    except ValueError:
+    except (ValueError, AttributeError):
         return  # what is wrong with it says whoever loads it
     if any("SequenceClassification" in name for name in names):
         raise ConfigError(
@@ -156,7 +156,9 @@ def contest_of(a: Side, b: Side, config: str | Path | None, overrides: list[str]
     tokenizers = load_tokenizer(said, a.model), load_tokenizer(said, b.model)
     prompts = held_out(said, tokenizers[0]), held_out(said, tokenizers[1])
     if config is None and a.config is not None and b.config is not None:
-        _same_prompts(a, b, prompts[0], held_out(load_config(b.config, _of_data(overrides)), tokenizers[1]))
+        of_b = load_config(b.config, _of_data(overrides))
+        of_b = of_b.model_copy(update={"evaluation": of_b.evaluation.model_copy(update={"prompts": None})})  # all
+        _refuse_learned(a, b, prompts[0], held_out(of_b, tokenizers[1]))
     common = {prompt.index for prompt in prompts[0]} & {prompt.index for prompt in prompts[1]}
     first, second = (tuple(prompt for prompt in some if prompt.index in common) for some in prompts)
     if any(prompt.images for prompt in first):
@@ -193,10 +195,10 @@ def _of_data(overrides: list[str]) -> list[str]:
     return [each for each in overrides if each.startswith(("data.", "evaluation.", "engine.", "sampling.", "model."))]
 
 
-def _same_prompts(a: Side, b: Side, first: tuple[Prompt, ...], second: tuple[Prompt, ...]) -> None:
-    """Raises ConfigError when two runs hold out different prompts: one has learned from what the other is asked."""
+def _refuse_learned(a: Side, b: Side, first: tuple[Prompt, ...], second: tuple[Prompt, ...]) -> None:
+    """Raises ConfigError when B does not hold out what both are asked: it may have learned from it."""
     texts = [{(prompt.index, prompt.text) for prompt in some} for some in (first, second)]
-    if texts[0] == texts[1]:
+    if texts[0] <= texts[1]:
         return
     raise ConfigError(
         "the two runs hold out different prompts",

@@ -7,7 +7,8 @@ from typing import Any
 
 from rayalign.config.rounds import STAGE, Stage
 from rayalign.config.source import Source
-from rayalign.errors import ConfigError
+from rayalign.data.columns import read_columns
+from rayalign.errors import ConfigError, DataError
 from rayalign.registry import did_you_mean
 from rayalign.schema import Config
 
@@ -88,15 +89,21 @@ def check_references(source: Source, config: Config, references: Mapping[str, st
         stage = next(each for each in before if each.folder == folder)
         what, network = stage.config.algorithm.name, stage.config.algorithm.network
         problem = ""
-        if key.startswith("data."):
+        if key == "data.prompts":
+            problem, rule = "a stage writes rows with answers, no prompts", "a file, or a hub id"
+        elif key.startswith("data."):
             if stage.config.learns:
                 problem, rule = f"the stage {stage.name} ({what}) writes no data", "a stage with algorithm: label"
+            elif refused := _rows_refused(stage, config):
+                problem, rule = f"the rows of the stage {stage.name} are none for {config.algorithm.name}", refused
         elif not stage.config.learns:
             problem, rule = f"the stage {stage.name} ({what}) trains nothing", "a stage that trains a model"
         elif key == "model.path" and network == "score" and config.algorithm.network != "score":
             problem, rule = f"the stage {stage.name} trains a reward model", "a stage that trains a language model"
-        elif key.startswith("scorer.") and config.scorer.name == "reward_model" and network != "score":
+        elif _gives_scores(key, config) and network != "score":
             problem, rule = f"the stage {stage.name} ({what}) trains no reward model", "algorithm: reward_model there"
+        elif key.startswith("scorer.") and not _gives_scores(key, config) and network == "score":
+            problem, rule = f"the stage {stage.name} trains a reward model", "a stage that trains a language model"
         if problem:
             path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
             fitting = [each.name for each in before if _fits(each, key, config)]
@@ -105,15 +112,47 @@ def check_references(source: Source, config: Config, references: Mapping[str, st
                 where=source.place(path),
                 value=f"{STAGE}{stage.name}",
                 rule=rule,
-                remedy=f"name {fitting[-1]}" if fitting else "add such a stage before this one",
+                remedy="name what the stages before it sample from, or put its rows under data.examples"
+                if key == "data.prompts"
+                else f"name {fitting[-1]}"
+                if fitting
+                else "add such a stage before this one",
             )
 
 
 def _fits(stage: Stage, key: str, config: Config) -> bool:
     if key.startswith("data."):
-        return not stage.config.learns
-    score = key.startswith("scorer.") and config.scorer.name == "reward_model"
-    return stage.config.learns and (stage.config.algorithm.network == "score") == score
+        return key != "data.prompts" and not stage.config.learns and not _rows_refused(stage, config)
+    return stage.config.learns and (stage.config.algorithm.network == "score") == _gives_scores(key, config)
+
+
+def _gives_scores(key: str, config: Config) -> bool:
+    """Whether the record that the key stands in is a reward model."""
+    record: Any = config.to_dict()
+    for part in key.split(".")[:-1]:
+        record = record[int(part)] if isinstance(record, list) else record[part]
+    return key.startswith("scorer.") and record.get("name") == "reward_model"
+
+
+WRITTEN = {
+    "best": ("prompt", "completion", "score"),
+    "ranked": ("prompt", "completions", "scores"),
+    "pairs": ("prompt", "chosen", "rejected", "probability"),
+}
+
+
+def _rows_refused(stage: Stage, config: Config) -> str:
+    """Why the algorithm takes no rows as this stage will write them; "" where it takes them, or where only the scorer
+    knows which ones it will write."""
+    write = stage.config.algorithm.write  # type: ignore[attr-defined]
+    refused = ""
+    for columns in (WRITTEN[each] for each in ((write,) if write else ("ranked", "pairs"))):
+        try:
+            read_columns(columns, {}, config.algorithm.rows, "")
+            return ""
+        except DataError as error:
+            refused = error.rule or error.what
+    return refused
 
 
 def renamed(value: Any, to: Callable[[str, str], str], key: str = "") -> Any:

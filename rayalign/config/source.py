@@ -105,7 +105,7 @@ class Source:
         last = str(path[-1]) if path else ""
         if is_secret(last, value):
             return "***"
-        shown = redacted(value)
+        shown = redacted(value, "url" if last == "url" else "")
         if shown != value:
             return in_yaml(shown)
         _, node = self._find(path)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayalign.data.files import set_aside
 from rayalign.errors import CheckpointError
 from rayalign.types import Group
 
@@ -104,18 +105,26 @@ def write_shard(path: Path, known: str, records: Sequence[Record]) -> None:
     write_lines(path, [head, *records])
 
 
-def read_shard(path: Path, known: str, indices: Sequence[int]) -> list[Record] | None:
-    """The records of a shard; None where there is none, or one that was cut or is of something else.
+def read_shard(path: Path, known: str, indices: Sequence[int], say: Callable[[str], None]) -> list[Record] | None:
+    """The records of a shard; None where there is none. One that was cut, or is of something else, is set aside.
 
     Args:
         indices: of its prompts.
+        say: is told of it.
     """
+    if not path.exists():
+        return None
+    why = "is damaged"
     try:
         head, *records = (json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1])
-    except (OSError, ValueError):  # not there, not text, not JSON, or empty
-        return None
-    same = isinstance(head, dict) and head.get("fingerprint") == known
-    return records if same and [record["prompt_index"] for record in records] == list(indices) else None
+        if head["fingerprint"] != known:
+            why = "was made of something else"
+        elif [record["prompt_index"] for record in records] == list(indices):
+            return records
+    except (OSError, ValueError, TypeError, KeyError):  # not text, not JSON, or not what was written
+        pass
+    say(f"{path.name} {why}: it is kept as {set_aside(path).name}, and its prompts are labelled again")
+    return None
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> int:

@@ -104,13 +104,14 @@ def _check_column(row: dict[str, Any], column: str, where: str) -> None:
 
 
 def _split(prompts: list[Prompt], held_out: float, seed: int, skipped: int) -> PromptSet:
-    """A share of the prompts, drawn once by the seed, is held out; both parts keep the file's order."""
-    count = round(len(prompts) * held_out)
+    """A share of all rows, drawn once by the seed, is held out; both parts keep the file's order. Whether another one
+    is too long changes nothing: a run with more room does not learn from what this one holds out."""
+    total, there = len(prompts) + skipped, {prompt.index for prompt in prompts}
+    order = np.random.default_rng(seed).permutation(total).tolist()
+    count = len(there.intersection(order[: round(total * held_out)]))
     if held_out > 0 and len(prompts) > 1:
         count = min(max(count, 1), len(prompts) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(len(prompts))[:count].tolist())
+    chosen = set([index for index in order if index in there][:count])
     return PromptSet(
-        tuple(p for i, p in enumerate(prompts) if i not in chosen),
-        tuple(p for i, p in enumerate(prompts) if i in chosen),
-        skipped,
+        tuple(p for p in prompts if p.index not in chosen), tuple(p for p in prompts if p.index in chosen), skipped
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from rayalign.errors import DataError
@@ -19,10 +20,11 @@ class Turns:
 
     Args:
         chat_template: off: texts are continued as they are, prompt and answer tokenised apart.
+        variables: of the template, as enable_thinking, with their values.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: bool):
-        self.tokenizer, self.chat_template = tokenizer, chat_template
+    def __init__(self, tokenizer: Any, *, chat_template: bool, variables: Mapping[str, Any] = MappingProxyType({})):
+        self.tokenizer, self.chat_template, self._variables = tokenizer, chat_template, variables
         self._renderer = tokenizer  # what has the chat template
 
     def prompt(self, messages: Messages, where: str) -> tuple[int, ...]:
@@ -118,6 +120,7 @@ class Turns:
                 [{**message, "content": self._content(message["content"])} for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                **self._variables,
             )
         except Exception as error:  # a template is a program: it may refuse roles and their order
             raise DataError(

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 
 from rayalign.engines.common import (
+    MOST_CHOICES,
     check_requests,
     check_sequences,
     end_token_ids,
@@ -111,6 +112,7 @@ class VLLMEngine:
                 enforce_eager=eager,
                 skip_tokenizer_init=True,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled
+                max_logprobs=MOST_CHOICES,
                 worker_extension_cls="rayalign.engines.vllm_worker.ReloadExtension",
                 use_tqdm_on_load=False,
                 **self._placement(),

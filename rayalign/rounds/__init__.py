@@ -139,7 +139,7 @@ def _run_stage(
     console: Console,
 ) -> Manifest | None:
     """Begin a stage, or go on with it. None: it was asked to stop."""
-    if there is not None and there.fingerprint != wanted.fingerprint:
+    if there is not None and not wanted.goes_on(there):
         console.say(f"{stage.folder} was made of something else, and is kept as {_put_away(folder, run_dir)}")
     begun = replace(wanted, began=there.began if there and folder.is_dir() else _now())
     begun.write(folder)

@@ -13,13 +13,14 @@ from rayalign.config import Stage
 from rayalign.config.references import texts
 from rayalign.config.rounds import STAGE
 from rayalign.errors import CheckpointError
+from rayalign.run_dir import FREE, OPEN, decides
 
 FILE = "manifest.json"
 # What a stage makes depends on these. Others, as engine.max_running or evaluation.prompts, do not run it again.
 DECIDING = ("model", "data", "algorithm", "scorer", "sampling", "rollout", "train", "optimizer", "seed")
-FREE = ("deadline_s", "max_replacements", "count")  # wherever they stand: they change nothing that is made
 FILES = (".path", ".prompts", ".model", ".template")  # ends of keys that may name a file or a folder
-WHOLE = 16 * 2**20  # bytes of a file that are read to know it; of a larger one its beginning and its end
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+WHOLE = 16 * 2**20  # bytes of weights that are read to know them; of larger ones the beginning and the end
 EDGE = 2**20
 
 
@@ -51,6 +52,17 @@ class Manifest:
     def whole(self) -> bool:
         """Whether it ended, and what it left is still there."""
         return self.ended is not None and all(Path(path).exists() for path in self.outputs.values())
+
+    def goes_on(self, there: Manifest) -> bool:
+        """Whether a stage can be made of the one that is there: it is the same, has more iterations, or other rows are
+        written of the same answers."""
+        parts, known = [], []
+        for each in (there, self):
+            iterations = each.config["algorithm"].get("iterations")
+            follows = () if iterations is None else ("steps",)  # as many as iterations have
+            parts.append(decides({**each.config, "train": decides(each.config["train"], follows)}, FREE + OPEN))
+            known.append(iterations or 1)
+        return there.inputs == self.inputs and parts[0] == parts[1] and known[0] <= known[1]
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +97,9 @@ def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
         before: folder → manifest of the stages that ran before.
     """
     whole = stage.config.to_dict()
-    config = {key: _fixed(whole[key]) for key in DECIDING}
+    config = {key: decides(whole[key]) for key in DECIDING}
+    if whole["learner"].get("train_vision"):
+        config["learner"] = {"train_vision": True}
     inputs = {}
     for path, text in texts(config):
         key = ".".join(map(str, path))
@@ -98,23 +112,16 @@ def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
     return Manifest(stage.name, _digest(text.encode()), config, inputs)
 
 
-def _fixed(value: Any) -> Any:
-    """Without what may change in the middle of a run, as deadlines."""
-    if isinstance(value, dict):
-        return {key: _fixed(each) for key, each in value.items() if key not in FREE}
-    return value
-
-
 def content(path: Path) -> str:
-    """Fingerprint of a file, or of the files of a folder, whatever their times and wherever they lie; "" where there
-    is none. Of large files the size, the beginning and the end are looked at."""
+    """Fingerprint of a file, or of all files below a folder, whatever their times and wherever it lies; "" where there
+    is none. Of large weights the size, the beginning and the end are looked at."""
     try:
         if path.is_file():
             return _of_file(path)
         if not path.is_dir() or not path.name:
             return ""
-        files = sorted(each for each in path.iterdir() if each.is_file())
-        return _digest(json.dumps([(each.name, _of_file(each)) for each in files]).encode())
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        return _digest(json.dumps([(str(each.relative_to(path)), _of_file(each)) for each in files]).encode())
     except OSError:  # a text that is no path at all, or one that may not be read
         return ""
 
@@ -122,8 +129,8 @@ def content(path: Path) -> str:
 def _of_file(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= WHOLE:
-            return _digest(file.read())
+        if size <= WHOLE or path.suffix not in WEIGHTS:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         found = hashlib.blake2b(f"{size}".encode(), digest_size=16)
         found.update(file.read(EDGE))
         file.seek(-EDGE, 2)

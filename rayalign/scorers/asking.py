@@ -59,6 +59,7 @@ class Answer:
         logps: for each of the question's answers its log-prob, −inf where it is not among what was given back;
             None where there is none at all.
         reasoning: the text before the answer, empty where none was asked for.
+        unseen: log-prob that an answer that is not among what was given back has at most.
         error: why there is no answer to this one question; it counts as a refusal.
     """
 
@@ -66,6 +67,7 @@ class Answer:
     logps: tuple[float, ...] | None
     reasoning: str = ""
     error: str | None = None
+    unseen: float = 0.0
 
 
 @runtime_checkable

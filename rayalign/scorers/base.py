@@ -17,7 +17,12 @@ from rayalign.types import Group, Judgement
 # Groups → for each of them one score a completion, or a Judgement. It may have `close()`, called at the end, and
 # `memory_gib()`, the peak memory of processes of its own.
 ScoreFunction = Callable[[Sequence[Group]], Sequence[Sequence[float] | Judgement]]
-AT_ONCE = 32  # groups that are scored in one call: more would keep others waiting for the first of them
+AT_ONCE = 32  # groups that are scored in one call, at most: more would keep others waiting for the first of them
+# What a run says itself: a scorer's metric of such a name would stand in its place.
+TAKEN = (
+    *("reward", "rewards", "length", "truncated", "completion", "rollout", "time", "memory", "kl", "loss", "logps"),
+    *("step", "eval", "held_out", "win_rate", "examples", "pairs", "best_of_n", "distinct_1", "distinct_2"),
+)
 
 
 class ScorerConfig(Record):
@@ -45,6 +50,20 @@ class ScorerConfig(Record):
     def check_files(self) -> None:
         """Whether files that it names are there, for a plan, which loads nothing. Raises ConfigError."""
 
+    def at_once(self, answers: int) -> int:
+        """Groups of so many answers each that are scored in one call: a scorer is heard of after each of them only,
+        so that they have to be scored well within `deadline_s`."""
+        return AT_ONCE
+
+    def contents(self) -> dict[str, str]:
+        """Fingerprints of files that it names, by key: others would be another scorer. Raises ConfigError."""
+        return {}
+
+    @property
+    def relative(self) -> bool:
+        """Whether it says nothing of an answer that is the only one to its prompt."""
+        return False
+
     @property
     def gpus(self) -> int:
         """That each of its actors takes, on a cluster that has some."""
@@ -62,6 +81,7 @@ class LocalScorer:
 
     def __init__(self, config: ScorerConfig, *, name: str = "scorer-0"):
         self._score: Any = config.start()
+        self._at_once = config.at_once
         self._waiting: list[Group] = []
         self.name = name
 
@@ -70,8 +90,11 @@ class LocalScorer:
 
     def poll(self, timeout_s: float = 1.0) -> list[Group]:
         """Some groups at least, when any wait, however long it takes."""
-        taken, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
-        return score_groups(self._score, taken, who=self.name) if taken else []
+        if not self._waiting:
+            return []
+        most = self._at_once(len(self._waiting[0].texts))
+        taken, self._waiting = self._waiting[:most], self._waiting[most:]
+        return score_groups(self._score, taken, who=self.name)
 
     def memory_gib(self) -> float:
         return peak_gib() + (self._score.memory_gib() if hasattr(self._score, "memory_gib") else 0.0)
@@ -101,6 +124,14 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
         return replace(group, scores=_checked(group, found, who))
     metrics = {str(name): float(value) for name, value in found.metrics.items()}
     for name, value in metrics.items():
+        if name.partition("/")[0] in TAKEN:
+            raise ScoreError(
+                "a metric of a scorer has the name of one of the run's own",
+                where=f"{who}, prompt {group.prompt.index}",
+                value=name,
+                rule=f"no name that begins with {', '.join(TAKEN)}",
+                remedy=f"call it my/{name}, say",
+            )
         if not math.isfinite(value):
             raise ScoreError(
                 "a metric of a scorer is not a finite number",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from rayalign.registry import Tagged
 from rayalign.scorers.asking import Answer, Question
 from rayalign.types import Completion, Request, Sampling
 
+VARIABLES = "variables of the judge's chat template, as {enable_thinking: false}: an answer has to come first"
 AnyEngine = Annotated[SerializeAsAny[Record], Tagged("engine", ENGINES, "build", "vllm")]
 
 
@@ -30,6 +32,7 @@ class EngineAsker(Record):
     )
     engine: AnyEngine = Field({"name": "vllm"}, description="what it runs on, as the section engine; count stays 1")
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
+    chat_template_kwargs: dict[str, Any] = Field({}, description=VARIABLES)
 
     @property
     def gpus(self) -> int:
@@ -57,7 +60,13 @@ class EngineAsker(Record):
         engine = self.engine.build(  # type: ignore[attr-defined]
             model=str(Path(self.model).expanduser()), name="judge", trust_remote_code=self.trust_remote_code
         )
-        return EngineAsking(engine, tokenizer, max_context=self.engine.max_context, name=self.model)  # type: ignore[attr-defined]
+        return EngineAsking(
+            engine,
+            tokenizer,
+            max_context=self.engine.max_context,  # type: ignore[attr-defined]
+            name=self.model,
+            variables=self.chat_template_kwargs,
+        )
 
 
 class PolicyAsker(Record):
@@ -68,6 +77,7 @@ class PolicyAsker(Record):
     """
 
     name: Literal["policy"] = "policy"
+    chat_template_kwargs: dict[str, Any] = Field({}, description=VARIABLES)
 
     @property
     def gpus(self) -> int:
@@ -94,13 +104,35 @@ class EngineAsking:
         max_context: of the engine; a question that does not fit is no answer.
         name: of the model, for messages.
         closes: whether the engine ends with this.
+        variables: of the chat template.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, *, max_context: int, name: str, closes: bool = True):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        *,
+        max_context: int,
+        name: str,
+        closes: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ):
         self.engine, self._tokenizer, self._max_context, self._name = engine, tokenizer, max_context, name
-        self._turns = Turns(tokenizer, chat_template=bool(tokenizer.chat_template))
+        self._turns = Turns(tokenizer, chat_template=bool(tokenizer.chat_template), variables=variables or {})
+        self._special = _special_words(tokenizer)
         self._known: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._calls, self._closes = 0, closes
+
+    def lent(self, variables: Mapping[str, Any]) -> EngineAsking:
+        """The same engine, asked with these variables of the chat template, by somebody who does not end it."""
+        return EngineAsking(
+            self.engine,
+            self._tokenizer,
+            max_context=self._max_context,
+            name=self._name,
+            closes=False,
+            variables=variables,
+        )
 
     def tokenizes(self, answers: Sequence[str]) -> None:
         """See asking.Asker."""
@@ -159,6 +191,9 @@ class EngineAsking:
         asked[place] = Request(f"ask-{self._calls}/{place}", ids, sampling, seed=0)
 
     def _ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """An answer that spells out a special token must not end its turn and give the verdict itself: such words are
+        parted by a space."""
+        messages = [{**each, "content": self._special.sub(r"\1 ", each["content"])} for each in messages]
         if self._turns.chat_template:
             return self._turns.prompt(messages, self._name)
         text = "\n\n".join(message["content"] for message in messages) + "\n\n"  # a base model continues it
@@ -201,6 +236,14 @@ def answer_ids(tokenizer: Any, answers: Sequence[str], model: str) -> tuple[int,
             )
         found[ids[0]] = answer
     return tuple(found)
+
+
+def _special_words(tokenizer: Any) -> re.Pattern[str]:
+    """What finds the first character of each special token in a text, wherever one begins."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    words = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    spelt = sorted(re.escape(word) for word in words if len(word) > 1)
+    return re.compile(rf"(?=(?:{'|'.join(spelt)}))(.)" if spelt else r"(?!)()", re.DOTALL)
 
 
 def load_tokenizer(path: str, where: str, trust_remote_code: bool) -> Any:

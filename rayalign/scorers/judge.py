@@ -3,16 +3,19 @@ tokens that it may answer with."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from rayalign.record import Unfit
 from rayalign.scorers.asking import AnyAsker, Asker
-from rayalign.scorers.base import ScorerConfig
+from rayalign.scorers.base import AT_ONCE, ScorerConfig
 from rayalign.scorers.judging import JudgeRules, Judging
 from rayalign.scorers.templates import Template, is_elsewhere, load_template
 
+WAVES = 8  # of requests in one call: with 45 s for each, as a server may take, well within deadline_s
+TOGETHER = 16  # requests of a wave of an engine, which takes as many at once as a server is asked
 USUAL = {"pairwise": "helpful", "direct": "helpful_score"}
 
 
@@ -24,7 +27,8 @@ class Judge(JudgeRules, ScorerConfig):
     better is `report_agreement`, whose rule's score is recorded beside, or `rayalign compare`. Direct gives ratings.
 
     Metrics, means over prompts: judge/order_dependent, the share of comparisons whose verdict is another one in the
-    other order; judge/ties; judge/refused; judge/agreement with the rule; scores/RULE.
+    other order; judge/ties; judge/refused; judge/mass, the probability that is on the answers together;
+    judge/agreement with the rule; scores/RULE.
     """
 
     paper: ClassVar = "Lee et al. 2023, arXiv:2309.00267"
@@ -85,7 +89,25 @@ class Judge(JudgeRules, ScorerConfig):
                 rule="1 with ask: policy",
                 remedy="take count out; engine.count are asked",
             )
+        pool = ("deadline_s", "max_replacements")
+        unused = [key for key in pool if getattr(self, key) != type(self).model_fields[key].default]
+        if self.borrows_engine and unused:
+            raise Unfit(
+                "a judge that asks the policy is no actor, so that none is lost or replaced",
+                key=unused[0],
+                rule="not set with ask: policy",
+                remedy=f"take it out; set engine.{unused[0]}",
+            )
         return self
+
+    def at_once(self, answers: int) -> int:
+        asked = self.questions(answers) * (2 if self.reasoning else 1)
+        together = getattr(self.ask, "concurrency", TOGETHER)
+        return max(1, min(AT_ONCE, WAVES * together // max(1, asked)))
+
+    @property
+    def relative(self) -> bool:
+        return self.mode == "pairwise" and self.report_agreement is None
 
     @property
     def gpus(self) -> int:
@@ -94,6 +116,9 @@ class Judge(JudgeRules, ScorerConfig):
     @property
     def borrows_engine(self) -> bool:
         return getattr(self.ask, "name", None) == "policy"
+
+    def contents(self) -> dict[str, str]:
+        return {"template": hashlib.sha256(self._known_template().model_dump_json().encode()).hexdigest()[:24]}
 
     def check_files(self) -> None:
         self._known_template()
@@ -112,4 +137,6 @@ class Judge(JudgeRules, ScorerConfig):
 
     def start_with(self, asker: Asker) -> Judging:
         """The judge, by an asker that is there already."""
+        if self.borrows_engine and self.ask.chat_template_kwargs:  # type: ignore[attr-defined]
+            asker = asker.lent(self.ask.chat_template_kwargs)  # type: ignore[attr-defined]
         return Judging(self, self._known_template(), asker)

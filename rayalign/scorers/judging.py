@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -39,7 +39,7 @@ class JudgeRules(Record):
     comparisons: int | None = Field(None, ge=1, description="budget of swiss rounds, for the K answers of one prompt")
     tie_margin: float = Field(0.01, ge=0, lt=0.5, description="P(i ≻ j) nearer to ½ than this is a tie: ½")
     min_mass: float = Field(
-        0.02, ge=0, le=1, description="probability that is on the answers together; below it the judge refused"
+        0.2, ge=0, le=1, description="probability that is on the answers together; below it the judge refused"
     )
     max_refused: float = Field(
         0.5, ge=0, le=1, description=f"stop when more than this share of the last {WINDOW} comparisons was refused"
@@ -57,6 +57,14 @@ class JudgeRules(Record):
         return 2 * known[self.schedule]
 
 
+class Read(NamedTuple):
+    """An answer: what it stands for in expectation, P(the first is better) or a score from −1 to 1, None where the
+    judge refused; and the probability that is on the answers together, None where that is not known."""
+
+    value: float | None
+    mass: float | None = None
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Of one comparison.
@@ -64,12 +72,14 @@ class Verdict:
     Attributes:
         prob: P(the first is better), ½ for a tie or where the judge refused.
         flips: whether the verdict is another one in the other order: the same place is picked in both.
+        masses: of the answers in both orders, as far as they are known.
     """
 
     prob: float
     tied: bool = False
     refused: bool = False
     flips: bool = False
+    masses: tuple[float, ...] = ()
 
 
 @dataclass
@@ -145,22 +155,24 @@ class Judging:
             texts = game.group.texts
             for pair in game.asked:
                 for first, second in (pair, pair[::-1]):
-                    values = {"prompt": game.group.prompt.text, "first": texts[first], "second": texts[second]}
+                    values = {"prompt": game.group.prompt.conversation, "first": texts[first], "second": texts[second]}
                     questions.append(self._question(f"{place}/{first}/{second}", values))
-        probs = iter(self._read(questions))
-        found = [{pair: self._verdict(next(probs), next(probs)) for pair in game.asked} for game in games]
+        told = iter(self._read(questions))
+        found = [{pair: self._verdict(next(told), next(told)) for pair in game.asked} for game in games]
         self._count_refusals([verdict.refused for verdicts in found for verdict in verdicts.values()])
         return found
 
-    def _verdict(self, first: float | None, swapped: float | None) -> Verdict:
+    def _verdict(self, *orders: Read) -> Verdict:
         """From P(the first shown is better) in both orders."""
+        masses = tuple(read.mass for read in orders if read.mass is not None)
+        first, swapped = (read.value for read in orders)
         if first is None or swapped is None:
-            return Verdict(0.5, refused=True)
+            return Verdict(0.5, refused=True, masses=masses)
         one = torch.float64
         prob = float(debiased_preference(torch.tensor([first], dtype=one), torch.tensor([swapped], dtype=one)))
         flips = (first - 0.5) * (swapped - 0.5) > 0
         tied = abs(prob - 0.5) <= self.rules.tie_margin
-        return Verdict(0.5 if tied else prob, tied=tied, flips=flips)
+        return Verdict(0.5 if tied else prob, tied=tied, flips=flips, masses=masses)
 
     def _judgement(self, game: Game) -> Judgement:
         count, verdicts = len(game.group.texts), list(game.verdicts.values())
@@ -171,6 +183,7 @@ class Judging:
         if heard := [verdict for verdict in verdicts if not verdict.refused]:
             metrics["judge/ties"] = _share(verdict.tied for verdict in heard)
             metrics["judge/order_dependent"] = _share(verdict.flips for verdict in heard)
+        metrics |= _mass([mass for verdict in verdicts for mass in verdict.masses])
         leads = {pair: verdict.prob - 0.5 for pair, verdict in game.verdicts.items()}
         return Judgement(schedule.win_rates(matrix), matrix, metrics | self._agreement(game.group, leads))
 
@@ -178,22 +191,24 @@ class Judging:
 
     def _rate(self, groups: Sequence[Group]) -> list[Judgement]:
         questions = [
-            self._question(f"{place}/{k}", {"prompt": group.prompt.text, "answer": text})
+            self._question(f"{place}/{k}", {"prompt": group.prompt.conversation, "answer": text})
             for place, group in enumerate(groups)
             for k, text in enumerate(group.texts)
         ]
-        scores = self._read(questions)
-        self._count_refusals([score is None for score in scores])
+        told = self._read(questions)
+        self._count_refusals([read.value is None for read in told])
         judgements, at = [], 0
         for group in groups:
-            own = scores[at : at + len(group.texts)]
-            at += len(own)
+            reads = told[at : at + len(group.texts)]
+            at += len(reads)
+            own = [read.value for read in reads]
             heard = [score for score in own if score is not None]
             middle = sum(heard) / len(heard) if heard else 0.0  # neither the best nor the worst
             filled = tuple(middle if score is None else score for score in own)
             metrics = {"judge/refused": _share(score is None for score in own)}
-            told = [k for k, score in enumerate(own) if score is not None]
-            leads = {(i, j): filled[i] - filled[j] for i, j in combinations(told, 2)}
+            metrics |= _mass([read.mass for read in reads if read.mass is not None])
+            rated = [k for k, score in enumerate(own) if score is not None]
+            leads = {(i, j): filled[i] - filled[j] for i, j in combinations(rated, 2)}
             judgements.append(Judgement(filled, None, metrics | self._agreement(group, leads)))
         return judgements
 
@@ -202,32 +217,31 @@ class Judging:
     def _question(self, id: str, values: Mapping[str, str]) -> Question:
         return self._template.question(id, values, reasoning=self.rules.reasoning)
 
-    def _read(self, questions: Sequence[Question]) -> list[float | None]:
-        """What each answer stands for in expectation: P(the first is better), or a score from −1 to 1; None: refused.
-        What is asked twice (of equal answers) is asked once."""
+    def _read(self, questions: Sequence[Question]) -> list[Read]:
+        """What is asked twice (of equal answers) is asked once."""
         once = {question.messages_key: question for question in questions}
         answers = self._asker.ask(list(once.values())) if once else []
-        values = dict(zip(once, map(self._value, answers), strict=True))
-        return [values[question.messages_key] for question in questions]
+        found = dict(zip(once, map(self._value, answers), strict=True))
+        return [found[question.messages_key] for question in questions]
 
-    def _value(self, answer: Answer) -> float | None:
-        """None when the judge answered none of what it was asked for."""
+    def _value(self, answer: Answer) -> Read:
+        """No value when the judge answered none of what it was asked for."""
         logps = answer.logps
         if answer.error or logps is None:
             self._reason = answer.error or "no answer"
-            return None
+            return Read(None)
         if len(logps) != len(self._template.answers) or not all(logp < 1e-3 for logp in logps):  # NaN is not below
             self._reason = f"log-probs {', '.join(f'{logp:.3g}' for logp in logps)}"
-            return None
+            return Read(None)
         mass = sum(map(math.exp, logps))
         if mass < self.rules.min_mass or mass == 0:
             self._reason = f"{mass:.3g} of the probability is on its answers, min_mass is {self.rules.min_mass:g}"
-            return None
+            return Read(None, mass)
         values = torch.tensor(list(self._template.answers.values()), dtype=torch.float64)
-        known = torch.tensor([logps], dtype=torch.float64)
+        known = torch.tensor([bounded(logps, answer.unseen)], dtype=torch.float64)
         if self.rules.mode == "pairwise":
-            return min(1.0, max(0.0, float((known.softmax(-1) * values).sum())))
-        return float(expected_score(known, values, low=float(values.min()), high=float(values.max())))
+            return Read(min(1.0, max(0.0, float((known.softmax(-1) * values).sum()))), mass)
+        return Read(float(expected_score(known, values, low=float(values.min()), high=float(values.max()))), mass)
 
     def _count_refusals(self, refused: Sequence[bool]) -> None:
         """Raises ScoreError when too many of the newest comparisons were refused."""
@@ -240,7 +254,8 @@ class Judging:
                 value=f"{sum(self._refusals)} of the last {len(self._refusals)} refused; the last: {self._reason}",
                 rule=f"at most {self.rules.max_refused:g} of them (scorer.max_refused), else nothing is learned",
                 remedy="try the template on this model: its ask has to make one of "
-                f"{', '.join(self._template.answers)} the next token; or lower scorer.min_mass",
+                f"{', '.join(self._template.answers)} the next token; or lower scorer.min_mass; "
+                "a model that thinks first is told not to by scorer.ask.chat_template_kwargs (of a server, ask.extra)",
             )
 
     def _agreement(self, group: Group, leads: Mapping[Pair, float]) -> dict[str, float]:
@@ -252,6 +267,20 @@ class Judging:
         told = [sign > 0 for sign in signs if sign]
         name = self.rules.report_agreement
         return {f"scores/{name}": sum(scores) / len(scores)} | ({"judge/agreement": _share(told)} if told else {})
+
+
+def bounded(logps: Sequence[float], unseen: float) -> tuple[float, ...]:
+    """The same with the most that an answer can have that was not given back: no more than `unseen`, than any that
+    was, and than what the others leave. So it is no certain verdict that an answer is missing."""
+    seen = [logp for logp in logps if logp > -math.inf]
+    missing = len(logps) - len(seen)
+    left = (1 - sum(map(math.exp, seen))) / max(1, missing)
+    most = min(unseen, *seen, math.log(left)) if left > 0 else -math.inf
+    return tuple(logp if logp > -math.inf else most for logp in logps)
+
+
+def _mass(masses: Sequence[float]) -> dict[str, float]:
+    return {"judge/mass": sum(masses) / len(masses)} if masses else {}
 
 
 def _share(found: Iterable[bool]) -> float:

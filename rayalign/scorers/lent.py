@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rayalign.protocols import Engine, Learner, Roles
+from rayalign.errors import SyncMismatch
+from rayalign.protocols import Engine, Learner, Roles, WeightPush
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.engine_asker import EngineAsking
 from rayalign.sync.handshake import push_weights
@@ -21,6 +22,7 @@ class CountedEngine:
 
     def __init__(self, engine: Engine):
         self._engine, self._open = engine, set[str]()
+        self.spoiled = False  # it holds weights that nobody may sample from, until others are loaded
 
     @property
     def idle(self) -> bool:
@@ -30,7 +32,18 @@ class CountedEngine:
     def version(self) -> int:
         return self._engine.version
 
+    def load(self, push: WeightPush) -> None:
+        self._engine.load(push)
+        self.spoiled = False
+
     def submit(self, requests: Sequence[Request]) -> None:
+        if self.spoiled:
+            raise SyncMismatch(
+                "the policy's engine holds the weights that it judged with",
+                where="scorer.ask: policy",
+                rule="sampling only from the learner's weights",
+                remedy="push the policy's weights first",
+            )
         self._engine.submit(requests)
         self._open |= {request.id for request in requests}
 
@@ -54,7 +67,7 @@ class LentScorer:
 
     Without a policy (where answers are labelled, and nothing is trained) the engine holds the model as it is.
 
-    An error while judging leaves the reference's weights in the engine: it ends the run, as every scorer's does.
+    After an error while judging the engine samples no more until weights are loaded: it may hold the reference's.
 
     Args:
         config: a judge with `ask: policy`.
@@ -89,9 +102,13 @@ class LentScorer:
             yield
             return
         probe = [g.prompt.token_ids + g.completions[0].token_ids for g in groups[:PROBES]]
-        self._push(reference, BORROWED, probe)
-        yield
-        self._push(policy, version, probe)
+        try:
+            self._push(reference, BORROWED, probe)
+            yield
+            self._push(policy, version, probe)
+        except BaseException:
+            self._engine.spoiled = True
+            raise
 
     def _push(self, learner: Learner, version: int, probe: Sequence[tuple[int, ...]]) -> None:
         push_weights(learner, self._engine, version=version, probe=probe, max_gap=self._max_gap)  # type: ignore[arg-type]

@@ -44,11 +44,11 @@ class Part(Record):
 class Mix(ScorerConfig):
     """Several scorers at once: weight · score, added up.
 
-    Each one's mean, as it gave it, is the metric scores/LABEL. With `standardise: group` a scorer's scores of one
-    prompt have mean 0 and standard deviation 1 before they are weighted (all 0 where they are equal), so that
-    weights compare scorers of any scale; what is left is the order within a prompt, so that the reward's mean no
-    longer rises as the policy gets better: look at scores/LABEL. Soft preferences of the parts are averaged by
-    weight where all of them give some, and no weight is below 0.
+    Each one's mean, as it gave it, is the metric scores/LABEL; the metrics of several judges are LABEL/judge/….
+    With `standardise: group` a scorer's scores of one prompt have mean 0 and standard deviation 1 before they are
+    weighted (all 0 where they are equal), so that weights compare scorers of any scale; what is left is the order
+    within a prompt, so that the reward's mean no longer rises as the policy gets better: look at scores/LABEL. Soft
+    preferences of the parts are averaged by weight where all of them give some, and no weight is below 0.
     """
 
     paper: ClassVar = "Wu et al. 2023, arXiv:2306.01693 (weighted); Shao et al. 2024, arXiv:2402.03300 (by group)"
@@ -62,6 +62,10 @@ class Mix(ScorerConfig):
         "none", description="group: each scorer's scores of one prompt get mean 0 and standard deviation 1"
     )
 
+    deadline_s: float = Field(
+        600.0, gt=0, description="seconds without the scores of any group after which one is lost"
+    )
+
     @model_validator(mode="after")
     def _apart(self) -> Mix:
         labels = [part.called for part in self.scorers]
@@ -73,12 +77,29 @@ class Mix(ScorerConfig):
                 rule="a label for each that no other has: it names the metric scores/LABEL",
                 remedy=f"set label: {twice}_2, say, beside the second one's weight",
             )
+        reported = {getattr(part.scorer, "report_agreement", None) for part in self.scorers if self.only_judge(part)}
+        if both := sorted(reported & set(labels)):
+            raise Unfit(
+                f"a scorer of the mix is called {both[0]}, as the rule that its judge reports",
+                key="scorers",
+                rule="a label for each that no other has: it names the metric scores/LABEL",
+                remedy=f"take the judge's report_agreement out, or set label: {both[0]}_2, say, for the other",
+            )
         if not any(part.weight for part in self.scorers):
             raise Unfit(
                 "all weights are 0",
                 key="scorers",
                 rule="at least one weight that is not 0, or every completion scores 0",
                 remedy="set weight: 1.0 for the scorer that counts; one of weight 0 is only reported",
+            )
+        engines = [getattr(getattr(part.scorer, "ask", None), "engine", None) for part in self.scorers]
+        shares = [share for engine in engines if (share := getattr(engine, "gpu_memory", None)) is not None]
+        if len(shares) > 1 and math.fsum(shares) > 0.95:
+            raise Unfit(
+                "the judges of a mix share one GPU, and their engines do not fit on it",
+                key="scorers",
+                rule="the gpu_memory of their engines adds up to 0.95 at most",
+                remedy=f"set ask.engine.gpu_memory={0.9 / len(shares):.2g} for each",
             )
         if self.borrows_engine and self.count > 1:
             raise Unfit(
@@ -89,13 +110,27 @@ class Mix(ScorerConfig):
             )
         return self
 
+    def only_judge(self, part: Part) -> bool:
+        """Whether its metrics keep their names; those of several judges, and of other scorers, are LABEL/NAME."""
+        judges = [each for each in self.scorers if each.scorer.name == "judge"]  # type: ignore[attr-defined]
+        return len(judges) == 1 and judges[0] is part
+
     def check(self, model: str, *, trust_remote_code: bool = False) -> None:
         for part in self.scorers:
             part.scorer.check(model, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
 
+    def contents(self) -> dict[str, str]:
+        found = [part.scorer.contents() for part in self.scorers]  # type: ignore[attr-defined]
+        return {f"scorers.{place}.scorer.{key}": text for place, each in enumerate(found) for key, text in each.items()}
+
     def check_files(self) -> None:
         for part in self.scorers:
             part.scorer.check_files()  # type: ignore[attr-defined]
+
+    def at_once(self, answers: int) -> int:
+        """As many as the slowest takes, in all: they score one after the other."""
+        fewest = min(part.scorer.at_once(answers) for part in self.scorers)  # type: ignore[attr-defined]
+        return max(1, fewest // len(self.scorers))
 
     @property
     def gpus(self) -> int:
@@ -158,8 +193,8 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
     scores = tuple(math.fsum(w * s for w, s in zip(weights, column, strict=True)) for column in columns)
     metrics: dict[str, float] = {}
     for part, group, row in zip(config.scorers, given, rows, strict=True):
-        for name, number in group.metrics.items():  # of the second of two judges under its own label
-            metrics[name if name not in metrics else f"{part.called}/{name}"] = number
+        before = "" if config.only_judge(part) else f"{part.called}/"
+        metrics |= {f"{before}{name}": number for name, number in group.metrics.items()}
         metrics[f"scores/{part.called}"] = math.fsum(row) / len(row)
     return Judgement(scores, _preferences(given, weights), metrics)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rayalign.errors import ScoreError
+from rayalign.errors import ConfigError, ScoreError
 from rayalign.record import Unfit
 from rayalign.registry import did_you_mean
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
@@ -23,9 +24,10 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONA
 class Python(ScorerConfig):
     """A function of one's own: score(prompts, completions, …) → one number a completion.
 
-    It is called by keyword, with lists of the same length: `prompts` and `completions` are texts, and every other
-    parameter gets the column of the prompt file that has its name, or what `arguments` says. A function that takes
-    `**columns` gets all columns. Each scorer actor imports it once, and keeps what its module holds.
+    It is called by keyword, with lists of the same length: `prompts` and `completions` are texts (a prompt of
+    several messages is one, each behind its role), and every other parameter gets the column of the prompt file that
+    has its name, or what `arguments` says. A function that takes `**columns` gets all columns. Each scorer actor
+    imports it once, and keeps what its module holds.
     """
 
     paper: ClassVar = "Lambert et al. 2024, arXiv:2411.15124 (rewards that are functions)"
@@ -73,12 +75,17 @@ class Python(ScorerConfig):
         return getattr(module, attribute)
 
     def start(self) -> ScoreFunction:
-        function = self._function()
+        """Raises ConfigError when the function is not there, on another node than the one that read the config, say."""
+        try:
+            function = self._function()
+        except Unfit as error:
+            where, value = "key scorer.function", f"{self.function} on {platform.node()}"
+            raise ConfigError(error.what, where=where, value=value, rule=error.rule, remedy=error.remedy) from error
         wanted = _columns(function, self.arguments)
 
         def score_groups(groups: Sequence[Group]) -> list[list[float]]:
             flat = [(group, text) for group in groups for text in group.texts]
-            texts = {"prompts": [g.prompt.text for g, _ in flat], "completions": [text for _, text in flat]}
+            texts = {"prompts": [g.prompt.conversation for g, _ in flat], "completions": [text for _, text in flat]}
             found = _numbers(self._called(function, {**texts, **wanted(flat), **self.arguments}), len(flat), self)
             numbers = iter(found)
             return [[next(numbers) for _ in group.texts] for group in groups]

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
-
-from pydantic import Field, model_validator
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote, urlsplit
 
 from rayalign.errors import ScoreError
-from rayalign.record import Record, Unfit, redacted
+from rayalign.record import redacted
+from rayalign.scorers.connection import Connection, key_of_server
 
 log = logging.getLogger("rayalign")
 T = TypeVar("T")
 R = TypeVar("R")
-LONGEST_WAIT_S = 60.0  # between two tries, whatever the server asks for
+LONGEST_WAIT_S = 60.0  # between two tries, unless the server asks for more
 LOCAL = ("localhost", "127.0.0.1", "::1")
 NOBODY = {  # answers after which no request of ours would fare better, with what to do about them
     401: "set the environment variable that key_env names to a valid key",
@@ -32,61 +31,16 @@ NOBODY = {  # answers after which no request of ours would fare better, with wha
     404: "correct the url (an OpenAI-compatible one ends with /v1) or the model's name: GET URL/models lists them",
     405: "correct the url: what is there takes no POST",
 }
-IN_A_ROW = 4  # requests whose tries are used up, and none answered in between: nobody is there
+IN_A_ROW = 4  # requests that were given up, and none answered in between: nobody is there
 AGAIN = (408, 409, 425, 429)
+BUSY = (429, 502, 503)  # a server that is there, and is not: it is waited for
 JSON = {"Content-Type": "application/json"}
-
-
-class Connection(Record):
-    """Where a server is, and how patiently it is asked."""
-
-    url: str = Field(description="address of the server, without a key in it", examples=["http://127.0.0.1:8000/v1"])
-    key_env: str | None = Field(
-        None,
-        description="environment variable that holds the key, a bearer token; the key itself is written nowhere",
-        examples=["OPENAI_API_KEY"],
-    )
-    timeout_s: float = Field(45.0, gt=0, description="longest wait for one whole reply")
-    retries: int = Field(
-        4, ge=0, description="tries after the first: on no or half a reply, 408, 409, 425, 429 and 5xx"
-    )
-    backoff_s: float = Field(
-        1.0, ge=0, description="wait before the first retry, twice as long before each further one; up to a minute"
-    )
-    concurrency: int = Field(16, ge=1, description="requests that are open at once, of each scorer actor")
-
-    @model_validator(mode="after")
-    def _nothing_secret(self) -> Connection:
-        if not _is_address(self.url):
-            raise Unfit(
-                "this is no address of a server",
-                key="url",
-                rule="http:// or https://, a host, and the path up to what the server offers",
-                remedy="write url: http://127.0.0.1:8000/v1, say",
-            )
-        if redacted(self.url) != self.url:
-            raise Unfit(
-                "this address has a password or a key in it",
-                key="url",
-                rule="an address that may be written to config.yaml and to logs",
-                remedy="take it out, put it into an environment variable, and name that as key_env",
-            )
-        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
-            raise Unfit(
-                "this is no name of an environment variable",
-                key="key_env",
-                rule="letters, digits and underscores: the variable's name, not the key",
-                remedy="export MY_KEY=… in the shell, and write key_env: MY_KEY",
-            )
-        return self
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
-        return False
+REMEDIES = {
+    "absent": "start the server, or correct the url; what was answered before is kept",
+    "busy": "lower concurrency or scorer.count, or raise patience_s",
+    "slow": "raise timeout_s, or lower concurrency: the server is slow",
+    "broken": "look at the server's log",
+}
 
 
 class Failed(Exception):
@@ -103,16 +57,32 @@ class Failed(Exception):
 
 
 class _Again(Exception):
-    """This try failed; the next one may not. `wait_s` is what the server asks for."""
+    """This try failed; the next one may not.
 
-    def __init__(self, reason: str, wait_s: float | None = None):
-        super().__init__(reason)
-        self.wait_s = wait_s
+    Attributes:
+        kind: whether nobody was there, or had no time for us, or did not end in time; or the reply was no good.
+        wait_s: what the server asks for.
+    """
+
+    def __init__(self, reason: str, kind: Literal["absent", "busy", "slow", "broken"], wait_s: float = 0.0):
+        super().__init__(f"{reason}, to be asked again in {wait_s:.0f} s" if wait_s else reason)
+        self.kind, self.wait_s = kind, wait_s
+
+
+@dataclass
+class _Tries:
+    """Of one request: how many, how many of them count against `retries`, and when the first failed."""
+
+    began: float
+    count: int = 0
+    faults: int = 0
+    failed_at: float = math.inf
 
 
 class Caller:
-    """Posts JSON to one server. One request whose tries are used up is `Failed`. Several in a row, or one that found
-    nobody to connect to, mean that nobody answers: all that is left undone then ends with a ScoreError.
+    """Posts JSON to one server. A server that is gone, or has no time, is waited for as long as the config's patience
+    lasts; other faults are tried again a few times. A request that is given up is `Failed`. Several in a row, or one
+    that found nobody to connect to, mean that nobody answers: all that is left undone then ends with a ScoreError.
 
     Args:
         place: the key of the config, for messages.
@@ -121,9 +91,10 @@ class Caller:
     def __init__(self, connection: Connection, *, place: str):
         import httpx
 
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request otherwise
+        for name in ("httpx", "httpcore"):  # a line for every request otherwise, headers included
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._set, self._place = connection, place
-        self._key = _key_of(connection, place)
+        self._key = key_of_server(connection, place)
         host = urlsplit(connection.url).hostname or ""
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -134,7 +105,9 @@ class Caller:
         self._random = random.Random()  # waits differ between actors; nothing that is sampled depends on it
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._nobody: ScoreError | None = None
-        self._answered_at, self._in_a_row = float("-inf"), 0
+        self._answered_at, self._in_a_row = -math.inf, 0
+        self._gone_at = math.inf  # since when nobody was there, or had time
+        self._not_before = 0.0  # as the server asked
 
     def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`work` of every item, which may `post`, as many at once as the config says; in the order of the items.
@@ -161,29 +134,83 @@ class Caller:
             Failed: of this request.
             ScoreError: nobody answers.
         """
-        import httpx
+        reply = self._tried(lambda: self._reply(path, body))
+        self._answered()
+        try:
+            return read(reply)
+        except Failed as failed:
+            raise Failed(self._told(str(failed)), of_any=failed.of_any, ends=failed.ends) from None
 
-        began, trouble, wait = time.monotonic(), _Again("not tried"), self._set.backoff_s
-        for tried in range(self._set.retries + 1):
-            if tried:
-                longest = min(LONGEST_WAIT_S, wait if trouble.wait_s is None else max(trouble.wait_s, 0.0))
-                self._stop.wait(longest if trouble.wait_s is not None else longest * self._random.uniform(0.5, 1.0))
-                wait *= 2
+    def look(self, address: str, body: Mapping[str, Any] | None = None) -> Any:
+        """What the server says of itself: the JSON at another address of it, by GET unless there is a body; None
+        where it has no such thing. Raises ScoreError when nobody answers."""
+
+        def glance() -> Any:
+            try:
+                status, headers, raw = self._read("GET" if body is None else "POST", address, body)
+            except _Again as trouble:
+                if trouble.kind == "absent":
+                    raise
+                return None
+            if status in BUSY:
+                raise _Again(f"status {status}: {self._said(raw)}", "busy", _wait_of(headers.get("retry-after")))
+            self._answered()
+            try:
+                return json.loads(raw) if status == 200 else None
+            except ValueError:
+                return None
+
+        self._nobody = None
+        self._stop.clear()
+        try:
+            return self._tried(glance)
+        except Failed as failed:
+            if failed.ends is not None:
+                raise failed.ends from None
+            return None
+
+    def _tried(self, once: Callable[[], R]) -> R:
+        """`once`, and again, until it is no `_Again` or there is no point in it."""
+        tries, wait = _Tries(time.monotonic()), 0.0
+        while True:
+            with self._lock:
+                asked_to = max(0.0, self._not_before - time.monotonic())
+            if asked_to:
+                wait = wait or self._set.backoff_s
+            self._stop.wait(asked_to + wait * self._random.uniform(0.5, 1.0))  # not all at the same moment
             if self._nobody is not None:
                 raise self._nobody
             if self._stop.is_set():
                 raise Failed("it was stopped")
+            tries.count += 1
             try:
-                reply = self._reply(path, body)
-            except _Again as again:
-                trouble = again
-                continue
-            except httpx.RequestError as error:
-                trouble = _Again(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-                continue
-            self._answered()
-            return read(reply)
-        raise self._unanswered(self._clean(str(trouble)), began)
+                return once()
+            except _Again as trouble:
+                wait = min(2 * wait or self._set.backoff_s, LONGEST_WAIT_S)
+                self._failed(trouble, tries, wait)
+
+    def _failed(self, trouble: _Again, tries: _Tries, wait: float) -> None:
+        """Notes it, and until when the server asks not to be asked.
+
+        Raises:
+            Failed: there is no point in another try, in `wait` seconds or when the server asks for it.
+            ScoreError: nobody answers.
+        """
+        now, patience = time.monotonic(), self._set.patience_s
+        tries.failed_at = min(tries.failed_at, now)
+        with self._lock:
+            # A server that never answered may be no server: an address that is wrong is not waited for.
+            gone = trouble.kind == "busy" or (trouble.kind == "absent" and self._answered_at > -math.inf)
+            if gone and now < self._gone_at:
+                self._gone_at = now
+                log.warning("%s: %s; waiting for it, up to %g s", self._where, trouble, patience)
+            ends = min(self._gone_at, tries.failed_at) + patience if gone else math.inf
+            too_late = now + max(trouble.wait_s, wait) > ends
+            if trouble.wait_s and not too_late:
+                self._not_before = max(self._not_before, now + trouble.wait_s)
+        tries.faults += not gone
+        if too_late or tries.faults > self._set.retries:
+            raise self._unanswered(trouble, tries)
 
     def close(self) -> None:
         self._stop.set()
@@ -191,26 +218,39 @@ class Caller:
 
     def _reply(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON of one reply, whole and in time."""
-        ends, content = time.monotonic() + self._set.timeout_s, json.dumps(body, default=str)
-        with self._client.stream("POST", self._set.url.rstrip("/") + path, content=content, headers=JSON) as response:
-            raw = bytearray()
-            for part in response.iter_bytes():  # the client's own limit is for one part of it
-                raw += part
-                if time.monotonic() > ends:
-                    raise _Again(f"no whole reply within {self._set.timeout_s:g} s")
-        status = response.status_code
+        status, headers, raw = self._read("POST", self._set.url.rstrip("/") + path, body)
         if status in AGAIN or status >= 500:
-            raise _Again(f"status {status}: {_said(raw)}", _wait_of(response.headers.get("retry-after")))
+            kind = "busy" if status in BUSY else "broken"
+            raise _Again(f"status {status}: {self._said(raw)}", kind, _wait_of(headers.get("retry-after")))
         if status in NOBODY or 300 <= status < 400:
-            to = f" to {redacted(response.headers['location'])}" if "location" in response.headers else ""
-            self._refused(status, f"status {status}{to}: {_said(raw)}")
+            to = f" to {redacted(headers['location'], 'url')}" if "location" in headers else ""
+            self._refused(status, f"status {status}{to}: {self._said(raw)}")
         if status != 200:
             self._answered()  # it is there: something about this request is wrong
-            raise Failed(self._clean(f"status {status}: {_said(raw)}"), of_any=True)
+            raise Failed(f"status {status}: {self._said(raw)}", of_any=True)
         try:
             return json.loads(raw)
         except ValueError:
-            raise _Again(f"a reply that is no JSON, or half of it: {_said(raw)}") from None
+            raise _Again(f"a reply that is no JSON, or half of it: {self._said(raw)}", "broken") from None
+
+    def _read(self, method: str, url: str, body: Mapping[str, Any] | None) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and content of one reply. Raises _Again."""
+        import httpx
+
+        ends, raw = time.monotonic() + self._set.timeout_s, bytearray()
+        content = None if body is None else json.dumps(body, default=str)
+        try:
+            with self._client.stream(method, url, content=content, headers=JSON) as response:
+                for part in response.iter_bytes():  # the client's own limit is for one part of it
+                    raw += part
+                    if time.monotonic() > ends:
+                        raise _Again(f"no whole reply within {self._set.timeout_s:g} s", "slow")
+                return response.status_code, response.headers, bytes(raw)
+        except httpx.RequestError as error:
+            absent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            kind = "absent" if absent else "slow" if isinstance(error, httpx.TimeoutException) else "broken"
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise _Again(self._told(reason), kind) from None
 
     def _refused(self, status: int, reason: str) -> None:
         remedy = NOBODY.get(status, "write the address that it leads to")
@@ -218,40 +258,30 @@ class Caller:
             remedy = "put the server's key into an environment variable, and name that as key_env"
         rule = "a server that takes our requests"
         raise self._end(
-            ScoreError("the server refuses", where=self._where, value=self._clean(reason), rule=rule, remedy=remedy)
+            ScoreError("the server refuses", where=self._where, value=self._told(reason), rule=rule, remedy=remedy)
         )
 
     def _answered(self) -> None:
         with self._lock:
-            self._answered_at, self._in_a_row = time.monotonic(), 0
+            self._answered_at, self._in_a_row, self._gone_at = time.monotonic(), 0, math.inf
 
-    def _unanswered(self, reason: str, began: float) -> Exception:
-        """What to raise when all tries of a request, the first at `began`, are used up."""
+    def _unanswered(self, trouble: _Again, tries: _Tries) -> Exception:
+        """What to raise when a request is given up."""
         with self._lock:
             self._in_a_row += 1
-            absent = "Connect" in reason and self._answered_at < began
+            absent = trouble.kind == "absent" and self._answered_at < tries.failed_at
             nobody = absent or self._in_a_row >= IN_A_ROW
-        error = self._no_answer(reason)
-        if nobody:
-            return self._end(error)
-        return Failed(f"{reason}, {self._set.retries + 1} times", of_any=True, ends=error)
+        error = self._no_answer(trouble, tries)
+        return self._end(error) if nobody else Failed(f"{trouble}, {_times(tries.count)}", of_any=True, ends=error)
 
-    def _no_answer(self, reason: str) -> ScoreError:
-        tries = self._set.retries + 1
-        if "status 429" in reason:
-            remedy = "lower concurrency or scorer.count, or raise retries and backoff_s"
-        elif "Connect" in reason:
-            remedy = "start the server, or correct the url; what was answered before is kept"
-        elif "Timeout" in reason or "no whole reply" in reason:
-            remedy = "raise timeout_s, or lower concurrency: the server is slow"
-        else:
-            remedy = "look at the server's log"
+    def _no_answer(self, trouble: _Again, tries: _Tries) -> ScoreError:
+        seconds = time.monotonic() - tries.began
         return ScoreError(
             "the server does not answer",
             where=self._where,
-            value=f"{reason} (the last of {tries} {'tries' if tries > 1 else 'try'})",
-            rule=f"a usable reply within {self._set.timeout_s:g} s, once in {tries} at least",
-            remedy=remedy,
+            value=f"{trouble} (the last of {tries.count} {'tries' if tries.count > 1 else 'try'} in {seconds:.0f} s)",
+            rule=f"a usable reply within {self._set.timeout_s:g} s, once in {self._set.retries + 1} at least",
+            remedy=REMEDIES[trouble.kind],
         )
 
     def _end(self, error: ScoreError) -> ScoreError:
@@ -265,48 +295,36 @@ class Caller:
     def _where(self) -> str:
         return f"key {self._place}.url, {self._set.url}"
 
-    def _clean(self, text: str) -> str:
-        """Without the key, should a server repeat it."""
-        return text.replace(self._key, "***") if self._key else text
+    def _told(self, text: str, limit: int = 200) -> str:
+        """On one line, and without the key, should a server repeat it: taken out before anything is cut."""
+        for form in {self._key, json.dumps(self._key)[1:-1], self._key.replace("/", "\\/"), quote(self._key, safe="")}:
+            text = text.replace(form, "***") if form else text
+        text = " ".join(text.split())
+        return text if len(text) <= limit else text[: limit - 1] + "…"
+
+    def _said(self, raw: bytes) -> str:
+        """What a server says of an error."""
+        text = raw.decode("utf-8", "replace")
+        try:
+            found = json.loads(text)
+            inner = found.get("error", found) if isinstance(found, dict) else found
+            text = inner.get("message", text) if isinstance(inner, dict) else str(inner)
+        except ValueError:
+            pass
+        return self._told(str(text), 160) or "nothing"
 
 
-def _key_of(connection: Connection, place: str) -> str:
-    if connection.key_env is None:
-        return ""
-    key = os.environ.get(connection.key_env, "").strip()
-    if not key:
-        raise ScoreError(
-            "the key for the server is not there",
-            where=f"key {place}.key_env",
-            value=f"the environment variable {connection.key_env} is not set, or empty",
-            rule="set where scorers run: on a cluster, on each node before `ray start`",
-            remedy=f"export {connection.key_env}=… and start again, or take key_env out",
-        )
-    return key
+def _times(count: int) -> str:
+    return f"{count} times" if count > 1 else "once"
 
 
-def _wait_of(header: str | None) -> float | None:
-    """Retry-After: seconds, or a date."""
-    if header is None:
-        return None
+def _wait_of(header: str | None) -> float:
+    """Retry-After: seconds, or a date; 0 where it is neither."""
     try:
-        return max(0.0, float(header))
+        wait = float(header or 0.0)
     except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
-        return None
-
-
-def _said(raw: bytes | bytearray) -> str:
-    """What a server says of an error, on one line."""
-    text = bytes(raw[:4000]).decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-        inner = found.get("error", found) if isinstance(found, dict) else found
-        text = inner.get("message", text) if isinstance(inner, dict) else str(inner)
-    except ValueError:
-        pass
-    text = " ".join(str(text).split())
-    return (text if len(text) <= 160 else text[:159] + "…") or "nothing"
+        try:
+            wait = (parsedate_to_datetime(header or "") - datetime.now(UTC)).total_seconds()
+        except (TypeError, ValueError):
+            return 0.0
+    return max(0.0, wait) if math.isfinite(wait) else 0.0

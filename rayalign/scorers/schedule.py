@@ -16,7 +16,8 @@ Pair = tuple[int, int]
 Results = Mapping[Pair, float]
 Schedule = Generator[list[Pair], dict[Pair, float], None]
 ScheduleName = Literal["all", "tournament", "swiss"]
-RIDGE = 0.1  # of the strengths: one certain comparison counts as 0.9, none as ½
+RIDGE = 1e-4  # of the strengths: it hardly moves what was compared, and puts what was not in the middle
+CERTAIN = 0.99  # the most that one comparison says of pairs that were not compared
 
 
 def start(name: ScheduleName, count: int, budget: int | None = None) -> Schedule:
@@ -65,13 +66,13 @@ def _pair(i: int, j: int) -> Pair:
 
 
 def strengths(count: int, results: Results) -> np.ndarray:
-    """Bradley-Terry strengths [K] that fit P(i ≻ j) = σ(s_i − s_j), with a ridge that keeps certain verdicts finite
-    and puts an answer that was never compared in the middle. They add up to 0."""
+    """Bradley-Terry strengths [K] that fit P(i ≻ j) = σ(s_i − s_j), certain verdicts taken as less so, with a
+    ridge that puts an answer that was never compared in the middle. They add up to 0."""
     found = np.zeros(count)
     if not results:
         return found
     first, second = np.array(list(results)).T
-    wanted = np.array(list(results.values()))
+    wanted = np.clip(list(results.values()), 1 - CERTAIN, CERTAIN)
     design = np.zeros((len(wanted), count))
     design[np.arange(len(wanted)), first], design[np.arange(len(wanted)), second] = 1.0, -1.0
     for _ in range(100):  # Newton's method; strictly concave, and steps are bounded

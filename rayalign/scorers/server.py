@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayalign.errors import ScoreError
+from rayalign.record import Unfit, is_secret
 from rayalign.scorers.asking import Answer, Question
 from rayalign.scorers.cache import USUAL, AnswerCache, key_of, open_cache
-from rayalign.scorers.remote import Caller, Connection, Failed
+from rayalign.scorers.connection import Connection
+from rayalign.scorers.remote import Caller, Failed
 
+ENOUGH = 64  # answers after which one of a few that never came is none that this model gives
 IMPOSSIBLE = -9990.0  # what servers write for a probability of 0, as JSON has no infinity
 Token = tuple[str, float]
 
@@ -25,8 +28,10 @@ class ServerAsker(Connection):
     answer that is not among them has probability 0. Tokens that differ in white space around them count as one.
     With a reasoning step there are two requests: one that thinks aloud, one that answers.
 
-    Every reply is kept in a file under everything that it depends on (address, model, messages, sampling): asked
-    again, by another actor or a resumed run, it costs nothing.
+    Every reply is kept in a file under everything that it depends on (model, the checkpoint that the server says is
+    behind that name, revision, messages, sampling), not the address: asked again, by another actor or a resumed run,
+    at another port, it costs nothing. A server that does not say what it loaded needs another `revision` when it
+    loads other weights under the same name.
     """
 
     name: Literal["server"] = "server"
@@ -41,6 +46,17 @@ class ServerAsker(Connection):
     )
     cache: str | None = Field(USUAL, description="file that keeps the replies; null: none")
 
+    @model_validator(mode="after")
+    def _no_key_in_extra(self) -> ServerAsker:
+        if _has_secret(self.extra):
+            raise Unfit(
+                "there is a key or a password among these",
+                key="extra",
+                rule="what may be written to config.yaml and to logs",
+                remedy="take it out, put it into an environment variable, and name that as key_env",
+            )
+        return self
+
     def start(self) -> Server:
         return Server(self)
 
@@ -53,14 +69,18 @@ class Server:
         self._caller = Caller(config, place=place)
         self._cache: AnswerCache | None = open_cache(config.cache)
         self._answered = False
+        self._root: str | None = None  # the checkpoint; "" where the server does not say
+        self._count, self._seen = 0, set[str]()  # answers, and the tokens that they were among
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers, in the order of the questions.
 
         Raises:
             ScoreError: nobody answers; or, as long as there was no answer at all, a server that answers or understands
-                none of the questions, or gives no log-probs.
+                none of the questions, or gives no log-probs; or an answer is not one token of its model.
         """
+        if self._cache is not None and self._root is None and questions:
+            self._root = _root(self._caller.look(f"{self._config.url.rstrip('/')}/models"), self._config.model)
         found = self._caller.each(self._answer, questions)
         self._answered = self._answered or any(answer.error is None for answer, _ in found)
         if questions and not self._answered and all(failed is not None and failed.of_any for _, failed in found):
@@ -71,10 +91,42 @@ class Server:
                 rule="chat completions with logprobs and top_logprobs for the model that is named",
                 remedy=f"correct {self._place}.model or extra, lower top_logprobs, or use one that gives log-probs",
             )
+        for answers in {question.answers for question in questions}:
+            self._check_seen(answers)
         return [answer for answer, _ in found]
 
     def tokenizes(self, answers: Sequence[str]) -> None:
-        """Nothing: the server's tokenizer is not known here. An answer of several tokens shows as a refusal."""
+        """See asking.Asker. Of a server that tokenizes, as vLLM's does; of another, one of few answers that never
+        comes back while its beginning does ends the judging after a while."""
+        address = self._config.url.rstrip("/").removesuffix("/v1") + "/tokenize"
+        for answer in answers:
+            body = {"model": self._config.model, "prompt": answer, "add_special_tokens": False}
+            found = self._caller.look(address, {**body, "return_token_strs": True})
+            pieces = found.get("token_strs") if isinstance(found, dict) else None
+            if not isinstance(pieces, list):
+                return
+            words = [piece for piece in map(str, pieces) if piece.strip(" ▁ĠĊ\n")]  # a space of its own is none
+            if len(words) > 1:
+                raise self._several(f"{answer!r}, which it reads as {', '.join(map(repr, words))}")
+
+    def _check_seen(self, answers: Sequence[str]) -> None:
+        """Raises ScoreError when one that was never given is the beginning of nothing but itself."""
+        if self._count < ENOUGH or 2 * len(answers) > self._config.top_logprobs:
+            return
+        for answer in map(str.strip, answers):
+            begun = [token for token in self._seen if token and token != answer and answer.startswith(token)]
+            if answer not in self._seen and begun:
+                longest = max(begun, key=len)
+                raise self._several(f"{answer!r}, never among {self._count} replies, though {longest!r} was")
+
+    def _several(self, value: str) -> ScoreError:
+        return ScoreError(
+            "an answer is not one token of the judge",
+            where=f"the template's answers, and the tokenizer of {self._config.model}",
+            value=value,
+            rule="each answer one token of its own: its probability is read",
+            remedy="use single letters or digits in the template's answers",
+        )
 
     def memory_gib(self) -> float:
         return 0.0
@@ -98,7 +150,10 @@ class Server:
             return Answer(question.id, None, thought, str(failed)), failed
         if not tokens:
             return Answer(question.id, None, thought, "it answered nothing"), None
-        return Answer(question.id, tuple(_logp(tokens, answer) for answer in question.answers), thought), None
+        self._count += 1
+        self._seen.update(token.strip() for token, _ in tokens)
+        logps = tuple(_logp(tokens, answer) for answer in question.answers)
+        return Answer(question.id, logps, thought, unseen=min(logp for _, logp in tokens)), None
 
     def _think(self, question: Question) -> str:
         body = _sampling(question.reasoning, self._config.reasoning_temperature)
@@ -110,13 +165,32 @@ class Server:
         """What is known of this request, or else what the server says, kept before it is used. Raises Failed."""
         body = {"model": self._config.model, "messages": list(messages), **sampling, **self._config.extra}
         body = {key: value for key, value in body.items() if value is not None}
-        key = key_of(url=self._config.url, body=body)
+        key = key_of(root=self._root, revision=self._config.revision, body=body)
         found = self._cache.get(key) if self._cache is not None else None
         if found is None:
             found = self._caller.post("/chat/completions", body, read)
-            if self._cache is not None:
+            if self._cache is not None and found:  # nothing may be something the next time
                 self._cache.put(key, found)
         return found
+
+
+def _has_secret(value: Any, key: str = "") -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_secret(each, str(name)) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return any(_has_secret(each, key) for each in value)
+    return is_secret(key, value)
+
+
+def _root(models: Any, name: str) -> str:
+    """Where the weights of this model came from, as vLLM says among its models; "" where a server does not."""
+    listed = models.get("data") if isinstance(models, dict) else None
+    of_name = (
+        each
+        for each in (listed if isinstance(listed, list) else ())
+        if isinstance(each, dict) and each.get("id") == name
+    )
+    return str(next(of_name, {}).get("root") or "")
 
 
 def _sampling(tokens: int, temperature: float) -> dict[str, Any]:
@@ -128,7 +202,7 @@ def _sampling(tokens: int, temperature: float) -> dict[str, Any]:
 def _choice(reply: Any) -> Mapping[str, Any]:
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-        raise Failed(f"a reply without choices: {json.dumps(reply)[:120]}", of_any=True)
+        raise Failed(f"a reply without choices: {json.dumps(reply)}", of_any=True)
     return choices[0]
 
 
@@ -158,7 +232,7 @@ def _top_tokens(reply: Any) -> list[Token]:
         if first["token"] not in (token for token, _ in given):
             given.append((str(first["token"]), first["logprob"]))
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise Failed(f"logprobs.content in another form: {json.dumps(content)[:120]}", of_any=True) from error
+        raise Failed(f"logprobs.content in another form: {json.dumps(content)}", of_any=True) from error
     for token, logp in given:
         number = isinstance(logp, int | float) and not isinstance(logp, bool)
         if not number or math.isnan(logp):

@@ -12,7 +12,8 @@ from pydantic import Field
 from rayalign.errors import ScoreError
 from rayalign.scorers.base import ScorerConfig
 from rayalign.scorers.cache import AnswerCache, key_of, open_cache
-from rayalign.scorers.remote import Caller, Connection, Failed
+from rayalign.scorers.connection import Connection
+from rayalign.scorers.remote import Caller, Failed
 from rayalign.types import Group
 
 Text = dict[str, Any]  # prompt, completion, and columns
@@ -23,7 +24,8 @@ class Url(ScorerConfig, Connection):
 
     Request: {"prompts": [text, …], "completions": [text, …], "columns": {name: [value, …], …}}, all lists of the
     same length, `columns` those that the config names. Reply: {"scores": [number, …]}, one for each completion in
-    their order, higher is better; a list alone will do. Status 429 and 5xx are asked again, other errors end the run.
+    their order, higher is better; a list alone will do. A prompt of several
+    messages is one text, each behind its role. Status 429 and 5xx are asked again, other errors end the run.
     """
 
     paper: ClassVar = "Hu et al. 2024, arXiv:2405.11143 (rewards behind a URL)"
@@ -37,7 +39,8 @@ class Url(ScorerConfig, Connection):
     max_batch: int = Field(64, ge=1, description="completions of one request")
     cache: str | None = Field(
         None,
-        description="file that keeps the scores, for a service that gives the same one for the same text; null: none",
+        description="file that keeps the scores, for a service that gives the same one for the same text; null: none. "
+        "They are those of this url, or, where there is a revision, of that, wherever the service runs",
         examples=["~/.cache/rayalign/my_scores.sqlite"],
     )
 
@@ -55,7 +58,7 @@ class _Scores:
 
     def __call__(self, groups: Sequence[Group]) -> list[list[float]]:
         texts = [self._text(group, text) for group in groups for text in group.texts]
-        keys = [key_of(url=self._config.url, **text) for text in texts]
+        keys = [key_of(service=self._config.revision or self._config.url, **text) for text in texts]
         kept = [self._cache.get(key) if self._cache is not None else None for key in keys]
         known = {place: score for place, score in enumerate(kept) if score is not None}
         missing = [place for place in range(len(texts)) if place not in known]
@@ -89,7 +92,7 @@ class _Scores:
                 remedy="add the column to the prompts, or take it out of scorer.columns",
             )
         columns = {name: json.loads(json.dumps(extra[name], default=str)) for name in self._config.columns}
-        return {"prompt": group.prompt.text, "completion": completion, "columns": columns}
+        return {"prompt": group.prompt.conversation, "completion": completion, "columns": columns}
 
     def _scores(self, texts: Sequence[Text]) -> list[float]:
         body = {
@@ -119,5 +122,5 @@ def _numbers(reply: Any, count: int) -> list[float]:
         raise Failed(f"{len(scores)} scores for {count} completions")
     for place, score in enumerate(scores):
         if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
-            raise Failed(f"the score of completion {place} of the request is {json.dumps(score)[:80]}")
+            raise Failed(f"the score of completion {place} of the request is {json.dumps(score)}")
     return [float(score) for score in scores]

@@ -14,6 +14,7 @@ from rayalign.selfplay.shards import Answer, Shard
 from rayalign.types import Completion, Group, Request, Sampling
 
 SAY_EVERY_S = 15.0
+LONG = "a long prompt"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Opponent:
                 rule=f"at most {self.room} (engine.max_context − sampling.max_tokens)",
                 remedy="raise engine.max_context, lower sampling.max_tokens, or set data.long_prompts=skip",
             )
-        return Answer(row, (), group.prompt.text, left_out="a long prompt")
+        return Answer(row, (), group.prompt.text, left_out=LONG)
 
     def answer(self, row: int, group: Group, completion: Completion) -> Answer:
         text, same = self.decode(completion.token_ids), completion.token_ids == group.completions[0].token_ids
@@ -112,7 +113,8 @@ class Work:
                 say(f"{shard.damage}: it is set aside, and its prompts are answered again")
                 shard.set_aside()
                 there = {}
-            if there and not shard.path.is_file():
+            there = {row: answer for row, answer in there.items() if answer.left_out != LONG}  # there may be room now
+            if there and (len(there) < len(shard.rows) or not shard.path.is_file()):
                 self._begin(shard, there)
             self.answers |= {row: answer.compact() for row, answer in there.items()}
             self.missing += [row for row in shard.rows if row not in there]

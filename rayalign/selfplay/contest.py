@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ class Contest:
         samples: int,
         seed: int,
         identity: dict[str, Any],
+        say: Callable[[str], None] = lambda text: None,
     ):
+        self._say = say
         self._rows, self._collector, self._scorer = rows, collector, scorer
         self._sampling, self._samples, self._seed = [sampling] * samples, samples, seed
         known = identity | {"sampling": settings_of(sampling), "samples": samples, "seed": seed, "held_out": True}
@@ -81,6 +83,7 @@ class Contest:
         else:
             first = self._file.read()
         if len(first) < len(answers):
+            self._say(f"no win rate: {self._file.damage or f'{self._file.path} is not there'}")
             return metrics
         wins = np.array(self._wins(groups, answers, texts, first)).reshape(len(groups), -1)
         low, high = bootstrap_interval(wins.mean(axis=1), seed=self._seed)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from rayalign.data.files import set_aside
 from rayalign.data.order import Passes
 from rayalign.errors import TrainingStopped
 from rayalign.rollouts import Progress, Rollout
 from rayalign.selfplay.asking import Opponent, Rate, Work
-from rayalign.selfplay.shards import AWAY, Answer, Shard, settings_of
+from rayalign.selfplay.shards import Answer, Shard, settings_of
 from rayalign.types import Group, Metrics
 
 FOLDER = "generations"
@@ -188,7 +190,6 @@ class Generations:
             "data": self._rows.fingerprint,
             "sampling": settings_of(self._opponent.sampling),
             "seed": self._opponent.seed,
-            "room": self._opponent.room,
             "model": self._identity,
         }
         starts = range(0, self._total, size)
@@ -280,7 +281,9 @@ class Generations:
                 remedy="use the last checkpoint; or other data, or a higher sampling.temperature if that was low",
             )
         if left_out:
-            self._say(f"iteration {iteration}: {left_out:,} prompts left out, as they leave no room for an answer")
+            why = Counter(answer.left_out for answer in answers.values() if answer.left_out)
+            told = ", ".join(f"{count:,} for {reason}" for reason, count in why.items())
+            self._say(f"iteration {iteration}: {left_out:,} prompts left out: {told}")
         self._more = {
             "generation/answers": float(len(answers) - left_out),
             "generation/left_out": float(left_out),
@@ -294,9 +297,5 @@ class Generations:
         for folder in sorted(self._folder.glob("iteration-*")):
             number = re.fullmatch(r"iteration-(\d+)", folder.name)
             if number and self._course.first_step(int(number[1])) > step:
-                target = folder.with_name(f"{folder.name}{AWAY}")
-                suffix = 1
-                while target.exists():
-                    suffix, target = suffix + 1, folder.with_name(f"{folder.name}{AWAY}-{suffix + 1}")
-                folder.replace(target)
+                target = set_aside(folder)
                 self._say(f"{folder.name} was answered by a later policy than the checkpoint's: moved to {target.name}")

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rayalign.data.files import set_aside
 from rayalign.errors import CheckpointError
 from rayalign.types import Completion, Sampling
-
-AWAY = ".set-aside"  # behind the names of files that are not what they should be
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Shard:
         self.close()
         for path in (self.path, self._part):
             if path.is_file():
-                path.replace(path.with_name(path.name + AWAY))
+                set_aside(path)
 
     def begin(self, known: Iterable[Answer]) -> None:
         """Go on with a shard that is not whole, from these answers of it."""

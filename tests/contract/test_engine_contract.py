@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rayalign.engines.common import MOST_CHOICES
 from rayalign.errors import DataError, SyncMismatch
 from rayalign.protocols import Engine, WeightPush
 from rayalign.sync.flat import pack
@@ -163,6 +164,10 @@ def test_choices_have_the_logps_of_the_whole_distribution_however_it_is_sampled(
         np.testing.assert_allclose(completion.logps, same.logps, atol=TOLERANCE)
     (turned,) = serve(engine, ask(0, max_tokens=1, temperature=0.0, choices=choices[::-1]))
     np.testing.assert_allclose(turned.choice_logps, expected[::-1], atol=TOLERANCE)
+    many = tuple(range(MOST_CHOICES))
+    (scale,) = serve(engine, ask(0, max_tokens=1, choices=many))
+    whole = forward_logits(base_model, (*PROMPT, 0))[-1].log_softmax(-1)[list(many)].numpy()
+    np.testing.assert_allclose(scale.choice_logps, whole, atol=TOLERANCE)
     (reading,) = serve(engine, ask(0, prompt=(7,), max_tokens=1, choices=(5,)))
     first = forward_logits(base_model, (7, 0))[-1].log_softmax(-1)[5]
     np.testing.assert_allclose(reading.choice_logps, [float(first)], atol=TOLERANCE)

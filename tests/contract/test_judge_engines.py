@@ -10,13 +10,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from rayalign.errors import ScoreError
-from rayalign.protocols import Engine
+from rayalign.errors import ScoreError, SyncMismatch
+from rayalign.protocols import Engine, Roles
 from rayalign.scorers.asking import Asker, Question
 from rayalign.scorers.engine_asker import EngineAsking
-from rayalign.scorers.lent import CountedEngine
+from rayalign.scorers.judge import Judge
+from rayalign.scorers.lent import CountedEngine, LentScorer
+from rayalign.sync.flat import pack
 from rayalign.types import Request, Sampling
 from tests.contract.conftest import MAX_CONTEXT
+from tests.judges import group
 
 ANSWERS = ("A", "B", "y")
 
@@ -87,3 +90,21 @@ def test_a_counted_engine_knows_what_is_open(engine: Engine) -> None:
     while len(done) < 2:
         done += counted.poll()
     assert counted.idle and {completion.request_id for completion in done} == {"r0", "r1"}
+
+
+def test_an_engine_that_failed_while_it_judged_samples_only_after_a_load(
+    engine: Engine, tiny_llama: Path, base_model: PreTrainedModel
+) -> None:
+    counted, request = CountedEngine(engine), Request("r", (4, 5, 6), Sampling(1), 0)
+    tokenizer, learner = AutoTokenizer.from_pretrained(tiny_llama), object()  # which cannot be pushed
+    config = Judge.model_validate({"ask": "policy", "min_mass": 0.0})
+    roles = Roles(policy=learner, reference=learner)  # type: ignore[arg-type]
+    scorer = LentScorer(config, counted, roles, tokenizer, max_context=MAX_CONTEXT, max_gap=1.0)
+    scorer.submit([group(0, "a", "b")])
+    with pytest.raises(AttributeError):
+        scorer.poll()
+    with pytest.raises(SyncMismatch, match="the weights that it judged with"):
+        counted.submit([request])
+    counted.load(pack(base_model.named_parameters(), 1))
+    counted.submit([request])
+    assert counted.poll() or counted.poll()

@@ -125,9 +125,19 @@ def test_many_questions_come_back_in_their_order_and_are_not_asked_twice(asker, 
     assert [each.id for each in found] == [each.id for each in asked]
     assert len({each.logps for each in found}) > 10 and all(each.error is None for each in found)
     elsewhere = ServerAsker(**settings, top_logprobs=VOCAB_SIZE).start()
+    assert elsewhere.ask(asked[:1]) == found[:1] and elsewhere._root == str(model)
     elsewhere._caller.close()  # nobody can be asked any more
     assert elsewhere.ask(asked) == found
     elsewhere.close()
+
+
+def test_an_answer_of_several_tokens_is_told_before_anything_is_asked(asker, model):
+    tokenizer = build_tokenizer()
+    asker.tokenizes([name for name in ("a", "b", "1", "2") if len(tokenizer(name)["input_ids"]) == 1])
+    several = "what a film this is"
+    assert len(tokenizer(several)["input_ids"]) > 1
+    with pytest.raises(ScoreError, match="not one token"):
+        asker.tokenizes(["a", several])
 
 
 def test_a_reasoning_step_is_thought_and_then_answered(asker, model):

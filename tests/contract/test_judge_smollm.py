@@ -31,7 +31,14 @@ def test_a_real_judge_rates_praise_above_blame_and_is_measured_against_a_rule() 
     engine = {"name": "vllm", "max_context": 640, "max_running": 16, "kv_cache_gib": 0.25, "dtype": "float32"}
     ask = {"name": "engine", "model": str(MODEL), "engine": engine}
     config = Judge.model_validate(
-        {"name": "judge", "mode": "direct", "template": "positive_score", "ask": ask, "report_agreement": "vader"}
+        {
+            "name": "judge",
+            "mode": "direct",
+            "template": "positive_score",
+            "ask": ask,
+            "min_mass": 0.02,
+            "report_agreement": "vader",
+        }
     )
     config.check(str(MODEL))
     scorer = LocalScorer(config)

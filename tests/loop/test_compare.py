@@ -154,10 +154,17 @@ def test_the_same_model_twice_is_refused(runs, tmp_path):
 def test_other_held_out_prompts_are_refused(runs, make, tmp_path):
     from rayalign.api import run_training
 
-    other = run_training(make(train__steps=1, data__held_out=0.4, evaluation__prompts=8)).run_dir
+    other = run_training(make(train__steps=1, data__shuffle_seed=1, evaluation__prompts=8)).run_dir
     error = failing(tmp_path, runs, other)
     assert error.what == "the two runs hold out different prompts" and "--config" in error.remedy
     assert "in common, of 4 of" in error.value
+
+
+def test_a_run_that_was_evaluated_on_fewer_of_the_same_prompts_can_be_compared(runs, make, tmp_path):
+    from rayalign.api import run_training
+
+    other = run_training(make(train__steps=1, evaluation__prompts=2)).run_dir
+    assert run_comparison(runs, other, out=tmp_path / "out").verdicts.lead.shape == (4, 4)
 
 
 def test_folders_that_hold_nothing_are_refused(runs, model, tmp_path):

@@ -64,9 +64,9 @@ class Counting:
 def play(engine, tmp_path):
     """Generations of some rows, and its engine."""
 
-    def begin(answers=((5, 1),) * COUNT, *, folder="run", **settings):
+    def begin(answers=((5, 1),) * COUNT, *, folder="run", room=20, **settings):
         counting = Counting(engine)
-        opponent = Opponent(counting, SAMPLING, lambda ids: " ".join(map(str, ids)), 0, 20, False, open=5)
+        opponent = Opponent(counting, SAMPLING, lambda ids: " ".join(map(str, ids)), 0, room, False, open=5)
         spin = SPIN(**{"iterations": 3, "steps": 2, "shard": 5, **settings})
         said = []
         return Generations(Rows(answers), opponent, spin, tmp_path / folder, count=4, say=said.append), counting, said
@@ -92,6 +92,20 @@ def test_each_prompt_is_asked_once_an_iteration_and_few_are_open(play):
     assert engine.asked == [] and "12 of them there already" in said[0]
     assert [again.samples_before(step) for step in range(7)] == [True, False] * 3 + [False]
     assert [generations.milestone(step) for step in range(7)] == [False, False, True, False, True, False, True]
+
+
+def test_answers_stay_when_the_context_changes(play):
+    """Only prompts that had no room are asked again, where the opponent still is what it was."""
+    play()[0].start(0)
+    again, engine, said = play(room=19)
+    again.start(0)
+    assert engine.asked == [] and not any("lost" in each for each in said)
+    short, engine, _ = play(folder="short", room=2)
+    with pytest.raises(TrainingStopped, match="no prompt was answered"):
+        short.start(0)
+    longer, engine, _ = play(folder="short")
+    longer.start(0)
+    assert len(longer.take(0).groups) == 4 and len(engine.asked) == COUNT
 
 
 def test_answers_do_not_depend_on_shards_or_on_what_is_open(play):
@@ -167,6 +181,14 @@ def test_what_a_kill_leaves_of_a_part_is_read(tmp_path, cut):
     again = shard(tmp_path)
     assert list(again.read()) == [0, 2] and not again.damage
     assert shard(tmp_path, seed=1).read() == {}  # another one's
+
+
+def test_nothing_that_was_set_aside_is_written_over(tmp_path):
+    for number in range(3):
+        shard(tmp_path, seed=number).finish(ANSWERS)
+        shard(tmp_path).set_aside()
+    kept = {json.loads(each.read_text().split("\n")[0])["seed"] for each in tmp_path.glob("*.set-aside*")}
+    assert kept == {0, 1, 2}
 
 
 @pytest.mark.parametrize("damage", ["half", "no head", "other bytes", "empty"])

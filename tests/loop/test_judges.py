@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rayalign.api import run_evaluation
 from rayalign.errors import ConfigError, ScoreError
+from rayalign.scorers.mix import Mix
 from tests.judges import build_steady_judge
 from tests.loop.conftest import records, timeless
 
@@ -82,6 +85,18 @@ def test_a_checkpoint_is_judged_by_the_model_it_began_as(train, make, judge, tmp
     path = result.run_dir / "checkpoints" / "step-4"
     again = run_evaluation(make(**changes), model=str(path))
     assert again.metrics == pytest.approx(result.evaluations[4].metrics, abs=1e-5)
+
+
+def test_a_run_goes_on_with_the_template_that_it_began_with(train, judge, tmp_path):
+    scorer, run = judge("policy"), {"run_dir": str(tmp_path / "run"), **LONGER}
+    train(scorer=scorer, **run, train__steps=1, checkpoint__every=1)
+    path = Path(scorer["template"])
+    path.write_text(path.read_text().replace("answers:", "system: be strict\nanswers:"))
+    with pytest.raises(ConfigError, match="this file is not the one") as raised:
+        train(scorer=scorer, **run, train__steps=2, resume=True)
+    assert raised.value.where == "key scorer.template"
+    mixed = Mix.model_validate({"scorers": [{"scorer": scorer}]})
+    assert mixed.contents()["scorers.0.scorer.template"] != raised.value.rule.partition(",")[0]
 
 
 def test_a_judge_that_never_answers_stops_the_run(train, judge, tmp_path):

@@ -41,7 +41,7 @@ def test_answers_and_scores_of_all_training_prompts(label):
     assert not (found.run_dir / "checkpoints").exists()
 
 
-def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, tmp_path):
+def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, capsys):
     """A torn shard, and one of something else, are made again; whole ones are not."""
     first = label()
     shards = sorted((first.run_dir / "labels").iterdir())
@@ -49,9 +49,15 @@ def test_the_first_line_of_a_shard_says_what_it_was_made_of(label, tmp_path):
     shards[1].write_text(whole[1][:-20])
     head, _, rest = whole[3].partition("\n")
     shards[3].write_text(json.dumps({**json.loads(head), "fingerprint": "another"}) + "\n" + rest)
+    for number, line in ((2, "[1]\n"), (4, '{"scores": []}\n')):
+        shards[number].write_text(whole[number].partition("\n")[0] + "\n" + line)
     kept = shards[0].stat().st_mtime_ns
+    capsys.readouterr()
     again = label(resume=True)
+    assert "in 6 shards; 2 are there already" in " ".join(capsys.readouterr().err.split())
     assert [shard.read_text() for shard in shards] == whole
+    aside = [shards[number].with_name(f"{shards[number].name}.set-aside") for number in (1, 2, 3, 4)]
+    assert aside[2].read_text().endswith(rest) and all(each.is_file() for each in aside)
     assert shards[0].stat().st_mtime_ns == kept
     assert lines(again.file) == lines(first.file)
 
@@ -70,6 +76,15 @@ def test_what_was_paid_for_is_not_paid_for_again(label, tmp_path):
     whole = run_labelling(_other(found, tmp_path / "whole"))
     assert lines(found.file) == lines(whole.file)
     assert [r["step"] for r in records(found.run_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_neither_patience_nor_other_rows_make_the_answers_anew(label):
+    first = label()
+    times = {path: path.stat().st_mtime_ns for path in (first.run_dir / "labels").iterdir()}
+    for changes in ({"scorer__deadline_s": 99}, {"algorithm__write": "best"}):
+        again = label(resume=True, **changes)
+        assert {path: path.stat().st_mtime_ns for path in (first.run_dir / "labels").iterdir()} == times
+    assert all("completion" in row for row in lines(again.file))
 
 
 def _other(found, run_dir):

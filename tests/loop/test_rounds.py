@@ -9,34 +9,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rayalign.config import load_job, parse_job
-from rayalign.errors import CheckpointError, ConfigError, DataError
+from rayalign.errors import CheckpointError, ConfigError
 from rayalign.report import write_report
-from rayalign.rounds import run_job, run_rounds
-from tests.loop.conftest import records, timeless
-from tests.parts import PowerCut, tiny_config, write_prompts
-
-STAGES = [
-    {"name": "answers", "algorithm": {"name": "label", "samples": 4, "shard": 8}},
-    {"name": "sft", "algorithm": "sft", "data": {"examples": "stage:answers", "prompts": None}},
-    {"name": "dpo", "algorithm": "preference", "data": {"examples": "stage:answers", "prompts": None}},
-]
-
-
-@pytest.fixture
-def job(tmp_path, model):
-    """The data of a job of three stages on a tiny model, two steps each."""
-
-    def build(stages=STAGES, **changes):
-        base = tiny_config(tmp_path, model, train__steps=2, checkpoint__every=1, run_dir=str(tmp_path / "rounds"))
-        del base["algorithm"]
-        return {**base, "rounds": copy.deepcopy(stages), **changes}
-
-    return build
-
-
-@pytest.fixture
-def rounds(job):
-    return lambda stages=STAGES, **changes: run_rounds(parse_job(job(stages, **changes)))
+from rayalign.rounds import run_rounds
+from rayalign.rounds.manifest import content
+from tests.loop.conftest import STAGES, records, timeless
+from tests.parts import PowerCut, write_prompts
 
 
 def weights(path):
@@ -142,6 +120,7 @@ def changed(job, key, value):
         ("answers.sampling.max_tokens", 6, ["answers", "sft", "dpo"]),
         ("sft.evaluation.rows", 3, []),  # says more of the same weights
         ("dpo.checkpoint.keep", 1, []),
+        ("answers.scorer", {"name": "tests.parts:Tokens", "deadline_s": 99}, []),
     ],
 )
 def test_a_changed_input_runs_the_stage_and_those_behind_it_again(rounds, key, value, again):
@@ -154,6 +133,17 @@ def test_a_changed_input_runs_the_stage_and_those_behind_it_again(rounds, key, v
         assert (path / "manifest.json").is_file() and (path / "config.yaml").is_file()
 
 
+def test_other_rows_of_the_same_answers_are_written_without_asking_again(rounds):
+    first = rounds()
+    shards = sorted((first.run_dir / "stages/answers/labels").iterdir())
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    found = rounds(changed(copy.deepcopy(STAGES), "answers.algorithm.write", "pairs"), resume=True)
+    assert found.ran == ("answers", "sft", "dpo")
+    assert [shard.stat().st_mtime_ns for shard in shards] == times
+    assert "chosen" in found.output("answers", "data").read_text()
+    assert sorted(path.name.split("-")[0] for path in (found.run_dir / "replaced").iterdir()) == ["dpo", "sft"]
+
+
 def test_a_changed_file_runs_all_that_comes_of_it_again(rounds, tmp_path, job):
     rounds()
     assert rounds(resume=True).ran == ()
@@ -161,6 +151,18 @@ def test_a_changed_file_runs_all_that_comes_of_it_again(rounds, tmp_path, job):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(prompts.read_text().replace("film 3", "film 33"))
     assert run_rounds(parse_job({**data, "resume": True})).ran == ("answers", "sft", "dpo")
+
+
+def test_all_of_a_data_set_is_looked_at(tmp_path):
+    """Files in folders below it, and the middle of long ones."""
+    folder, file = tmp_path / "saved", tmp_path / "rows.jsonl"
+    (folder / "train").mkdir(parents=True)
+    (folder / "train/data-0.arrow").write_bytes(b"one")
+    file.write_bytes(b"a" * (17 * 2**20))
+    before = content(folder), content(file)
+    (folder / "train/data-0.arrow").write_bytes(b"two")
+    file.write_bytes(b"a" * (8 * 2**20) + b"b" + b"a" * (9 * 2**20 - 1))
+    assert content(folder) != before[0] and content(file) != before[1]
 
 
 def test_what_a_stage_left_is_made_again_when_it_is_gone(rounds, tmp_path):
@@ -210,99 +212,20 @@ def test_reward_models_and_rejection_sampling_are_stages(rounds, tmp_path):
 
 
 def test_self_play_is_a_stage(rounds):
-    best = {"name": "label", "samples": 2, "write": "best"}
-    spin = {"name": "spin", "iterations": 2, "steps": 1}
-    found = rounds([{**STAGES[0], "algorithm": best}, {**STAGES[1], "name": "spin", "algorithm": spin}, STAGES[1]])
+    answers = {**STAGES[0], "algorithm": {"name": "label", "samples": 2, "write": "best"}}
+    spin, sft = {"name": "spin", "iterations": 2, "steps": 1}, {**STAGES[1], "train": {"steps": 1}}
+
+    def stages(**more):
+        return [answers, {**STAGES[1], "name": "spin", "algorithm": {**spin, **more}}, sft]
+
+    found = rounds(stages(), train={})
     assert found.ran == ("answers", "spin", "sft")
     assert load_job(found.run_dir / "stages/sft/config.yaml").model.path == str(found.output("spin"))
-    assert list((found.run_dir / "stages/spin/generations").glob("iteration-*/shard-*"))
-
-
-def stages(*found):
-    return {"rounds": list(found)}
-
-
-A = {"name": "a", "algorithm": {"name": "label", "samples": 2}}
-SFT = {"name": "b", "algorithm": "sft", "data": {"examples": "stage:a", "prompts": None}}
-REFUSED = {
-    "no stage": ({"rounds": []}, ["key rounds", "there is no stage"]),
-    "no list": ({"rounds": {"a": 1}}, ["these are no stages", "a list of stages"]),
-    "no name": (stages(A, {"algorithm": "sft"}), ["key rounds.1", "this stage has no name"]),
-    "no good name": (stages({**A, "name": "../a"}), ["key rounds.0.name", "no name of a stage", "../a"]),
-    "a name twice": (stages(A, {**SFT, "name": "a"}), ["key rounds.1.name", "two stages have this name", "place 1"]),
-    "a name that is another's second": (
-        {**stages(A, {**SFT, "name": "a-2"}), "repeat": 2},
-        ["two stages would have the same folder", "a-2"],
-    ),
-    "an unknown stage": (
-        stages(A, {**SFT, "data": {"examples": "stage:aa"}}),
-        ["no stage is called aa", "did you mean a?"],
-    ),
-    "itself": (stages(A, {**SFT, "model": "stage:b"}), ["key rounds.b.model", "wait for one another: b → b"]),
-    "a later one": (
-        stages({**A, "model": "stage:b"}, {**SFT, "data": {"examples": "x.jsonl", "prompts": None}}),
-        ["key rounds.a.model", "a stage waits for a later one", "b comes after a", "leave model.path out"],
-    ),
-    "a cycle": (
-        stages({**A, "model": {"path": "stage:c"}}, SFT, {"name": "c", "algorithm": "sft", "model": "stage:b"}),
-        ["key rounds.a.model.path", "wait for one another: a → c → b → a"],
-    ),
-    "rows of a training": (stages(A, SFT, {**SFT, "name": "c", "data": {"examples": "stage:b", "prompts": None}}),
-                           ["key rounds.c.data.examples", "the stage b (sft) writes no data", "name a"]),
-    "weights of a labelling": (stages(A, {**SFT, "model": "stage:a"}), ["the stage a (label) trains nothing"]),
-    "a policy that is a reward model": (
-        stages(A, {**SFT, "name": "r", "algorithm": "reward_model", "scorer": None}, {**SFT, "model": "stage:r"}),
-        ["key rounds.b.model.path", "the stage r trains a reward model"],
-    ),
-    "a reward model that is a policy": (
-        stages(A, SFT, {**A, "name": "c", "scorer": {"name": "reward_model", "model": "stage:b"}}),
-        ["key rounds.c.scorer.model", "trains no reward model"],
-    ),
-    "a shared stage": ({**stages(A), "model": {"path": "stage:a"}}, ["what all stages share cannot come from one"]),
-    "a key of the whole": (stages({**A, "run_dir": "x"}), ["run_dir is none of a stage's keys"]),
-    "a stage of the wrong keys": (stages(A, {**SFT, "trian": {"steps": 1}}), ["key rounds.b.trian", "unknown key"]),
-    "a stage of a wrong value": (stages(A, {**SFT, "train": {"steps": 0}}), ["key rounds.b.train.steps", "at least 1"]),
-    "no times": ({**stages(A), "repeat": 0}, ["key repeat", "at least 1"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_refused_before_anything_starts(job, tmp_path, case):
-    changes, expected = REFUSED[case]
-    with pytest.raises(ConfigError) as error:
-        run_job(parse_job({**job(), **changes}))
-    assert all(text in str(error.value) for text in expected), str(error.value)
-    assert error.value.rule and error.value.remedy and error.value.value is not None
-    assert not (tmp_path / "rounds").exists()
-
-
-def test_the_data_of_a_later_stage_are_read_before_the_first_starts(rounds, tmp_path):
-    later = {"name": "c", "algorithm": "sft", "data": {"examples": str(tmp_path / "nope.jsonl"), "prompts": None}}
-    with pytest.raises(DataError, match="there is no such file") as error:
-        rounds([*STAGES, later])
-    assert error.value.where.startswith("stage c, ")
-    with pytest.raises(ConfigError, match="cannot be split so far") as error:
-        rounds([*STAGES, {**later, "data": STAGES[1]["data"], "train": {"minibatches": 9}}])
-    assert error.value.where == "stage c, key train.minibatches"
-    assert not (tmp_path / "rounds/stages").exists()
-
-
-def test_an_error_of_a_stage_names_it_and_what_ended_stays(rounds):
-    broken = {**STAGES[2], "algorithm": {"name": "preference", "loss": {"name": "soft"}}}
-    with pytest.raises(DataError, match="neither votes nor a probability") as error:
-        rounds([*STAGES[:2], broken])
-    assert error.value.where.startswith("stage dpo, ")
-    assert rounds(resume=True).ran == ("dpo",)
-
-
-def test_folders_that_do_not_fit_are_refused(rounds, tmp_path):
-    with pytest.raises(ConfigError, match="there are no rounds in this folder"):
-        rounds(resume=True)
-    with pytest.raises(ConfigError, match="there is nothing to resume"):
-        rounds(resume=True, run_dir=None)
-    rounds([STAGES[0]])
-    with pytest.raises(ConfigError, match="this run directory exists"):
-        rounds([STAGES[0]])
+    shards = list((found.run_dir / "stages/spin/generations").glob("iteration-*/shard-*"))
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    found = rounds(stages(iterations=3), train={}, resume=True)
+    assert found.ran == ("spin", "sft") and found.stages["spin"].steps == 3
+    assert times and [shard.stat().st_mtime_ns for shard in shards] == times
 
 
 @pytest.fixture

@@ -117,6 +117,22 @@ def test_with_adapters_the_reference_is_an_adapter_that_is_replaced(config, tmp_
     assert [timeless(r) for r in records(resumed)] == [timeless(r) for r in records(whole)]
 
 
+def test_a_win_rate_that_nobody_can_know_is_refused_or_named(config, capsys):
+    judge = {"name": "judge", "ask": {"name": "policy"}, "template": "positive"}
+    for changes, expected in (
+        ({"evaluation__before": False}, "before the first step"),
+        ({"scorer": judge}, "the judge would be the policy itself"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            config(**changes)
+    changes = {"algorithm__iterations": 1}
+    first = run_training(config(**changes))
+    (first.run_dir / "generations/start.jsonl").write_text("{}")
+    again = run_training(config(algorithm__iterations=2, resume=True))
+    assert "win_rate" in first.evaluations[3].metrics and "win_rate" not in again.evaluations[6].metrics
+    assert "no win rate: start.jsonl holds other answers" in " ".join(capsys.readouterr().err.split())
+
+
 def test_lambda_and_the_learning_rate_change_by_iteration(config):
     changes = {"algorithm__lam": [1.0, 1.0, 5.0], "algorithm__lr_scale": [1.0, 0.1], "optimizer__warmup_steps": 2}
     steps = records(run_training(config(**changes)).run_dir)

@@ -77,6 +77,7 @@ def test_rollout_t_is_sampled_by_the_version_that_depth_says(train, depth, every
     for record in steps:
         index = (record["step"] - 1) // every
         assert record["rollout/version"] == max(0, index - depth) * every
+        assert ("kl/k1" in record) == (record["rollout/version"] == record["step"] - 1)  # else of an older policy
     used = [record["reward/mean"] for record in steps]
     assert [used[i] == used[i - 1] for i in range(1, 7)] == [i % every != 0 for i in range(1, 7)]
     assert ["time/rollout_s" in record for record in steps] == [i % every == 0 for i in range(7)]
@@ -113,7 +114,7 @@ def test_ties_are_skipped_and_logged_then_learning_goes_on(train):
 @pytest.mark.parametrize("every", [1, 2])
 def test_many_rollouts_of_ties_stop_the_run_with_the_reason(train, tmp_path, every):
     """However often each of them is used."""
-    with pytest.raises(TrainingStopped, match="3 rollouts in which every prompt") as error:
+    with pytest.raises(TrainingStopped, match="3 rollouts in which no prompt left an example") as error:
         train(
             scorer={"name": "tests.parts:SameScore"},
             rollout__max_empty=3,

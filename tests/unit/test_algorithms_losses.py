@@ -196,10 +196,13 @@ def test_ktos_reference_point_is_that_of_the_next_answers(seeds):
 def test_the_mismatched_answer_is_that_of_another_prompt():
     examples, metrics = KTO().examples([*PAIRS[:2]])
     assert metrics["labels/good_share"] == 0.5
-    for example, (mine, other) in zip(examples, [(0, 1), (0, 1), (1, 0), (1, 0)], strict=True):
+    for example, (mine, other, which) in zip(examples, [(0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)], strict=True):
         own, mismatched = example.sequences
         assert own.prompt_ids == mismatched.prompt_ids == PAIRS[mine].prompt.token_ids
-        assert mismatched.completion_ids == PAIRS[other].completions[0].token_ids
+        assert mismatched.completion_ids == PAIRS[other].completions[which].token_ids
+    sampled = [group(str(i), [i], [[10 * i + k] for k in range(4)], (0.0, 1.0, 2.0, 4.0)) for i in range(3)]
+    second = [example.sequences[1] for example in KTO(samples=4).examples(sampled)[0]]
+    assert len({row.completion_ids for row in second}) == len(second) == 12  # no forward pass twice
 
 
 def test_a_mismatched_answer_is_not_longer_than_the_longest_row():

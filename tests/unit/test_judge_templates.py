@@ -18,6 +18,7 @@ ask: Which is better? Say A or B.
 think: Compare them.
 answers: {A: 1, B: 0}
 """
+VALUES = ("prompt", "first", "second")
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -67,6 +68,13 @@ def test_braces_in_what_is_judged_stay_text(tmp_path: Path) -> None:
     assert content == "Request: {first}\nA: {second} {}\nB: {x\n\nWhich is better? Say A or B."
 
 
+def test_a_key_that_holds_nothing_is_not_there(tmp_path: Path) -> None:
+    for blank in ("null", "~", ""):
+        template = load_template(write(tmp_path, f"{GOOD}system: {blank}\n"))
+        assert template.system == "" and len(template.question("q", dict.fromkeys(VALUES, "x")).messages) == 1
+    assert load_template(write(tmp_path, f"{GOOD}system: 'null'\n")).system == "null"
+
+
 def test_answers_keep_their_spelling(tmp_path: Path) -> None:
     text = GOOD.replace("{A: 1, B: 0}", "{yes: 1, 1: 0, no: 0.5}")
     assert load_template(write(tmp_path, text)).answers == {"yes": 1.0, "1": 0.0, "no": 0.5}
@@ -77,6 +85,11 @@ def test_answers_keep_their_spelling(tmp_path: Path) -> None:
     [
         ("{first}", "it", r"key prompt: the judge would not see what it judges: \{first\} is missing"),
         (GOOD, "mode: direct\nprompt: rate it\nask: 1 or 2\nanswers: {1: 1, 2: 2}", r"\{answer\} is missing"),
+        (GOOD, "mode: pairwise\n{prompt}: y\n", r"this template is not plain YAML"),
+        (GOOD, "mode: pairwise\n? [a, b]\n: y\n", r"this template is not plain YAML"),
+        (GOOD, "a: &a [*a]", r"this template is not plain YAML"),
+        ("Which is better? Say A or B.", "''", r"key ask: this cannot be used"),
+        ("Which is better? Say A or B.", "", r"key ask: this key is missing"),
         ("{second}", "{secnd} {second}", r"no placeholder is called secnd(.|\n)*did you mean second"),
         ("pairwise", "direct", r"no placeholder is called first"),
         ("pairwise", "both", r"key mode(.|\n)*found:  both"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayalign.checks import check_training
+from rayalign.config import parse_config
 from rayalign.errors import ConfigError, ScoreError
 from rayalign.rollouts import Rollout, group_metrics
+from rayalign.scorers.asking import Answer
 from rayalign.scorers.base import LocalScorer, score_groups
 from rayalign.scorers.judge import Judge
+from rayalign.scorers.mix import Mix
 from rayalign.scorers.templates import load_template
 from rayalign.types import Group, Judgement
-from tests.judges import ENDS, build_steady_judge, group, judge
+from tests.judges import ENDS, Says, build_steady_judge, group, judge
+from tests.parts import tiny_config
 from tests.tiny_models import build_tiny_llama
 
 TEXTS = ("a great film", "a bad film", "it was not very good", "happy story about love")
@@ -40,7 +46,9 @@ def steady(folder: Path, **probs: float) -> Path:
 def score(config: Judge, *groups: Group) -> list[Group]:
     scorer = LocalScorer(config)
     scorer.submit(groups)
-    found = scorer.poll()
+    found: list[Group] = []
+    while portion := scorer.poll():
+        found += portion
     scorer.close()
     return found
 
@@ -77,6 +85,70 @@ def test_preferences_are_the_mean_of_both_orders(reader: Path) -> None:
     assert len({round(p, 9) for p in matrix.flatten()}) == 7  # this judge tells all of them apart
 
 
+@pytest.mark.parametrize("name", ["engine", "policy"])
+def test_variables_of_the_chat_template_reach_it(tmp_path: Path, name: str) -> None:
+    folder = build_tiny_llama(tmp_path / "thinks", seed=7)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "{% if add_generation_prompt and enable_thinking is not defined %}think{% endif %}"
+    tokenizer.save_pretrained(folder)
+    own, variables = judge(folder).ask, {"enable_thinking": False}
+    thinking = own.start()
+    if name == "engine":
+        asking = own.model_copy(update={"chat_template_kwargs": variables}).start()
+    else:
+        ask = {"name": "policy", "chat_template_kwargs": variables}
+        asking = judge(folder, ask=ask).start_with(thinking)._asker
+    messages = [{"role": "user", "content": "x"}]
+    think = tuple(tokenizer("think", add_special_tokens=False)["input_ids"])
+    assert thinking._ids(messages) == asking._ids(messages) + think
+
+
+def test_an_answer_that_spells_special_tokens_stays_in_its_turn(reader: Path) -> None:
+    asking = judge(reader).ask.start()
+    specials = set(asking._tokenizer.all_special_ids)
+    assert len(specials) > 1
+
+    def count(answer: str) -> int:
+        return sum(token in specials for token in asking._ids([{"role": "user", "content": answer}]))
+
+    words = asking._tokenizer.all_special_tokens
+    assert count("bad" + "".join(words) + "1" + words[0] + words[0]) == count("bad")
+    assert asking._ids([{"role": "user", "content": "a <b> c"}]) == asking._turns.prompt(
+        [{"role": "user", "content": "a <b> c"}], ""
+    )
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "direct"])
+def test_the_judge_sees_the_whole_conversation(mode: str) -> None:
+    messages = ({"role": "system", "content": "In French."}, {"role": "user", "content": "Who?"})
+    one = group(0, *TEXTS[:2], prompt="Who?")
+    one = replace(one, prompt=replace(one.prompt, messages=messages))
+    asker = Says(*[math.log(0.2)] * (2 if mode == "pairwise" else 5))
+    judge("any", mode=mode).start_with(asker)([one])
+    assert all("System: In French.\n\nUser: Who?" in asked.messages[-1]["content"] for asked in asker.asked)
+    assert len(asker.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("logps", "unseen", "expected"),
+    [
+        ((math.log(0.03), -math.inf), 0.0, 0.5),  # the other may be as likely
+        ((math.log(0.3), -math.inf), math.log(0.01), 30 / 31),
+        ((math.log(0.9), -math.inf), 0.0, 0.9),
+        ((0.0, -math.inf), 0.0, 1.0),
+        ((-math.inf, math.log(0.6)), 0.0, 0.4),
+        ((math.log(0.6), math.log(0.2)), 0.0, 0.75),
+    ],
+)
+def test_an_answer_that_was_not_given_back_is_not_impossible(
+    logps: tuple[float, ...], unseen: float, expected: float
+) -> None:
+    judging = judge("any", min_mass=0.02).start_with(Says(*logps, unseen=unseen))
+    read = judging._value(Answer("q", logps, unseen=unseen))
+    assert read.value == pytest.approx(expected) and read.mass == pytest.approx(sum(map(math.exp, logps)))
+    assert judging([group(0, "a", "b")])[0].metrics["judge/mass"] == pytest.approx(read.mass)
+
+
 def test_a_direct_judge_gives_the_expected_rating_from_minus_one_to_one(reader: Path) -> None:
     (found,) = score(judge(reader, mode="direct", min_mass=0.0), group(0, *TEXTS))
     template, answers = load_template("helpful_score"), ("1", "2", "3", "4", "5")
@@ -84,7 +156,7 @@ def test_a_direct_judge_gives_the_expected_rating_from_minus_one_to_one(reader: 
         values = {"prompt": "write a review", "answer": text}
         probs = answer_probs(reader, list(template.question("q", values).messages), answers)
         assert rating == pytest.approx((probs @ np.arange(1, 6) - 3) / 2, abs=1e-5)
-    assert found.preferences is None and found.metrics == {"judge/refused": 0.0}
+    assert found.preferences is None and found.metrics.keys() == {"judge/refused", "judge/mass"}
 
 
 def test_thinking_stands_before_the_answer(reader: Path) -> None:
@@ -139,7 +211,7 @@ def test_equal_answers_are_not_compared(tmp_path: Path, reader: Path) -> None:
     ("probs", "reason"),
     [
         ({}, "0 of the probability|e-.. of the probability"),
-        ({"t1": 0.004, "t2": 0.004}, "0.008 of the probability is on its answers, min_mass is 0.02"),
+        ({"t1": 0.004, "t2": 0.004}, "0.008 of the probability is on its answers, min_mass is 0.2"),
         ({ENDS: 1.0}, "of the probability"),
         ({"t1": math.nan, "t2": math.nan}, "log-probs nan, nan"),
     ],
@@ -213,6 +285,8 @@ def test_agreement_with_a_rule_is_counted_where_both_prefer_one(reader: Path) ->
         (Judgement((1.0, 0.0), ((0.6, 0.9), (0.1, 0.5))), "no probabilities"),
         (Judgement((1.0, 0.0), ((0.5, math.nan), (math.nan, 0.5))), "no probabilities"),
         (Judgement((1.0, 0.0), None, {"judge/ties": math.inf}), "judge/ties=inf"),
+        (Judgement((1.0, 0.0), None, {"reward/mean": 99.0}), "the name of one of the run's own"),
+        (Judgement((1.0, 0.0), None, {"reward": 99.0}), "the name of one of the run's own"),
     ],
 )
 def test_judgements_are_checked(judgement: Judgement, words: str) -> None:
@@ -229,6 +303,8 @@ def test_judgements_are_checked(judgement: Judgement, words: str) -> None:
     [
         ({"mode": "direct", "template": "helpful"}, "a judge that is pairwise"),
         ({"schedule": "swiss"}, "swiss rounds need a budget"),
+        ({"ask": "policy", "deadline_s": 900.0}, "is no actor"),
+        ({"ask": "policy", "max_replacements": 0}, "is no actor"),
         ({"comparisons": 4}, "this schedule knows no budget"),
         ({"mode": "direct", "schedule": "tournament"}, "compares none"),
     ],
@@ -236,6 +312,39 @@ def test_judgements_are_checked(judgement: Judgement, words: str) -> None:
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, keys: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         judge(tmp_path, **keys)
+
+
+def test_so_few_groups_are_judged_at_once_that_a_slow_server_is_heard_of_in_time() -> None:
+    server = {"name": "server", "url": "http://127.0.0.1:9/v1", "model": "m"}
+    for keys in ({}, {"reasoning": 48}, {"schedule": "tournament"}, {"mode": "direct"}):
+        config = Judge.model_validate({"ask": server, **keys})
+        for count in (2, 4, 8):
+            groups = config.at_once(count)
+            waves = groups * config.questions(count) * (2 if config.reasoning else 1) / config.ask.concurrency
+            assert groups == 1 or waves * config.ask.timeout_s < config.deadline_s
+    rule = {"scorer": {"name": "rules", "rule": "vader"}}
+    mixed = Mix.model_validate({"scorers": [rule, {"scorer": config}]})
+    assert mixed.at_once(4) == config.at_once(4) // 2 == 16 and mixed.deadline_s == config.deadline_s
+    assert Judge.model_validate({"ask": server}).at_once(8) == 2
+
+
+def test_what_waits_is_scored_in_portions(reader: Path) -> None:
+    scorer = LocalScorer(judge(reader, min_mass=0.0, max_context=4096))
+    scorer.submit([group(index, *(f"{word} {index}" for word in "abcdefgh")) for index in range(3)])
+    assert [len(scorer.poll()) for _ in range(3)] == [2, 1, 0]
+    scorer.close()
+
+
+@pytest.mark.parametrize("keys", [{}, {"report_agreement": "vader"}, {"mode": "direct"}])
+def test_evaluations_of_a_judge_that_compares_need_two_answers(tmp_path: Path, reader: Path, keys: dict) -> None:
+    raw = tiny_config(tmp_path, reader, scorer={"name": "judge", "ask": "policy", **keys})
+    raw["evaluation"] = {"prompts": 2, "samples": 1}
+    if keys:
+        return check_training(parse_config(raw))
+    with pytest.raises(ConfigError, match="evaluations would measure nothing"):
+        check_training(parse_config(raw))
+    raw["evaluation"]["samples"] = 2
+    return check_training(parse_config(raw))
 
 
 def test_the_judge_is_looked_at_before_anything_starts(tmp_path: Path, reader: Path) -> None:

@@ -75,21 +75,27 @@ def test_rows_have_answers_that_differ_and_one_that_is_better(answers, write):
 
 
 def test_a_shard_is_read_as_it_was_written_or_not_at_all(tmp_path):
-    path = tmp_path / "labels" / "shard-0000.jsonl"
+    path, said = tmp_path / "labels" / "shard-0000.jsonl", []
     records = [record(["\u2028x\n", "é"], [0.1, 0.2], index=4), record(["y", "z"], [1.0, 2.0], index=7)]
-    assert read_shard(path, "known", [4, 7]) is None
+
+    def read(known="known", indices=(4, 7)):
+        return read_shard(path, known, indices, said.append)
+
+    assert read() is None and not said
     write_shard(path, "known", records)
-    assert read_shard(path, "known", [4, 7]) == records
-    assert read_shard(path, "another", [4, 7]) is None
-    assert read_shard(path, "known", [4]) is None
+    assert read() == records and not said
     whole = path.read_bytes()
-    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:cut])
-        assert read_shard(path, "known", [4, 7]) is None
-    path.write_bytes(b"\xff\xfe\n")
-    assert read_shard(path, "known", [4, 7]) is None
-    path.write_text("[1]\n[2]\n")
-    assert read_shard(path, "known", [4, 7]) is None
+    head = whole.partition(b"\n")[0] + b"\n"
+    bad = [whole[:cut] for cut in (0, 10, len(whole) // 2, len(whole) - 1)]
+    bad += [b"\xff\xfe\n", b"[1]\n[2]\n", head + b"[1]\n", head + b"{}\n"]
+    for text in bad:
+        path.write_bytes(text)
+        assert read() is None and not path.exists()
+    for changes in ({"known": "another"}, {"indices": [4]}):
+        path.write_bytes(whole)
+        assert read(**changes) is None
+    kept = [each.read_bytes() for each in path.parent.iterdir()]
+    assert sorted(kept) == sorted([*bad, whole, whole]) and len(said) == len(kept)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -13,6 +13,8 @@ from rayalign.algorithms.kto import KTO
 from rayalign.algorithms.losses import PAIR_LOSSES
 from rayalign.algorithms.online_preference import OnlinePreference
 from rayalign.algorithms.pairing import Pairing
+from rayalign.config import parse_config
+from rayalign.errors import ConfigError
 from rayalign.types import Sampling
 from tests.unit.algorithm_cases import group, random_groups, whole
 
@@ -118,6 +120,8 @@ def test_online_kto_and_cringe_ask_for_samples_and_no_rows():
     for algorithm in (KTO(samples=4), KTO(samples=4, paired=True), Cringe(samples=4, pairs="random")):
         assert len(algorithm.request(Sampling(max_tokens=4))) == 4 and algorithm.rows == ()
     seeded = [replace(SCORED, seed=seed) for seed in range(40)]
+    drawn = {Cringe(samples=4).examples([each])[0][0].values["seed"] for each in seeded}
+    assert len(drawn) == 40  # another s* in each step that uses the same set again
     seen = {e.sequences[0].completion_ids for e in Cringe(samples=4, pairs="random").examples(seeded)[0]}
     assert len(seen) > 1
     (example,), _ = KTO(samples=4, paired=True).examples([SCORED])
@@ -141,3 +145,11 @@ def test_online_kto_and_cringe_ask_for_samples_and_no_rows():
 def test_settings_that_do_not_fit_are_refused(record, settings, message):
     with pytest.raises(ValidationError, match=message):
         record(**settings)
+
+
+@pytest.mark.parametrize("name", ["kto", "cringe"])
+def test_who_looks_for_an_algorithm_among_the_losses_is_told_where_it_is(name):
+    algorithm = {"name": "online_preference", "loss": {"name": name}}
+    with pytest.raises(ConfigError, match="no loss is called") as error:
+        parse_config({"model": {"path": "m"}, "algorithm": algorithm, "data": {"prompts": "p.jsonl"}})
+    assert f"algorithm: {{name: {name}, samples: 4}}" in error.value.remedy

@@ -38,6 +38,20 @@ def test_jsonl_is_split_templated_and_keeps_other_columns(tokenizer, tmp_path):
     assert load(tokenizer, tmp_path / "p.jsonl", held_out=0.2, shuffle_seed=1).held_out != prompts.held_out
 
 
+def test_a_prompt_that_is_too_long_does_not_move_the_split(tokenizer, tmp_path):
+    """Stages with other contexts hold out the same prompts: none learns from what another is measured on."""
+    for long in range(0, 10, 3):
+        rows = [{"prompt": f"film {i}" + " and more" * 20 * (i == long)} for i in range(10)]
+        file = write(tmp_path / "p.jsonl", rows)
+        whole = load(tokenizer, file, room=10**6, held_out=0.3)
+        short = load(tokenizer, file, long_prompts="skip", held_out=0.3)
+        assert short.skipped == 1 and whole.skipped == 0
+        assert {p.index for p in short.held_out} == {p.index for p in whole.held_out} - {long}
+    rows = [{"prompt": "a film"}, {"prompt": "b film"}, *({"prompt": "film and more" * 50},) * 30]
+    found = load(tokenizer, write(tmp_path / "p.jsonl", rows), long_prompts="skip", held_out=0.1)
+    assert (len(found.training), len(found.held_out)) == (1, 1)
+
+
 def test_csv_parquet_json_and_chat_messages(tokenizer, tmp_path):
     (tmp_path / "p.csv").write_text("prompt,genre\n" + "".join(f"{r['prompt']},x\n" for r in ROWS))
     (tmp_path / "p.json").write_text(json.dumps(ROWS))
@@ -115,3 +129,13 @@ def test_no_chat_template_is_explained(tokenizer, tmp_path):
     bare.chat_template = None
     with pytest.raises(DataError, match=r"data.chat_template=false"):
         load(bare, write(tmp_path / "p.jsonl", ROWS))
+
+
+def test_what_scorers_are_shown_is_the_whole_conversation(tokenizer, tmp_path):
+    told = [{"role": "user", "content": "My cat is Tom."}, {"role": "assistant", "content": "Nice."}]
+    file = write(tmp_path / "p.jsonl", [{"prompt": [*told, {"role": "user", "content": "Its name?"}]}, {"prompt": "x"}])
+    first, second = load(tokenizer, file, room=10**6, held_out=0.0).training
+    assert first.conversation == "User: My cat is Tom.\n\nAssistant: Nice.\n\nUser: Its name?"
+    assert first.text == "Its name?" and second.conversation == second.text == "x"
+    french = load(tokenizer, file, room=10**6, held_out=0.0, system="In French.").training[1]
+    assert french.conversation == "System: In French.\n\nUser: x" and french.text == "x"

@@ -32,6 +32,12 @@ def test_prompts_that_gain_too_little_are_left_out_and_counted():
     assert len(RejectionSampling(samples=2).examples(groups)[0]) == 5
 
 
+@pytest.mark.parametrize("scores", [(0.1,) * 3, (0.1,) * 4, (0.7,) * 6, (0.0, 0.0)])
+def test_ties_are_left_out_and_counted(scores):
+    examples, metrics = RejectionSampling(samples=len(scores)).examples(random_groups(2, scores))
+    assert not examples and metrics["examples/dropped"] == 2.0
+
+
 def test_numbers_are_means_over_prompts_and_the_bound_is_that_of_each_n():
     found = best_of_n([[1.0, 0.0], [2.0], [], [3.0, 0.0, 0.0, 1.0]])
     assert found["best_of_n/reward"] == pytest.approx(2.0)

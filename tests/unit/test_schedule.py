@@ -80,8 +80,24 @@ def test_strengths_are_those_that_made_the_probabilities() -> None:
         gradient[i] += error
         gradient[j] -= error
     np.testing.assert_allclose(gradient, schedule.RIDGE * found, atol=1e-9)  # the optimum, ridge included
-    np.testing.assert_allclose(found, truth, atol=0.15)
+    np.testing.assert_allclose(found, truth, atol=1e-3)
     assert abs(found.sum()) < 1e-9
+
+
+def test_what_was_not_compared_is_what_a_bradley_terry_judge_would_say() -> None:
+    truth = np.array([2.0, 1.0, 0.0, -1.0])
+    _, results = play("tournament", truth)
+    expected = 1 / (1 + np.exp(truth[None, :] - truth[:, None]))
+    np.testing.assert_allclose(schedule.complete(4, results), expected, atol=2e-3)
+
+
+def test_who_wins_the_knockout_scores_best_also_among_equals() -> None:
+    random = np.random.default_rng(0)
+    for count in (4, 5, 8):
+        for _ in range(100):
+            truth = random.normal(scale=0.5, size=count)
+            _, results = play("tournament", truth)
+            assert np.argmax(schedule.win_rates(schedule.complete(count, results))) == truth.argmax()
 
 
 def test_certain_verdicts_stay_finite_and_what_never_met_is_even() -> None:

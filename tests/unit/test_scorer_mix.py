@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from rayalign.registry import resolve
 from rayalign.scorers import SCORERS
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.engine_asker import EngineAsker
-from rayalign.scorers.mix import Mix, standardised
+from rayalign.scorers.mix import Mix, joined, standardised
 from rayalign.types import Group
 from tests.parts import tiny_config
 from tests.scored import Counted, Says, group
@@ -61,12 +62,38 @@ def test_preferences_are_averaged_by_weight_where_all_that_count_give_some():
     assert judged(both[0], part(-1.0, "b", scores=(1, 0), certainty=0.5)).preferences is None
 
 
-def test_metrics_of_the_parts_go_on_and_those_of_a_second_judge_under_its_label():
-    metrics = {"judge/ties": 0.25}
-    found = judged(
-        part(1.0, "a", scores=(1, 0), metrics=metrics), part(1.0, "b", scores=(1, 0), metrics={"judge/ties": 1})
-    )
-    assert found.metrics["judge/ties"] == 0.25 and found.metrics["b/judge/ties"] == 1.0
+def test_metrics_of_the_parts_are_told_apart_by_the_config_whatever_each_says_of_a_group():
+    found = judged(part(1.0, "a", scores=(1, 0)), part(1.0, "b", scores=(1, 0), metrics={"judge/ties": 1}))
+    assert found.metrics["b/judge/ties"] == 1.0 and "judge/ties" not in found.metrics
+    ask = {"name": "server", "url": "http://127.0.0.1:9/v1", "model": "m"}
+    said = replace(group(0, "a", "b"), scores=(1.0, 0.0), metrics={"judge/ties": 0.25})
+    silent = replace(said, metrics={})
+    judges = [{"scorer": {"name": "judge", "ask": ask}, "label": label} for label in ("one", "two")]
+    both = joined(Mix.model_validate({"scorers": judges}), [silent, said])
+    assert both.metrics.keys() == {"two/judge/ties", "scores/one", "scores/two"}
+    rule = {"scorer": {"name": "rules", "rule": "vader"}}
+    assert joined(Mix.model_validate({"scorers": [rule, judges[0]]}), [silent, said]).metrics["judge/ties"] == 0.25
+
+
+def test_a_rule_that_a_judge_reports_is_no_label_of_another():
+    ask = {"name": "server", "url": "http://127.0.0.1:9/v1", "model": "m"}
+    rule = {"scorer": {"name": "rules", "rule": "vader"}}
+    both = [{"scorer": {"name": "judge", "ask": ask, "report_agreement": "vader"}}, rule]
+    with pytest.raises(ValidationError, match="as the rule that its judge reports"):
+        Mix.model_validate({"scorers": both})
+    Mix.model_validate({"scorers": [both[0], {**rule, "label": "vader_2"}]})
+
+
+def test_two_judges_on_engines_of_their_own_share_one_gpu():
+    engine = {"name": "vllm", "max_context": 512}
+
+    def judge(label, **keys):
+        ask = {"name": "engine", "model": "m", "engine": {**engine, **keys}}
+        return {"scorer": {"name": "judge", "ask": ask}, "label": label}
+
+    with pytest.raises(ValidationError, match="share one GPU"):
+        Mix.model_validate({"scorers": [judge("a"), judge("b")]})
+    Mix.model_validate({"scorers": [judge("a", gpu_memory=0.4), judge("b", gpu_memory=0.5)]})
 
 
 def test_the_parts_are_really_those_of_the_config():

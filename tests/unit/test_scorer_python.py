@@ -91,6 +91,17 @@ def test_tensors_arrays_and_objects_that_can_be_called_will_do(name, want):
     assert scored(name) == want and isinstance(want[0][0], float)
 
 
+def test_a_function_that_is_not_where_the_scorer_starts_is_a_configs_fault(rewards, monkeypatch):
+    config = Python(function="my_rewards_of_tests:score")
+    monkeypatch.delattr(rewards, "score")  # as on a node with another version of the module
+    with pytest.raises(ConfigError, match="holds no score") as raised:
+        config.start()
+    assert raised.value.where == "key scorer.function" and raised.value.value.startswith(
+        "my_rewards_of_tests:score on "
+    )
+    assert raised.value.rule and raised.value.remedy
+
+
 def test_numbers_of_any_kind_are_floats():
     config = Python(function="my_rewards_of_tests:score")
     for given in ([1, 2.0], (np.float32(1), True), torch.tensor([1.0, 2.0], dtype=torch.bfloat16), np.ones(2)):

@@ -6,51 +6,15 @@ import math
 import threading
 
 import pytest
-from pydantic import ValidationError
 
 from rayalign.errors import ScoreError
 from rayalign.scorers.asking import Asker, Question
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.judge import Judge
-from rayalign.scorers.server import ServerAsker
+from rayalign.scorers.server import ENOUGH
+from tests.chat_server import GOOD, questions, reply
 from tests.http_service import Reply, serving
-from tests.ranks import free_port
 from tests.scored import group
-
-KEY = "sk-nobody-may-read-this"
-
-
-def reply(*top: tuple[str, object], said: tuple[str, object] | None = None) -> dict:
-    """As OpenAI's chat completions: the first of the top tokens is the one that was sampled, unless another is."""
-    token, logp = said or top[0]
-    content = [{"token": token, "logprob": logp, "top_logprobs": [{"token": t, "logprob": p} for t, p in top]}]
-    return {"choices": [{"message": {"content": token}, "logprobs": {"content": content}}]}
-
-
-GOOD = reply(("A", math.log(0.6)), ("B", math.log(0.3)), ("I", math.log(0.05)))
-
-
-def questions(count: int = 3, reasoning: int = 0) -> list[Question]:
-    return [
-        Question(f"q{i}", ({"role": "user", "content": f"question {i}"},), ("A", "B"), reasoning, "So: A or B?")
-        for i in range(count)
-    ]
-
-
-@pytest.fixture
-def asker(tmp_path):
-    """An asker of a service, with a cache of the test's own; closed at the end."""
-    made = []
-
-    def make(url: str, **settings):
-        usual = {"model": "judge", "cache": str(tmp_path / "answers.sqlite"), "backoff_s": 0.001, "timeout_s": 30.0}
-        config = ServerAsker(url=url, **{**usual, **settings})
-        made.append(config.start())
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
 
 
 def test_log_probs_are_read_by_answer_and_the_order_is_that_of_the_questions(asker):
@@ -65,6 +29,7 @@ def test_log_probs_are_read_by_answer_and_the_order_is_that_of_the_questions(ask
     assert [each.id for each in found] == ["q0", "q1", "q2"]
     assert found[0].logps == pytest.approx((math.log(0.6), math.log(0.3)))
     assert found[1].logps == (-math.inf, -0.1)
+    assert found[1].unseen == -3.0  # the least likely one that was given back
     assert all(each.error is None and each.reasoning == "" for each in found)
     asked = service.asked[0]
     assert asked["path"] == "/v1/chat/completions" and asked["model"] == "judge"
@@ -125,7 +90,53 @@ def test_as_many_requests_at_once_as_the_config_says(asker):
     assert all(each.error is None for each in found) and service.most_open == 3
 
 
+# An answer is one token.
+
+
+def test_a_server_that_tokenizes_tells_an_answer_of_several_tokens_before_anything_is_asked(asker):
+    with serving(lambda body, before: Reply(GOOD)) as service:
+        service.about["/tokenize"] = lambda body: {"token_strs": ["▁", *body["prompt"].split("-")]}
+        server = asker(f"{service.url}/v1")
+        server.tokenizes(("A", "B"))
+        with pytest.raises(ScoreError, match="not one token of the judge") as raised:
+            server.tokenizes(("yes", "no-way"))
+        assert service.asked == []
+    assert raised.value.value == "'no-way', which it reads as 'no', 'way'"
+
+
+def test_of_another_server_an_answer_that_never_comes_though_its_beginning_does_ends_it(asker):
+    asked = [Question(f"q{i}", ({"role": "user", "content": str(i)},), ("yes", "no way")) for i in range(ENOUGH)]
+    with serving(lambda body, before: Reply(reply(("no", -0.1), ("yes", -3.0)))) as service:
+        server = asker(service.url)
+        server.tokenizes(("yes", "no way"))
+        assert len(server.ask(asked[:-1])) == ENOUGH - 1
+        with pytest.raises(ScoreError, match="not one token of the judge") as raised:
+            server.ask(asked)
+    assert "'no way', never among" in raised.value.value and "'no' was" in raised.value.value
+
+
 # What is paid for is kept.
+
+
+def test_a_reply_is_of_a_model_and_its_checkpoint_wherever_its_server_is(asker):
+    def models(root):
+        return {"data": [{"id": "other", "root": "/x"}, {"id": "judge", "root": root}]}
+
+    with serving(lambda body, before: Reply(GOOD)) as first, serving(lambda body, before: Reply(GOOD)) as second:
+        first.about["/models"] = second.about["/models"] = models("/weights/1")
+        asker(first.url).ask(questions(2))
+        asker(second.url).ask(questions(2))
+        assert second.asked == []
+        second.about["/models"] = models("/weights/2")
+        asker(second.url).ask(questions(2))
+        assert len(second.asked) == 2
+
+
+def test_nothing_said_may_be_something_the_next_time(asker):
+    nothing = {"choices": [{"logprobs": {"content": []}}]}
+    with serving(lambda body, before: Reply(GOOD if before else nothing)) as service:
+        assert [asker(service.url).ask(questions(1))[0].error for _ in range(3)] == ["it answered nothing", None, None]
+        assert len(service.asked) == 2
 
 
 def test_what_was_answered_is_not_asked_again_whoever_asks(asker):
@@ -137,7 +148,9 @@ def test_what_was_answered_is_not_asked_again_whoever_asks(asker):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"model": "another"}, {"top_logprobs": 5}, {"extra": {"seed": 3}}, {"cache": None}], ids=str
+    "settings",
+    [{"model": "another"}, {"revision": "2"}, {"top_logprobs": 5}, {"extra": {"seed": 3}}, {"cache": None}],
+    ids=str,
 )
 def test_where_something_that_matters_is_different_it_is_asked_again(asker, settings):
     with serving(lambda body, before: Reply(GOOD)) as service:
@@ -159,78 +172,6 @@ def test_the_thought_and_each_answer_are_kept_when_the_server_fails_in_between(a
         found = server.ask(questions(2, reasoning=5))
         assert [each.reasoning for each in found] == ["hm", "hm"] and found[0].error is None
         assert len(service.asked) == 5  # the second answer alone: all else is on disk
-
-
-# Retries.
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        Reply({"error": {"message": "slow down"}}, status=429),
-        Reply({"error": "busy"}, status=503, headers={"Retry-After": "0"}),
-        Reply(b"Internal Server Error", status=500),
-        Reply(GOOD, sent=30),
-        Reply(b'{"choices": [{"message": {"con'),
-        Reply(b"", sent=0, headers={"Content-Length": "10"}),
-        Reply(GOOD, pause_s=0.05),
-    ],
-    ids=["429", "503", "500", "half-a-body", "half-a-json", "nothing", "slow"],
-)
-def test_a_server_in_trouble_is_asked_again(asker, trouble):
-    with serving(lambda body, before: trouble if before < 2 else Reply(GOOD)) as service:
-        (found,) = asker(service.url, timeout_s=1.5 if trouble.pause_s else 30.0).ask(questions(1))
-        assert found.error is None and found.logps is not None
-        assert len(service.asked) >= 3  # one more, should this machine be as slow as the server
-
-
-@pytest.mark.parametrize(
-    ("trouble", "says"),
-    [
-        (Reply({"error": {"message": "slow down"}}, status=429), ["status 429: slow down", "lower concurrency"]),
-        (Reply(b"oops", status=500), ["status 500: oops", "look at the server's log"]),
-        (Reply(GOOD, sent=30), ["RemoteProtocolError", "look at the server's log"]),
-        (Reply(b'{"choices": [{'), ["no JSON, or half of it", "look at the server's log"]),
-        (Reply(GOOD, pause_s=0.05), ["0.3 s", "raise timeout_s"]),
-    ],
-    ids=["429", "500", "half-a-body", "half-a-json", "slow"],
-)
-def test_a_server_that_stays_in_trouble_ends_it(asker, trouble, says):
-    with serving(lambda body, before: trouble) as service, pytest.raises(ScoreError) as raised:
-        asker(service.url, retries=1, timeout_s=0.3 if "0.3 s" in says else 30.0).ask(questions(2))
-    text = str(raised.value)
-    assert text.startswith(f"key scorer.ask.url, {service.url}: the server does not answer")
-    assert "(the last of 2 tries)" in text and all(part in text for part in says), text
-
-
-def test_a_server_that_is_down_ends_it(asker):
-    url = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(ScoreError) as raised:
-        asker(url, retries=2).ask(questions(40))
-    error = raised.value
-    assert error.where == f"key scorer.ask.url, {url}" and "Connect" in error.value
-    assert error.remedy == "start the server, or correct the url; what was answered before is kept"
-
-
-def test_one_question_that_a_server_cannot_answer_costs_only_that_answer(asker):
-    def answer(body, before):
-        return Reply(b"", status=500) if body["messages"][0]["content"] == "question 2" else Reply(GOOD)
-
-    with serving(answer) as service:
-        found = asker(service.url, retries=2, concurrency=2).ask(questions(12))
-    assert [each.id for each in found if each.error] == ["q2"]
-    assert found[2].logps is None and found[2].error == "status 500: nothing, 3 times"
-
-
-def test_a_server_that_breaks_down_later_ends_it_and_what_it_had_answered_is_kept(asker):
-    with serving(lambda body, before: Reply(GOOD) if before < 5 else Reply(b"", status=500)) as service:
-        server = asker(service.url, retries=0, concurrency=1)
-        assert all(each.error is None for each in server.ask(questions(3)))
-        with pytest.raises(ScoreError, match="does not answer"):
-            server.ask(questions(30))
-        assert len(service.asked) == 9  # five answers, four failures in a row
-        assert all(each.error is None for each in asker(service.url).ask(questions(5)))
-        assert len(service.asked) == 9
 
 
 # Replies that are no answers.
@@ -282,67 +223,6 @@ def test_afterwards_it_costs_only_those_answers(asker):
         server = asker(service.url)
         assert all(each.error is None for each in server.ask(questions(2)))
         assert server.ask(questions(3))[2].error == "status 400: too long"
-
-
-# Keys.
-
-
-@pytest.mark.parametrize(
-    ("status", "part"), [(401, "that key_env names"), (403, "a key that may"), (404, "correct the url")]
-)
-def test_a_server_that_refuses_ends_it_at_once_and_never_shows_the_key(asker, monkeypatch, caplog, status, part):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    said = Reply({"error": {"message": f"not with {KEY}"}}, status=status)
-    with serving(lambda body, before: said) as service, pytest.raises(ScoreError) as raised, caplog.at_level("DEBUG"):
-        asker(service.url, key_env="JUDGE_KEY", concurrency=1).ask(questions(9))
-    assert service.headers[0]["Authorization"] == f"Bearer {KEY}" and len(service.asked) == 1
-    assert f"status {status}: not with ***" in str(raised.value) and part in raised.value.remedy
-    assert KEY not in repr(raised.value) + str(raised.value) + caplog.text
-
-
-def test_a_refused_request_without_a_key_says_how_one_is_given(asker):
-    with serving(lambda body, before: Reply({}, status=401)) as service, pytest.raises(ScoreError) as raised:
-        asker(service.url).ask(questions(1))
-    assert raised.value.remedy == "put the server's key into an environment variable, and name that as key_env"
-
-
-def test_the_key_is_in_no_file(asker, monkeypatch, tmp_path):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    with serving(lambda body, before: Reply(GOOD)) as service:
-        server = asker(service.url, key_env="JUDGE_KEY")
-        server.ask(questions(2))
-        server.close()
-    assert (tmp_path / "answers.sqlite").stat().st_size
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-    assert KEY not in str(server._config.model_dump()) + repr(server._config)
-
-
-@pytest.mark.parametrize("value", [None, "", " "])
-def test_a_key_that_is_not_there_is_said_before_anything_is_asked(asker, monkeypatch, value):
-    monkeypatch.delenv("JUDGE_KEY", raising=False)
-    if value is not None:
-        monkeypatch.setenv("JUDGE_KEY", value)
-    with pytest.raises(ScoreError) as raised:
-        asker("http://127.0.0.1:9", key_env="JUDGE_KEY")
-    assert raised.value.where == "key scorer.ask.key_env"
-    assert "on each node before `ray start`" in raised.value.rule
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"url": "127.0.0.1:8000"}, "no address of a server"),
-        ({"url": "ftp://host/v1"}, "no address of a server"),
-        ({"url": "http://host:99999/v1"}, "no address of a server"),
-        ({"url": f"http://me:{KEY}@host/v1"}, "a password or a key in it"),
-        ({"url": f"http://host/v1?api_key={KEY}"}, "a password or a key in it"),
-        ({"key_env": KEY}, "no name of an environment variable"),
-    ],
-    ids=str,
-)
-def test_a_config_that_could_not_work_or_would_show_a_key_is_refused(settings, says):
-    with pytest.raises(ValidationError, match=says):
-        ServerAsker(**{"url": "http://host/v1", "model": "judge", **settings})
 
 
 # The judge that asks such a server.

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from rayalign.api import run_training
+from rayalign.checks import check_scorer
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError, ScoreError
 from rayalign.scorers.base import score_groups
@@ -71,6 +72,19 @@ def test_the_key_is_sent(monkeypatch):
     assert service.headers[0]["Authorization"] == "Bearer abc"
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_key_that_is_not_there_is_said_before_anything_is_started(tmp_path, model, monkeypatch, mixed):
+    monkeypatch.delenv("REWARD_KEY", raising=False)
+    url = {"name": "url", "url": "http://127.0.0.1:9", "key_env": "REWARD_KEY"}
+    parts = [{"scorer": {"name": "url", "url": "http://127.0.0.1:8"}, "label": "free"}, {"scorer": url}]
+    scorer = {"name": "mix", "scorers": parts} if mixed else url
+    with pytest.raises(ConfigError, match="the key for the server is not there") as raised:
+        check_scorer(parse_config(tiny_config(tmp_path, model, scorer=scorer)))
+    assert raised.value.where == f"key {'scorer.scorers.1.scorer' if mixed else 'scorer'}.key_env"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check_scorer(parse_config(tiny_config(tmp_path, model, scorer=scorer)))  # the nodes there may have it
+
+
 def test_a_busy_service_is_asked_again():
     with serving(lambda body, n: lengths(body, n) if n > 1 else Reply(b"", status=503)) as service:
         assert scores(service.url, GROUPS) == [(1.0, 2.0, 0.0), (4.0,)] and len(service.asked) == 3
@@ -84,6 +98,17 @@ def test_scores_are_kept_where_the_config_says_and_only_new_texts_are_sent(tmp_p
         assert [each["completions"] for each in service.asked] == [["a", "bb", "", "cccc"], ["x"]]
         scores(service.url, GROUPS, cache=cache, columns=("topic",))  # another question
         assert len(service.asked) == 3
+
+
+def test_scores_of_a_revision_are_kept_wherever_the_service_runs(tmp_path):
+    cache = str(tmp_path / "scores.sqlite")
+    with serving(lengths) as first, serving(lengths) as second:
+        scores(first.url, GROUPS, cache=cache, revision="1")
+        scores(second.url, GROUPS, cache=cache, revision="1")
+        assert second.asked == []
+        scores(second.url, GROUPS, cache=cache, revision="2")
+        scores(second.url, GROUPS, cache=cache)
+        assert len(second.asked) == 2
 
 
 def test_what_was_scored_before_the_service_went_down_is_kept(tmp_path):

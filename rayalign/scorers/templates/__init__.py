@@ -25,13 +25,14 @@ Mode = Literal["pairwise", "direct"]
 
 
 class Template(Record):
-    """What a judge is asked. In `prompt` the placeholders stand for what is judged: {prompt}, and {first} and {second}
-    (pairwise) or {answer} (direct). A word in braces that is none of these is an error; other braces are text."""
+    """What a judge is asked. In `prompt` the placeholders stand for what is judged: {prompt} (all of a
+    conversation, each message behind its role, where there are several), and {first} and {second} (pairwise) or
+    {answer} (direct). A word in braces that is none of these is an error; other braces are text."""
 
     mode: Mode = Field(description="pairwise: two answers are compared; direct: one is rated")
     system: str = Field("", description="a system message before everything; empty: none")
     prompt: str = Field(description="the user's message, with placeholders")
-    ask: str = Field(description="behind it: how to answer with one of the answers, and nothing else")
+    ask: str = Field(min_length=1, description="behind it: how to answer with one of the answers, and nothing else")
     think: str = Field("", description="instead of ask where the judge thinks first; ask then follows the thinking")
     answers: dict[str, float] = Field(
         description="answer, one token → what it stands for: P(the first is better), or a score on a scale of one's own"
@@ -167,6 +168,14 @@ def _read(text: str, where: str) -> Any:
     """Scalars stay the texts that they are, so that the answer 1, or yes, is a text; numbers are read by the record."""
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
+        if not _is_plain(root, set()):
+            raise ConfigError(
+                "this template is not plain YAML",
+                where=where,
+                value="a key that is no text, or an alias of what it stands in",
+                rule="texts, lists, and mappings from texts",
+                remedy="put a text that has braces, or begins with one, in quotes",
+            )
         for key, line in _twice(root):
             raise ConfigError(
                 "this key stands twice",
@@ -175,7 +184,7 @@ def _read(text: str, where: str) -> Any:
                 rule="each key once; answers have to differ",
                 remedy="take one out",
             )
-        return yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506  it only makes texts, lists and mappings
+        found = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506  it only makes texts, lists and mappings
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(
@@ -185,6 +194,31 @@ def _read(text: str, where: str) -> Any:
             rule=f"YAML; its reader says: {getattr(error, 'problem', None) or error}",
             remedy="begin with a copy of one of those in rayalign/scorers/templates",
         ) from None
+    return _said(root, found)
+
+
+def _said(root: yaml.Node | None, found: Any) -> Any:
+    """Without the keys that hold nothing: null, ~ or no word at all."""
+    if not isinstance(root, yaml.MappingNode):
+        return found
+    blank = {key.value for key, value in root.value if _is_null(value)}
+    return {key: value for key, value in found.items() if key not in blank}
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+
+
+def _is_plain(node: yaml.Node | None, above: set[int]) -> bool:
+    """Whether all keys are texts, and nothing holds itself. Args: above: ids of the nodes that hold this one."""
+    if not isinstance(node, yaml.CollectionNode):
+        return True
+    if id(node) in above:
+        return False
+    inside = above | {id(node)}
+    if isinstance(node, yaml.SequenceNode):
+        return all(_is_plain(each, inside) for each in node.value)
+    return all(isinstance(key, yaml.ScalarNode) and _is_plain(value, inside) for key, value in node.value)
 
 
 def _twice(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
