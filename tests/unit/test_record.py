@@ -14,11 +14,6 @@ def test_what_is_wrong_with_a_record_crosses_processes_whole():
     assert (str(found), found.rule, found.remedy, found.key) == ("no such module", "one", "install it", "function")
 
 
-def test_what_is_wrong_with_a_record_crosses_processes_whole():
-    found = pickle.loads(pickle.dumps(Unfit("no such module", rule="one", remedy="install it", key="function")))
-    assert (str(found), found.rule, found.remedy, found.key) == ("no such module", "one", "install it", "function")
-
-
 def test_nested_sections_become_dotted_keys():
     assert flat({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
 
