@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests that need no GPU, each for ten minutes at most, two files at a time (those on Ray
-# clusters first, they take longest). Arguments go to pytest: `launch/test.sh -k spin`, `launch/test.sh tests/unit -x`.
+# Sets up .venv and runs the tests that need no GPU, each for ten minutes at most, two at a time (those on Ray clusters
+# first, they take longest). Arguments go to pytest: `launch/test.sh -k spin`, `launch/test.sh tests/unit -x`.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

@@ -20,6 +20,7 @@ import torch  # noqa: E402  (after the environment is set)
 torch.set_num_threads(1)
 
 import pytest  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 from rayalign.config import parse_config  # noqa: E402
 from tests.parts import tiny_config  # noqa: E402
@@ -36,3 +37,13 @@ def model(tmp_path_factory):
 def make(tmp_path, model):
     """A checked config of the tiny model, with changes."""
     return lambda **changes: parse_config(tiny_config(tmp_path, model, **changes))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Two workers: a file's tests stay in one (they share engines), and so do all Ray clusters, one at a time."""
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/ray" if nodeid.startswith("tests/ray/") else nodeid.split("::")[0]
+
+    return ByFile(config, log)
