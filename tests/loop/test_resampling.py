@@ -75,7 +75,7 @@ def test_random_pairs_of_samples_that_are_used_again_are_others(train):
 
 @pytest.mark.parametrize("again", [1, "never"])
 def test_ties_for_ever_stop_a_run_also_when_nothing_is_sampled_again(train, again):
-    with pytest.raises(TrainingStopped, match="3 rollouts in which every prompt"):
+    with pytest.raises(TrainingStopped, match="3 rollouts in which no prompt left an example"):
         train(
             scorer={"name": "tests.parts:SameScore"},
             rollout__max_empty=3,
