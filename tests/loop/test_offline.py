@@ -200,25 +200,29 @@ def test_undecided_annotators_teach_losses_of_probabilities_alone(config, tmp_pa
             examples_for(settings, load_tokenizer(settings))
 
 
-def test_prompts_beside_a_data_set_are_sampled_in_evaluations(config, tmp_path, model):
-    base = tiny_config(tmp_path, model)
-    whole = config({"name": "preference"}, "pair").to_dict()
-    whole |= {key: base[key] for key in ("scorer", "sampling", "engine")}
-    whole["data"]["prompts"] = base["data"]["prompts"]
-    whole["evaluation"] = {"prompts": 3, "samples": 2}
-    result = run_training(parse_config(whole))
+@pytest.fixture
+def beside_prompts(config, tmp_path, model):
+    """The raw config of an algorithm on pairs whose evaluations sample prompts as well."""
+
+    def whole(algorithm, **changes):
+        base, raw = tiny_config(tmp_path, model), config({"name": algorithm}, "pair", **changes).to_dict()
+        raw |= {key: base[key] for key in ("scorer", "sampling", "engine")}
+        raw["data"]["prompts"] = base["data"]["prompts"]
+        return raw | {"evaluation": {"prompts": 3, "samples": 2}}
+
+    return whole
+
+
+def test_prompts_beside_a_data_set_are_sampled_in_evaluations(beside_prompts):
+    result = run_training(parse_config(beside_prompts("preference")))
     evaluated = result.evaluations[12]
     assert len(evaluated.samples) == 6 and evaluated.metrics["kl/k3"] > 0
     assert "held_out/rewards/margins" in evaluated.metrics
     assert records(result.run_dir)[-1]["sync/version"] == 12
 
 
-def test_kl_is_reported_where_the_objective_has_no_reference(config, tmp_path, model):
-    base = tiny_config(tmp_path, model)
-    whole = config({"name": "sft"}, "pair").to_dict()
-    whole |= {key: base[key] for key in ("scorer", "sampling", "engine")}
-    whole["data"]["prompts"] = base["data"]["prompts"]
-    whole["evaluation"] = {"prompts": 3, "samples": 2}
+def test_kl_is_reported_where_the_objective_has_no_reference(beside_prompts, tmp_path):
+    whole = beside_prompts("sft")
     without = run_training(parse_config({**whole, "run_dir": str(tmp_path / "without")}))
     assert "kl/k3" not in without.evaluations[12].metrics
     whole["evaluation"]["reference"] = True
@@ -231,14 +235,11 @@ def test_kl_is_reported_where_the_objective_has_no_reference(config, tmp_path, m
     assert again.metrics["kl/k3"] == pytest.approx(beside.evaluations[12].metrics["kl/k3"], abs=1e-5)
 
 
-def test_the_temperature_of_evaluations_is_not_that_of_the_objective(config, tmp_path, model):
-    base = tiny_config(tmp_path, model)
+def test_the_temperature_of_evaluations_is_not_that_of_the_objective(beside_prompts, tmp_path):
     losses = []
     for place, temperature in enumerate((1.0, 0.5)):
-        whole = config({"name": "preference"}, "pair", train__steps=2).to_dict()
-        whole |= {key: base[key] for key in ("scorer", "engine")}
+        whole = beside_prompts("preference", train__steps=2)
         whole |= {"sampling": {"max_tokens": 8, "temperature": temperature}, "run_dir": str(tmp_path / f"run-{place}")}
-        whole["data"]["prompts"], whole["evaluation"] = base["data"]["prompts"], {"prompts": 2, "samples": 2}
         result = run_training(parse_config(whole))
         losses.append([record["loss"] for record in records(result.run_dir)])
         assert ("kl/k3" in result.evaluations[2].metrics) == (temperature == 1.0)
