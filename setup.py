@@ -26,6 +26,7 @@ REQUIRED = [
     "peft>=0.15",
     "pillow>=10",
     "filelock>=3.12",
+    "psutil>=5.9",
     "httpx>=0.27",
     "typer>=0.12",
     "rich>=13.7",

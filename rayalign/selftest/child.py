@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 GRACE_S = 5.0  # between asking a late process to end and ending it
 
@@ -22,7 +24,7 @@ class Child:
 
     Args:
         command: module and arguments.
-        deadline_s: after which it is ended, with every process of its group.
+        deadline_s: after which it is ended, with every process that it has started.
         log: file for stderr, and for stdout lines as well.
         environment: variables to set for it; None unsets one.
 
@@ -142,24 +144,29 @@ def _has_ended(process: subprocess.Popen[str]) -> bool:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End it, unless it has, and whatever is left of its group: asked first, so that it can end its own children."""
+    """End it, unless it has, and whatever it has started: asked first, so that it can end its own children. Ray's
+    workers have groups of their own and notice only when they have started that the rest is gone: they are ended by
+    descent, the others with the group."""
+    family: set[psutil.Process] = set()
     try:
-        if not _has_ended(process):
-            os.killpg(process.pid, signal.SIGTERM)
         limit = time.monotonic() + GRACE_S
+        if not _has_ended(process):
+            family |= _descendants(process.pid)
+            os.killpg(process.pid, signal.SIGTERM)
         while not _has_ended(process) and time.monotonic() < limit:
+            family |= _descendants(process.pid)
             time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        limit = time.monotonic() + 1.0
-        while _is_there(process.pid) and time.monotonic() < limit:  # a killed process needs a moment to go
-            time.sleep(0.01)
+        for each in family:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()  # refuses where the number is another process's by now
+        psutil.wait_procs(family, timeout=1.0)  # a killed process needs a moment to go
 
 
-def _is_there(group: int) -> bool:
+def _descendants(pid: int) -> set[psutil.Process]:
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()

@@ -82,14 +82,16 @@ def alive(pid: str) -> bool:
     return status.exists() and "zombie" not in status.read_text()
 
 
-def test_leaving_early_ends_a_child_and_what_it_started(tmp_path: Path) -> None:
-    """Also a grandchild that does not end when asked."""
+@pytest.mark.parametrize("session", [False, True])
+def test_leaving_early_ends_a_child_and_what_it_started(tmp_path: Path, session: bool) -> None:
+    """Also a grandchild that does not end when asked, with a process group of its own or not, as Ray's workers are
+    before they have started."""
     inner = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
     )
     text = f"""
 import subprocess, sys, time
-inner = subprocess.Popen([sys.executable, "-c", {inner!r}], stdout=subprocess.PIPE)
+inner = subprocess.Popen([sys.executable, "-c", {inner!r}], stdout=subprocess.PIPE, start_new_session={session})
 inner.stdout.readline()
 print(inner.pid, flush=True)
 time.sleep(600)
