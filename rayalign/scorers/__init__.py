@@ -2,6 +2,7 @@
 
 SCORERS = {
     "rules": "rayalign.scorers.rules:Rules",
+    "ratings": "rayalign.scorers.ratings:Ratings",
     "judge": "rayalign.scorers.judge:Judge",
     "python": "rayalign.scorers.python:Python",
     "url": "rayalign.scorers.url:Url",
