@@ -28,7 +28,7 @@ from rayalign.console import Console, logged, print_before_after, print_evaluati
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
-from rayalign.evaluate import Evaluation, evaluate, measure
+from rayalign.evaluate import Evaluation, evaluate, measure, measures
 from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder, read_records
 from rayalign.opponents import check_opponents, contest_for, generations_for, played_rows, settled
@@ -274,6 +274,7 @@ def run_evaluation(config: Config, *, model: str | None = None) -> Evaluation:
                 seed=config.seed,
                 learner_temperature=learner_temperature(config),
                 progress=console.sampled,
+                further=measures(config.algorithm, parts.roles, rows),
             )
         if rows:
             found = replace(found, metrics=found.metrics | measure(rows, config.algorithm, parts.roles))

@@ -147,7 +147,8 @@ def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
     if config.data.prompts is None:
         return PromptSet((), (), 0)
     room = config.engine.max_context - config.sampling.max_tokens
-    found = load_prompts(config.data, tokenizer, max_prompt_tokens=room)
+    gold = getattr(config.algorithm, "takes_gold", False)
+    found = load_prompts(config.data, tokenizer, max_prompt_tokens=room, gold=gold)
     if config.algorithm.request(config.sampling.sampling()):
         return found
     whole = sorted((*found.training, *found.held_out), key=lambda prompt: prompt.index)
@@ -167,6 +168,7 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
         processor=lambda: load_processor(config),
         images=getattr(config.algorithm, "images", False),
         ties=getattr(config.algorithm, "takes_ties", False),
+        gold=getattr(config.algorithm, "takes_gold", False),
     )
 
 

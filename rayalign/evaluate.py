@@ -123,6 +123,14 @@ def measure(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> Metric
     return {f"held_out/{name}": value for name, value in metrics.items()}
 
 
+def measures(algorithm: Algorithm, roles: Roles, rows: Sequence[Group]) -> Callable[[Sequence[Group]], Metrics] | None:
+    """What `evaluate` measures of scored samples, too: what `measure` says of held-out rows, where there are none and
+    the algorithm wants it. None: nothing."""
+    if rows or not getattr(algorithm, "measures_samples", False):
+        return None
+    return lambda groups: measure(groups, algorithm, roles)
+
+
 def sequence_kl(groups: Sequence[Group], roles: Roles, *, truncated: bool = False) -> list[tuple[Any, Any]]:
     """(k1, k3) of KL(policy‖reference) for each completion: sums over its tokens, in nats, both from the
     learners' log-probs, so that engine and learner rounding apart does not look like divergence. None without a

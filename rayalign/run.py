@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rayalign.checkpoint import CheckpointConfig, Checkpoints, TrainerState, load_state
 from rayalign.errors import TrainingStopped
-from rayalign.evaluate import Evaluation, EvaluationConfig, evaluate, measure, sequence_kl
+from rayalign.evaluate import Evaluation, EvaluationConfig, evaluate, measure, measures, sequence_kl
 from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder
 from rayalign.protocols import Algorithm, Roles, UpdatePlan
@@ -162,7 +162,9 @@ class Run:
                 step=step,
                 learner_temperature=self.learner_temperature,
                 progress=self.progress,
-                further=None if contest is None else partial(contest.metrics, step, self.roles.policy),
+                further=measures(self.algorithm, self.roles, self.held_out_rows)
+                if contest is None
+                else partial(contest.metrics, step, self.roles.policy),
             )
         elif contest is not None:
             self.say(f"evaluating on the prompts of {len(contest.prompts)} held-out rows")

@@ -42,6 +42,7 @@ class Prompt:
         extra: the row's other columns, for scorers.
         images: in the order in which their tokens stand in `token_ids`.
         messages: the whole conversation up to the answer, a system message included, as role and content.
+        gold_ids: a reference answer to it, its end token included, for what learns from one; empty: there is none.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Prompt:
     extra: Mapping[str, Any] = field(default_factory=dict)
     images: tuple[Picture, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
+    gold_ids: tuple[int, ...] = ()
 
     @property
     def conversation(self) -> str:
@@ -161,11 +163,12 @@ class Judgement:
 
 
 class Column(enum.Enum):
-    """Numbers that a learner can compute for each completion token of a sequence."""
+    """Numbers that a learner can compute for each completion token of a sequence, or for the whole of it."""
 
     LOGPS = "logps"  # log-prob of the token, at the rollout temperature
     ENTROPY = "entropy"  # of the next-token distribution there
     VALUES = "values"  # of a scalar head, once the token is read; a reward model's score is the last token's
+    CLASSES = "classes"  # logits of a classifier's L classes for the whole sequence: [R, L], not [R, T]
     REFERENCE_KL = "reference_kl"  # exact KL(π_ref‖π) of the next-token distributions; the reference is a peer
 
 

@@ -26,8 +26,12 @@ class Offline(Record):
     learns: ClassVar[bool] = True  # else its run trains nothing: it writes a data set
     needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
     statistics: ClassVar = None
+    further_statistics: ClassVar = None
+    carries: ClassVar[Mapping[str, float]] = {}
     loss_rows: ClassVar[int | None] = None
     by_row: ClassVar[bool] = False  # whether the rows of an example are the same whatever else its step has
+    takes_gold: ClassVar[bool] = False  # whether it looks at reference answers, the column gold of prompts and rows
+    measures_samples: ClassVar[bool] = False  # whether it measures samples of held-out prompts, too, see evaluate.py
     self_play: ClassVar[bool] = False  # whether answers of the data meet answers that the policy wrote, see selfplay
 
     def request(self, sampling: Sampling) -> list[Sampling]:

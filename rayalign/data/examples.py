@@ -129,6 +129,7 @@ def load_examples(
     processor: Callable[[], Any] | None = None,
     images: bool = False,
     ties: bool = False,
+    gold: bool = False,
 ) -> ExampleSet:
     """Open the data sets, read each row once to see whether it is of use, and hold some of them out.
 
@@ -139,13 +140,14 @@ def load_examples(
         processor: gives the model's, as AutoProcessor loads it; asked for when there are images.
         images: whether each row has to have one.
         ties: whether a pair whose annotators are undecided is of use.
+        gold: whether reference answers, where a row has one, become tokens.
 
     Raises:
         DataError: with file, row, value, rule and remedy.
     """
     turns = Turns(tokenizer, chat_template=config.chat_template)
     limit = "the model's context" if max_tokens < config.max_tokens else "data.max_tokens"
-    tokeniser = Tokeniser(turns, max_tokens=max_tokens, limit=limit, processor=processor, images=images)
+    tokeniser = Tokeniser(turns, max_tokens=max_tokens, limit=limit, processor=processor, images=images, gold=gold)
     sources: list[AnySource] = []
     first = 0
     for place, source in enumerate(config.examples):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayalign.data.columns import Reading
+from rayalign.data.gold import gold_ids
 from rayalign.data.images import ImageTurns, opened, size_of
 from rayalign.data.readers import Row
 from rayalign.data.tokens import Turns
@@ -22,6 +23,7 @@ class Tokeniser:
         limit: what sets max_tokens, in words.
         processor: gives the model's, for rows with images. Raises ConfigError for a model that sees none.
         images: whether each row has to have one.
+        gold: whether reference answers, where a row has one, become tokens; see `data.gold`.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class Tokeniser:
         limit: str = "data.max_tokens",
         processor: Callable[[], Any] | None = None,
         images: bool = False,
+        gold: bool = False,
     ):
+        self._gold = gold
         self.turns, self._max, self._limit, self._processor, self._images = turns, max_tokens, limit, processor, images
         self._roles: dict[tuple[str, ...], bool] = {}
 
@@ -57,7 +61,7 @@ class Tokeniser:
                 remedy="use such a model, or take the column out of the data",
             )
         turns = ImageTurns(self._processor(), chat_template=self.turns.chat_template)
-        return Tokeniser(turns, max_tokens=self._max, limit=self._limit, images=self._images)
+        return Tokeniser(turns, max_tokens=self._max, limit=self._limit, images=self._images, gold=self._gold)
 
     def group(self, row: Row, where: str, *, index: int, id: str) -> tuple[Group, bool]:
         """The group, and whether something of the row was cut.
@@ -75,15 +79,18 @@ class Tokeniser:
             Completion(f"{id}/{k}", ids, (), "stop" if ids == whole else "length", -1)
             for k, (ids, whole) in enumerate(zip(cut, answers, strict=True))
         )
+        extra, room = dict(row.extra or {}), self._max - len(prompt)
+        gold = gold_ids(extra, row.prompt, self.turns, room, where) if self._gold else ()
         group = Group(
             id,
             Prompt(
                 index,
                 row.prompt[-1]["content"],
                 prompt,
-                dict(row.extra or {}),
+                extra,
                 tuple(opened(image, where) for image in row.images),
                 tuple(row.prompt),
+                gold,
             ),
             completions,
             row.answers,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.data.files import set_aside
+from rayalign.data.gold import COLUMN
 from rayalign.errors import CheckpointError
 from rayalign.types import Group
 
@@ -33,6 +34,7 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "scores": list(group.scores or ()),
         "preferences": group.preferences,
         "metrics": dict(group.metrics),
+        **({COLUMN: group.prompt.extra[COLUMN]} if COLUMN in group.prompt.extra else {}),
     }
 
 
@@ -92,7 +94,8 @@ def _pair(record: Record, i: int, j: int) -> Row | None:
 
 
 def _row(record: Record, **columns: Any) -> Row:
-    return {"prompt": record["prompt"], **columns}
+    """A reference answer goes along, so that what learns from the rows has it."""
+    return {"prompt": record["prompt"], **columns, **({COLUMN: record[COLUMN]} if COLUMN in record else {})}
 
 
 def write_shard(path: Path, known: str, records: Sequence[Record]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rayalign.data.config import DataConfig
+from rayalign.data.gold import gold_ids
 from rayalign.data.messages import prompt_messages
 from rayalign.data.rows import read_rows
 from rayalign.data.tokens import Turns
@@ -29,16 +30,20 @@ class PromptSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the prompts' tokens, and of which are held out."""
-        known = [[(p.index, p.token_ids) for p in part] for part in (self.training, self.held_out)]
+        """Of the prompts' tokens and reference answers, and of which are held out."""
+        known = [
+            [(p.index, p.token_ids, p.gold_ids) if p.gold_ids else (p.index, p.token_ids) for p in part]
+            for part in (self.training, self.held_out)
+        ]
         return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
 
 
-def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSet:
+def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, gold: bool = False) -> PromptSet:
     """Read, check, template and tokenise.
 
     Args:
         max_prompt_tokens: what the engine's context leaves beside the longest completion.
+        gold: whether reference answers, where a row has one, become tokens; see `data.gold`.
 
     Raises:
         DataError: with file, row, value, rule and remedy.
@@ -72,7 +77,10 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) 
             skipped += 1
             continue
         extra = {key: value for key, value in row.items() if key != config.prompt_column}
-        prompts.append(Prompt(index, messages[-1]["content"], token_ids, extra, messages=tuple(messages)))
+        answer = gold_ids(extra, messages, turns, config.max_tokens - len(token_ids), where) if gold else ()
+        prompts.append(
+            Prompt(index, messages[-1]["content"], token_ids, extra, messages=tuple(messages), gold_ids=answer)
+        )
     if not prompts:
         raise DataError(
             "every prompt is too long",

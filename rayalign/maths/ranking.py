@@ -110,7 +110,9 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
     return torch.where(counted, losses, torch.zeros_like(losses)).sum(-1)
 
 
-def margin_ranking_loss(p: Tensor, *, margin: float, reduction: str, mask: Tensor | None = None) -> Tensor:
+def margin_ranking_loss(
+    p: Tensor, *, margin: float, reduction: str, mask: Tensor | None = None, ranks: Tensor | None = None
+) -> Tensor:
     """Σ_{i<j} max(0, p_j − p_i + margin·(j−i)) over candidates ordered best first. [B, K] → [B].
 
     Args:
@@ -119,8 +121,10 @@ def margin_ranking_loss(p: Tensor, *, margin: float, reduction: str, mask: Tenso
         reduction: "pair_sum", as written; "offset_mean": for each offset j−i the mean over its pairs,
             summed over the offsets (the released code).
         mask: [B, K] of the candidates that are there; the others form no pair, and positions still count them.
+        ranks: [B, K] whole numbers from 0 for the best to at most K−1, in the place of positions: candidates of equal
+            rank form no pair, and j−i is the difference of ranks; their order is free. None: the positions.
 
-    Source: Wang et al. 2023 eq. 7.
+    Source: Wang et al. 2023 eq. 7; that ties form no pair is ours.
 
     Raises:
         ValueError: an unknown reduction, a negative margin, shapes that differ.
@@ -130,11 +134,29 @@ def margin_ranking_loss(p: Tensor, *, margin: float, reduction: str, mask: Tenso
     require_non_negative(margin=margin)
     p, counted = _check_candidates(p, torch.ones_like(p, dtype=torch.bool) if mask is None else mask)
     total = p.sum(-1) * 0
+    if ranks is not None:
+        require_same_shape(p=p, ranks=ranks)
+        return total + _ranked_margins(p, ranks, counted, margin, reduction)
     for offset in range(1, p.shape[1]):
         pairs = counted[:, offset:] & counted[:, :-offset]
         short = torch.relu(p[:, offset:] - p[:, :-offset] + margin * offset)
         sums = torch.where(pairs, short, torch.zeros_like(short)).sum(-1)
         total = total + (sums if reduction == "pair_sum" else divide(sums, pairs.sum(-1)))
+    return total
+
+
+def _ranked_margins(p: Tensor, ranks: Tensor, counted: Tensor, margin: float, reduction: str) -> Tensor:
+    """[B] of `margin_ranking_loss`, by ranks."""
+    offsets = (ranks.unsqueeze(1) - ranks.unsqueeze(2)).to(p.dtype)  # [b, i, j]: how much worse j is than i
+    pairs = _ranked_pairs(ranks, counted)
+    short = torch.relu(p.unsqueeze(1) - p.unsqueeze(2) + margin * offsets)
+    short = torch.where(pairs, short, torch.zeros_like(short))
+    if reduction == "pair_sum":
+        return short.sum((1, 2))
+    total = torch.zeros_like(short[:, 0, 0])
+    for offset in range(1, p.shape[1]):
+        alike = pairs & (offsets == offset)
+        total = total + divide(torch.where(alike, short, torch.zeros_like(short)).sum((1, 2)), alike.sum((1, 2)))
     return total
 
 

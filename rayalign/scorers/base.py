@@ -22,6 +22,7 @@ AT_ONCE = 32  # groups that are scored in one call, at most: more would keep oth
 TAKEN = (
     *("reward", "rewards", "length", "truncated", "completion", "rollout", "time", "memory", "kl", "loss", "logps"),
     *("step", "eval", "held_out", "win_rate", "examples", "pairs", "best_of_n", "distinct_1", "distinct_2"),
+    *("ranking", "likelihood", "candidates", "gold"),
 )
 
 
