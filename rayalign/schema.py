@@ -11,6 +11,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from rayalign.algorithms import ALGORITHMS
 from rayalign.checkpoint import CheckpointConfig
 from rayalign.data.prompts import DataConfig
+from rayalign.decoding import SAMPLINGS
 from rayalign.engines import ENGINES
 from rayalign.evaluate import EvaluationConfig
 from rayalign.learners import LEARNERS
@@ -24,7 +25,6 @@ from rayalign.runtime.placement import PLACEMENTS
 from rayalign.scorers import SCORERS
 from rayalign.sync.handshake import SyncConfig
 from rayalign.trackers import TRACKERS
-from rayalign.types import Sampling
 
 ROUNDS_KEYS = {
     "rounds": "stages that run one after the other: each has a name, and the keys in which it differs from the others; "
@@ -33,6 +33,7 @@ ROUNDS_KEYS = {
 }
 
 AnyAlgorithm = Annotated[SerializeAsAny[Record], Tagged("algorithm", ALGORITHMS, "examples")]
+AnySampling = Annotated[SerializeAsAny[Record], Tagged("sampling", SAMPLINGS, "sampling", "sample")]
 AnyEngine = Annotated[SerializeAsAny[Record], Tagged("engine", ENGINES, "build", "vllm")]
 AnyLearner = Annotated[SerializeAsAny[Record], Tagged("learner", LEARNERS, "build", "deepspeed")]
 AnyScorer = Annotated[SerializeAsAny[Record], Tagged("scorer", SCORERS, "start")]
@@ -49,30 +50,6 @@ class ModelConfig(Record):
     lora: LoraConfig | None = Field(
         None, description="train adapters of low rank instead of all weights", examples=[{"rank": 16, "alpha": 32}]
     )
-
-
-class SamplingConfig(Record):
-    """How completions are sampled."""
-
-    max_tokens: int = Field(64, ge=1, description="longest completion, in tokens")
-    min_tokens: int = Field(0, ge=0, description="no end token before this many tokens")
-    temperature: float = Field(1.0, ge=0, description="of the softmax; 0 is greedy. The learner applies it too")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 is off")
-    top_k: int = Field(0, ge=0, description="0 is off")
-
-    @model_validator(mode="after")
-    def _room(self) -> SamplingConfig:
-        if self.min_tokens > self.max_tokens:
-            raise Unfit(
-                "completions could never end",
-                key="min_tokens",
-                rule=f"at most sampling.max_tokens={self.max_tokens}",
-                remedy=f"lower min_tokens to {self.max_tokens} or less, or raise max_tokens",
-            )
-        return self
-
-    def sampling(self) -> Sampling:
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k, self.min_tokens)
 
 
 class Config(Record):
@@ -93,7 +70,7 @@ class Config(Record):
         description="what tells good completions from bad ones, where completions are sampled",
         examples=[{"name": "rules", "rule": "vader"}],
     )
-    sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
+    sampling: AnySampling = Field({"name": "sample"}, description="how completions are sampled, or searched")
     rollout: RolloutConfig = Field(RolloutConfig(), description="how many prompts a step, and how fresh their samples")
     train: TrainConfig = Field(TrainConfig(), description="the length of the run, and the use of one rollout")
     engine: AnyEngine = Field({"name": "vllm"}, description="what samples completions")
@@ -147,6 +124,28 @@ class Config(Record):
                 key="data.prompts",
                 rule="a live reference where completions are sampled: KL is measured on them",
                 remedy="set algorithm.reference.cached=false, or take data.prompts out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _searched(self) -> Config:
+        """A search gives as many completions as it has beams."""
+        search, asked = self.sampling.sampling().search, self.algorithm.request(self.sampling.sampling())
+        if search is None:
+            return self
+        if asked and len(asked) != search.beams:
+            raise Unfit(
+                "the search gives another number of completions than the algorithm takes",
+                key="sampling.beams",
+                rule=f"algorithm.samples={len(asked)}, or samples as beams={search.beams}",
+                remedy=f"set algorithm.samples={search.beams}, or beams={len(asked)} with groups that divide it",
+            )
+        if self.self_play:
+            raise Unfit(
+                f"{self.algorithm.name} takes one answer for each row, drawn from the policy",
+                key="sampling.name",
+                rule=f"sample with {self.algorithm.name}",
+                remedy="take sampling.name out, and the keys of the search",
             )
         return self
 

@@ -7,6 +7,7 @@ Shapes: R rows (sequences), B examples, T tokens, K candidates for one prompt.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -63,12 +64,29 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class DiverseBeam:
+    """Diverse beam search instead of sampling: `beams` candidates of one prompt, in `groups` of the same size.
+
+    Attributes:
+        penalty: nats that a token loses for each beam of an earlier group that has it at the same position.
+        length_penalty: candidates are ranked by sum ÷ length^length_penalty.
+    """
+
+    beams: int
+    groups: int
+    penalty: float = 4.0
+    length_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
 class Sampling:
     """Sampling parameters of one request. `top_k=0` and `top_p=1.0` mean off; temperature 0 is greedy.
 
     Attributes:
         choices: tokens whose log-probs are wanted at the first generated position, whatever is sampled there:
             those of the whole distribution at temperature 1. What a judge answers is read from them.
+        search: all candidates of the prompt are searched by one request; nothing is drawn, so that its seed,
+            temperature, top_p and top_k mean nothing.
     """
 
     max_tokens: int
@@ -78,17 +96,24 @@ class Sampling:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     choices: tuple[int, ...] = ()
+    search: DiverseBeam | None = None
 
     @property
     def truncated(self) -> bool:
         """Whether what is sampled is not softmax(logits / temperature), so that log-probs of the whole
         distribution say nothing about samples of this one."""
-        return self.temperature == 0 or self.top_p < 1 or self.top_k > 0 or self.min_tokens > 0
+        kept_from = self.temperature == 0 or self.top_p < 1 or self.top_k > 0 or self.min_tokens > 0
+        return kept_from or self.search is not None
+
+    @property
+    def ordinary(self) -> Sampling:
+        """Itself; of a search, samples at temperature 1 that are as long: what a policy is evaluated on."""
+        return self if self.search is None else Sampling(self.max_tokens, stop_token_ids=self.stop_token_ids)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion that is asked of an engine. `id` is unique among the requests that are open."""
+    """One completion, or one search, that is asked of an engine. `id` is unique among the requests that are open."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -97,8 +122,35 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One of the completions that a search found.
+
+    Attributes:
+        token_ids: the end token included when there is one.
+        logps: of them under the model at temperature 1, without penalty.
+        group: the one that found it, counted from 0.
+        score: sum of log-probs less the diversity penalties, ÷ length^length_penalty: what it was ranked by.
+        finish_reason: "stop" (an end token), "length" (cut at `max_tokens`).
+    """
+
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    group: int
+    score: float
+    finish_reason: str
+
+    @property
+    def sum_logp(self) -> float:
+        return math.fsum(self.logps)
+
+    @property
+    def mean_logp(self) -> float:
+        return self.sum_logp / len(self.logps)
+
+
+@dataclass(frozen=True)
 class Completion:
-    """What an engine gives back for one request.
+    """What an engine gives back for one request. Of a search, tokens and log-probs are the best candidate's.
 
     Attributes:
         token_ids: the sampled tokens, the end token included when there is one.
@@ -109,6 +161,7 @@ class Completion:
         engine: the name of the engine that served it, for the log.
         choice_logps: of `Sampling.choices`, in their order; empty where none were asked for. What exp(·) of them
             adds up to is the share of the distribution that is on the choices.
+        candidates: of a search, the best score first.
     """
 
     request_id: str
@@ -118,6 +171,12 @@ class Completion:
     version: int
     engine: str = ""
     choice_logps: tuple[float, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+    @classmethod
+    def of_search(cls, request_id: str, found: tuple[Candidate, ...], version: int, engine: str) -> Completion:
+        best = found[0]
+        return cls(request_id, best.token_ids, best.logps, best.finish_reason, version, engine, candidates=found)
 
 
 @dataclass(frozen=True)

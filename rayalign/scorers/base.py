@@ -141,6 +141,7 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
                 remedy="leave a metric out where there is nothing to say",
             )
     preferences = None if found.preferences is None else _matrix(group, found.preferences, who)
+    metrics = {**group.metrics, **metrics}  # a search has counted its candidates
     return replace(group, scores=_checked(group, found.scores, who), preferences=preferences, metrics=metrics)
 
 
