@@ -27,7 +27,7 @@ def ranked(group: Group) -> tuple[list[int], tuple[float, ...], Counter[str]]:
             left_out["same"] += 1
         else:
             order.append(index)
-        seen |= ways
+            seen |= ways
     levels = sorted({group.scores[index] for index in order}, reverse=True)  # type: ignore[index]
     return order, tuple(float(levels.index(group.scores[index])) for index in order), left_out  # type: ignore[index]
 

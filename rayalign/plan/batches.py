@@ -30,9 +30,10 @@ def prompt_lengths(config: Config) -> Lengths:
     if config.data.prompts is None:
         return Lengths(0.0, 0, 0, 0, 0, True, "nothing is sampled")
     room = config.engine.max_context - config.sampling.max_tokens
+    gold = config.sampling.max_tokens * getattr(config.algorithm, "takes_gold", False)
     bound = f"bounds: prompts of up to {room} tokens (engine.max_context − sampling.max_tokens), because"
     if on_hub(config.data.prompts):
-        return Lengths(room, room, None, None, 0, False, f"{bound} a plan loads no data from a hub")
+        return Lengths(room, room, None, None, 0, False, f"{bound} a plan loads no data from a hub", gold=gold)
     rows = None
     try:
         rows = len(read_rows(config.data.prompts, split=config.data.split))
@@ -42,11 +43,13 @@ def prompt_lengths(config: Config) -> Lengths:
         training = None if rows is None or held_out is None else rows - held_out
         problem = Problem.of(error) if isinstance(error, DataError) else None  # else there is no tokenizer
         why = f"{config.data.prompts}: {error.what}" if problem else error.what
-        return Lengths(room, room, training, held_out, 0, False, f"{bound} {why}", problem)
-    counts = [len(prompt.token_ids) for prompt in (*prompts.training, *prompts.held_out)]
+        return Lengths(room, room, training, held_out, 0, False, f"{bound} {why}", problem, gold=gold)
+    whole = (*prompts.training, *prompts.held_out)
+    counts, gold = [len(prompt.token_ids) for prompt in whole], max(len(prompt.gold_ids) for prompt in whole)
     source = f"measured on {config.data.prompts}"
     mean = sum(counts) / len(counts)
-    return Lengths(mean, max(counts), len(prompts.training), len(prompts.held_out), prompts.skipped, True, source)
+    training, held_out = len(prompts.training), len(prompts.held_out)
+    return Lengths(mean, max(counts), training, held_out, prompts.skipped, True, source, gold=gold)
 
 
 def data_problems(config: Config, lengths: Lengths) -> tuple[Problem, ...]:
@@ -110,9 +113,10 @@ def _group(config: Config, lengths: Lengths, index: int) -> Group:
         choice = len(rows.scores) > 1 and set(rows.scores) == {0.0, 1.0}
         falling = tuple(-float(k) for k in range(len(rows.scores)))
         scores = rows.scores if choice else falling if len(rows.scores) > 1 else (float(index == 0),)
+    gold = min(lengths.gold if rows is None else rows.gold, max(0, config.data.max_tokens - prompt))
     return Group(
         str(index),
-        Prompt(index, "", (index,) * prompt, {"margin": 0.0}, images),
+        Prompt(index, "", (index,) * prompt, {"margin": 0.0}, images, gold_ids=(index,) * gold),
         completions,
         tuple(map(str, range(len(tokens)))),
         scores,
@@ -186,7 +190,7 @@ def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
         evaluation_completions=_evaluated(config, lengths) * config.evaluation.samples,
         evaluation_rows=_measured_rows(config, lengths),
     )
-    in_micro = largest * len(rows) * answer_tokens(config, lengths)
+    in_micro = largest * len(rows) * max((len(row.completion_ids) for row in rows), default=0)
     return batches, Micro(largest * len(rows) * longest, longest, in_micro)
 
 

@@ -98,6 +98,7 @@ class Rows:
         training, held_out: number of rows; None where not known.
         source: in words.
         problem: why no run could read the rows.
+        gold: tokens of the longest reference answer; 0 where none is learned from.
     """
 
     mean: float
@@ -109,6 +110,7 @@ class Rows:
     measured: bool
     source: str
     problem: Problem | None = None
+    gold: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Lengths:
         source: in words.
         problem: why no run could read the prompts.
         rows: what an offline algorithm learns from; None for one that learns from its samples.
+        gold: as of rows.
     """
 
     mean: float
@@ -131,6 +134,7 @@ class Lengths:
     source: str
     problem: Problem | None = None
     rows: Rows | None = None
+    gold: int = 0
 
 
 @dataclass(frozen=True)

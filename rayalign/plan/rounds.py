@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
 from rayalign.config import Rounds, Stage, parse_config
 from rayalign.config.references import renamed
 from rayalign.plan import Plan, make_plan
-from rayalign.plan.batches import data_lengths
+from rayalign.plan.batches import data_lengths, prompt_lengths
 from rayalign.plan.labels import labelled_rows
 from rayalign.plan.opponents import with_opponent
 from rayalign.plan.records import Lengths, Rows
@@ -75,4 +75,14 @@ def _rows(rounds: Rounds, stage: Stage, config: Config) -> Rows | None:
         data_lengths(labelling) if before is None else Lengths(0.0, 0, 0, 0, 0, True, "nothing is sampled", rows=before)
     )
     rows = labelled_rows(labelling, lengths, config.data.held_out)
+    rows = replace(rows, gold=_gold(labelling, config, rows))
     return with_opponent(config, rows, [rows.longest - rows.answer])
+
+
+def _gold(labelling: Config, config: Config, rows: Rows) -> int:
+    """Tokens of the longest reference answer that goes along with rows that are labelled."""
+    if not getattr(config.algorithm, "takes_gold", False):
+        return 0
+    if not labelling.algorithm.samples:  # type: ignore[attr-defined]
+        return rows.answer
+    return prompt_lengths(labelling.model_copy(update={"algorithm": config.algorithm})).gold

@@ -62,6 +62,7 @@ def _measured(config: Config, examples: ExampleSet) -> Rows:
         held_out=len(examples.held_out),
         measured=True,
         source=examples.describe() + part,
+        gold=max(len(group.prompt.gold_ids) for group in groups),
     )
     return with_opponent(config, rows, [len(group.prompt.token_ids) for group in groups])
 
@@ -99,6 +100,7 @@ def _bounds(
         measured=False,
         source=f"bounds: up to {most} tokens (data.max_tokens), because {why}",
         problem=problem,
+        gold=(most - 1) * getattr(config.algorithm, "takes_gold", False),
     )
     return with_opponent(config, rows, [config.engine.max_context - config.sampling.max_tokens])
 
