@@ -184,7 +184,9 @@ def _train(
         print_before_after(
             run.evaluations[0], run.evaluations[state.step], show=config.evaluation.show, seed=config.seed
         )
-    stopped = state.step < config.train.steps
+    stopped = state.step < config.train.steps and not run.converged()
+    if state.step < config.train.steps and not stopped:
+        console.say(f"{config.train.stop.metric} got no better: the run ends after step {state.step}")
     console.say(
         f"stopped after step {state.step}; go on with: resume=true run_dir={run_dir}" if stopped else f"done: {run_dir}"
     )

@@ -14,6 +14,8 @@ import torch
 from rayalign.console import Console
 from rayalign.data.examples import ExampleSet, load_examples
 from rayalign.data.prompts import PromptSet, load_prompts
+from rayalign.data.tokens import Turns
+from rayalign.data.votes import Classes
 from rayalign.errors import ConfigError
 from rayalign.learners.base import LearnerSpec
 from rayalign.memory import peak_gib
@@ -169,6 +171,8 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
         images=getattr(config.algorithm, "images", False),
         ties=getattr(config.algorithm, "takes_ties", False),
         gold=getattr(config.algorithm, "takes_gold", False),
+        classes=Classes(getattr(config.algorithm, "classes", ()), getattr(config.algorithm, "ratings", None)),
+        segments=config.algorithm.network == "score",
     )
 
 
@@ -267,6 +271,10 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
             trainable=train,
             optimizer=config.optimizer if train else None,
             network=config.algorithm.network,
+            classes=tuple(getattr(config.algorithm, "classes", ())),
+            class_weights=tuple(getattr(config.algorithm, "class_weights", ())),
+            segments=config.algorithm.network == "score"
+            and Turns(tokenizer, chat_template=config.data.chat_template, segments=True).segments,
             lora=lora,
             adapters=("reference",) if shares and follows else (),
             **shared,

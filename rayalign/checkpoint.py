@@ -43,10 +43,15 @@ class TrainerState:
 
 
 class Checkpoints:
-    """The folder checkpoints/ of a run."""
+    """The folder checkpoints/ of a run.
+
+    Attributes:
+        spared: a step whose checkpoint is kept besides the newest.
+    """
 
     def __init__(self, folder: Path, *, keep: int):
         self._folder, self._keep = folder, keep
+        self.spared: int | None = None
 
     def save(self, state: TrainerState, roles: Roles, tokenizer: Any) -> Path:
         """Write step-N beside its place, then move it there; keep the newest `keep`."""
@@ -68,7 +73,7 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(writing, ignore_errors=True)
-        for old in self.steps()[: -self._keep]:
+        for old in set(self.steps()[: -self._keep]) - {self.spared}:
             shutil.rmtree(self._folder / f"step-{old}", ignore_errors=True)
         return final
 
@@ -89,6 +94,9 @@ class Checkpoints:
         """Steps of the whole checkpoints, oldest first."""
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self._folder.glob("step-*"))
         return sorted(int(match.group(1)) for match in names if match)
+
+    def at(self, step: int) -> Path | None:
+        return self._folder / f"step-{step}" if step in self.steps() else None
 
     def newest(self) -> Path | None:
         steps = self.steps()

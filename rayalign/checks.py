@@ -28,6 +28,14 @@ def check_training(config: Config) -> None:
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"set rollout.prompts={value}, or lower {key}",
             )
+    if config.train.stop is not None and not config.evaluation.every:
+        raise ConfigError(
+            "evaluations before and after say nothing of when to stop",
+            where="key train.stop",
+            value="evaluation.every=0",
+            rule="evaluations in the course of the run, which train.stop compares",
+            remedy="set evaluation.every=10, say, or take train.stop out",
+        )
     if config.scored and config.evaluation.prompts and config.evaluation.samples < 2 and _relative(config):
         raise ConfigError(
             "evaluations would measure nothing",

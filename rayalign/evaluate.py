@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from rayalign.errors import ConfigError
 from rayalign.maths.divergence import kl_k1, kl_k3
 from rayalign.protocols import Algorithm, Roles
 from rayalign.record import Record
+from rayalign.registry import did_you_mean
 from rayalign.rollouts import Collector, Progress, group_metrics, sample_seed
 from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling
 from rayalign.types import Sequence as Row
@@ -32,6 +34,45 @@ class EvaluationConfig(Record):
     samples: int = Field(4, ge=1, description="completions for each of them")
     rows: int = Field(200, ge=0, description="held-out rows of data.examples that are measured; 0: none")
     show: int = Field(3, ge=0, description="prompts shown before and after")
+
+
+class EarlyStop(Record):
+    """When a run ends before its last step: as evaluations get no better. The best one's weights are what it leaves."""
+
+    metric: str = Field(
+        "held_out/loss", description="of the evaluations: held_out/… of rows, or reward of samples, say"
+    )
+    patience: int = Field(3, ge=1, description="evaluations in a row without a better one, after which the run ends")
+    higher_is_better: bool = Field(False, description="of the metric")
+    min_change: float = Field(0.0, ge=0, description="by which a better one has to be better")
+
+    def best(self, evaluations: Mapping[int, Evaluation]) -> int | None:
+        """The step of the best evaluation, the first of equals; None where there is none."""
+        return self._found(evaluations)[0]
+
+    def due(self, evaluations: Mapping[int, Evaluation]) -> bool:
+        """Whether there has been no better one for long enough."""
+        return self._found(evaluations)[1] >= self.patience
+
+    def _found(self, evaluations: Mapping[int, Evaluation]) -> tuple[int | None, int]:
+        """The best one's step, and how many came after it."""
+        best, held, since = None, 0.0, 0
+        for step in sorted(evaluations):
+            value = evaluations[step].metrics.get(self.metric)
+            if value is None:
+                raise ConfigError(
+                    "evaluations have no such metric",
+                    where="key train.stop.metric",
+                    value=self.metric,
+                    rule=f"one of {', '.join(sorted(evaluations[step].metrics)) or 'none: nothing is held out'}",
+                    remedy=did_you_mean(self.metric, evaluations[step].metrics),
+                )
+            lead = value - held if self.higher_is_better else held - value
+            if best is None or lead > self.min_change:
+                best, held, since = step, value, 0
+            else:
+                since += 1
+        return best, since
 
 
 @dataclass(frozen=True)
@@ -129,6 +170,16 @@ def measures(algorithm: Algorithm, roles: Roles, rows: Sequence[Group]) -> Calla
     if rows or not getattr(algorithm, "measures_samples", False):
         return None
     return lambda groups: measure(groups, algorithm, roles)
+
+
+def fitted_temperature(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> tuple[float, float, float] | None:
+    """The temperature that an algorithm's classifier is best exported with, and its loss before and with it; None for
+    one that wants none, or too few rows to say."""
+    fit = getattr(algorithm, "temperature", None)
+    if fit is None or not rows:
+        return None
+    examples, _ = algorithm.examples(rows)
+    return fit(roles.policy.annotate(examples, algorithm.columns))
 
 
 def sequence_kl(groups: Sequence[Group], roles: Roles, *, truncated: bool = False) -> list[tuple[Any, Any]]:

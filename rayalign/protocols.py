@@ -159,6 +159,10 @@ class Learner(Protocol):
 
     def restore(self, path: Path) -> None: ...
 
+    def temper(self, temperature: float) -> None:
+        """From now on exports divide a classifier's logits by this: its last layer's weights. Training goes on as
+        before."""
+
     def memory_gib(self) -> float: ...
 
     def close(self) -> None: ...
@@ -168,13 +172,18 @@ class Algorithm(Protocol):
     """A few verbs. Frozen and picklable: it is sent to the learners as it is."""
 
     rows: Sequence[str]  # kinds of data rows that it learns from (see data.examples); empty: from scored samples only
-    network: str  # what the policy is: "causal", a language model; "score", one with a scalar head
+    network: str  # what the policy is: "causal", a language model; "score", one with a head for scores or classes
     needs: Sequence[tuple[str, AnyColumn]]  # (role, column) to annotate before the update
     columns: Sequence[AnyColumn]  # of the policy, with their gradient, in the loss
     # Numbers of the whole step that the loss needs (KTO's reference point, a batch's label mass): None, or a
     # function like `loss` that gives named sums of one micro-batch. The learner adds them up over micro-batches
     # and ranks in a pass of its own, without gradient, before the loss pass.
     statistics: Callable[[Batch, Mapping[str, Any]], Mapping[str, Any]] | None
+    # A second stage of them, None or a function of (batch, columns, the sums so far): d-PM's gradient through its
+    # batch's label mass, which is known only then.
+    further_statistics: Callable[[Batch, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None
+    # Names of statistics that are moving averages over steps → the decay of what was. The learner keeps them.
+    carries: Mapping[str, float]
     # Rows of an example that the loss looks at; those behind them are the statistics' alone, and no gradient goes
     # through them. None: all rows, for both.
     loss_rows: int | None

@@ -12,7 +12,16 @@ from pydantic import Field
 
 from rayalign.checkpoint import CheckpointConfig, Checkpoints, TrainerState, load_state
 from rayalign.errors import TrainingStopped
-from rayalign.evaluate import Evaluation, EvaluationConfig, evaluate, measure, measures, sequence_kl
+from rayalign.evaluate import (
+    EarlyStop,
+    Evaluation,
+    EvaluationConfig,
+    evaluate,
+    fitted_temperature,
+    measure,
+    measures,
+    sequence_kl,
+)
 from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder
 from rayalign.protocols import Algorithm, Roles, UpdatePlan
@@ -32,6 +41,9 @@ class TrainConfig(Record):
         1, ge=1, description="passes over the samples of one step; of a data set more passes are more steps"
     )
     minibatches: int = Field(1, ge=1, description="optimiser steps in one pass")
+    stop: EarlyStop | None = Field(
+        None, description="end before the last step as evaluations get no better, with the best weights"
+    )
 
 
 @dataclass
@@ -184,8 +196,10 @@ class Run:
     def save(self, state: TrainerState) -> None:
         """Unless this step's checkpoint is there already."""
         if state.step not in self.checkpoints.steps():
-            whole = replace(state, rollouts=tuple(self.rollouts.state()))
-            self.say(f"checkpoint {self.checkpoints.save(whole, self.roles, self.tokenizer)}")
+            self.say(f"checkpoint {self.checkpoints.save(self._whole(state), self.roles, self.tokenizer)}")
+
+    def _whole(self, state: TrainerState) -> TrainerState:
+        return replace(state, rollouts=tuple(self.rollouts.state()))
 
     def after(self, state: TrainerState, learned: bool) -> TrainerState:
         """The state one step on. A rollout without an example counts once, however often it is used, if another will
@@ -196,6 +210,37 @@ class Run:
     def halted(self, step: int) -> bool:
         """Whether the run was asked to stop while the samples of this step came, before all of them were there."""
         return self.interrupt.requested and not self.rollouts.ready(step)
+
+    def converged(self) -> bool:
+        """Whether evaluations say that the run has ended."""
+        return self.training.stop is not None and self.training.stop.due(self.evaluations)
+
+    def keep_best(self, state: TrainerState) -> None:
+        """A checkpoint of the best evaluation so far, which stays until there is a better one."""
+        if self.training.stop is None or not self.evaluations:
+            return
+        best = self.training.stop.best(self.evaluations)
+        if best == state.step > 0:
+            self.save(state)
+        self.checkpoints.spared = best
+
+    def finish(self, state: TrainerState) -> None:
+        """What is done once, after the last step: back to the best weights, and what is fitted on held-out rows. The
+        last checkpoint is then written anew."""
+        if state.step < self.training.steps and not self.converged():
+            return
+        best = self.training.stop.best(self.evaluations) if self.training.stop is not None else None
+        folder = self.checkpoints.at(best) if best not in (None, state.step) else None
+        if folder is not None:
+            load_state(folder, self.roles)
+            self.say(f"step {best} was the best on {self.training.stop.metric}: its weights are the run's last ones")
+        fitted = fitted_temperature(self.held_out_rows, self.algorithm.for_held_out(), self.roles)
+        if fitted is not None:
+            temperature, before, after = fitted
+            self.roles.policy.temper(temperature)
+            self.say(f"temperature {temperature:.3g}, in the exported head: nll {before:.4f} → {after:.4f} held out")
+        if folder is not None or fitted is not None:
+            self.say(f"checkpoint {self.checkpoints.save(self._whole(state), self.roles, self.tokenizer)}")
 
     def check_learning(self, state: TrainerState) -> None:
         """Raises TrainingStopped when many rollouts in a row left nothing to learn from."""

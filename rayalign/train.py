@@ -12,7 +12,8 @@ def train(run: Run) -> TrainerState:
     state = run.restore()
     run.push(state.step)
     run.evaluate_when_due(state.step)
-    while state.step < run.training.steps and not run.interrupt.requested:
+    run.keep_best(state)
+    while state.step < run.training.steps and not run.interrupt.requested and not run.converged():
         clock = Clock()
         run.rollouts.start(state.step)
         if run.halted(state.step):
@@ -35,5 +36,7 @@ def train(run: Run) -> TrainerState:
         run.check_learning(state)
         run.save_when_due(state)
         run.evaluate_when_due(state.step)
+        run.keep_best(state)
     run.save(state)
+    run.finish(state)
     return state

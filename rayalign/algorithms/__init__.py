@@ -2,6 +2,7 @@
 
 ALGORITHMS = {
     "cringe": "rayalign.algorithms.cringe:Cringe",
+    "disagreement": "rayalign.algorithms.disagreement:Disagreement",
     "dpm_calibration": "rayalign.algorithms.dpm_calibration:Calibration",
     "kto": "rayalign.algorithms.kto:KTO",
     "label": "rayalign.algorithms.label:Label",

@@ -17,6 +17,7 @@ from rayalign.data.order import Mixture, Passes, held_out_prompts, uniform
 from rayalign.data.sources import TableSource
 from rayalign.data.streams import StreamSource
 from rayalign.data.tokens import Turns
+from rayalign.data.votes import ANY, Classes
 from rayalign.errors import DataError
 from rayalign.types import Group
 
@@ -130,6 +131,8 @@ def load_examples(
     images: bool = False,
     ties: bool = False,
     gold: bool = False,
+    classes: Classes = ANY,
+    segments: bool = False,
 ) -> ExampleSet:
     """Open the data sets, read each row once to see whether it is of use, and hold some of them out.
 
@@ -141,20 +144,22 @@ def load_examples(
         images: whether each row has to have one.
         ties: whether a pair whose annotators are undecided is of use.
         gold: whether reference answers, where a row has one, become tokens.
+        classes: that votes are for.
+        segments: of an encoder, see `tokens.Turns`.
 
     Raises:
         DataError: with file, row, value, rule and remedy.
     """
-    turns = Turns(tokenizer, chat_template=config.chat_template)
+    turns = Turns(tokenizer, chat_template=config.chat_template, segments=segments)
     limit = "the model's context" if max_tokens < config.max_tokens else "data.max_tokens"
     tokeniser = Tokeniser(turns, max_tokens=max_tokens, limit=limit, processor=processor, images=images, gold=gold)
     sources: list[AnySource] = []
     first = 0
     for place, source in enumerate(config.examples):
         if source.stream:
-            sources.append(StreamSource(source, config, kinds, tokeniser, place, seed=seed, ties=ties))
+            sources.append(StreamSource(source, config, kinds, tokeniser, place, seed=seed, ties=ties, classes=classes))
         else:
-            table = TableSource(source, config, kinds, tokeniser, place, ties=ties)
+            table = TableSource(source, config, kinds, tokeniser, place, ties=ties, classes=classes)
             table.first = first
             first += table.rows
             sources.append(table)

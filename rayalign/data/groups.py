@@ -74,7 +74,7 @@ class Tokeniser:
         if row.images:  # a prompt cut in an image would be of no use
             cut = [answer[: self._max - len(prompt)] for answer in answers]
         else:
-            prompt, cut = fit(prompt, answers, self._max, begin=self.turns.tokenizer.bos_token_id)
+            prompt, cut = fit(prompt, answers, self._max, begin=self.turns.begin)
         completions = tuple(
             Completion(f"{id}/{k}", ids, (), "stop" if ids == whole else "length", -1)
             for k, (ids, whole) in enumerate(zip(cut, answers, strict=True))
@@ -118,6 +118,8 @@ class Tokeniser:
     def _check_roles(self, row: Row, where: str) -> None:
         """What a template refuses is the order of roles: each order is tried once."""
         roles = tuple(message["role"] for message in row.prompt)
+        if self.turns.segments:
+            return
         if not self.turns.chat_template:
             self.turns.one_text(row.prompt, where)
         elif roles not in self._roles:

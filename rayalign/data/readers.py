@@ -13,6 +13,7 @@ from typing import Any
 from rayalign.data.columns import NAMES, Reading
 from rayalign.data.images import Found, flat, images_of, with_marks
 from rayalign.data.messages import Message, behind_prompt, prompt_messages, split_prompt
+from rayalign.data.votes import ANY, Classes
 from rayalign.errors import DataError
 
 Numbers = tuple[float, ...]
@@ -27,7 +28,7 @@ class Row:
 
     Attributes:
         kind: "completion", "pair", "label", "ranked", "votes", or "answers", which nobody has judged.
-        ratings: whole numbers of annotators, which become votes once the classes are known.
+        ratings: whole numbers of annotators, which become votes once the lowest and the highest are known.
         images: of the prompt, in the order of `<image>` in its texts.
     """
 
@@ -57,6 +58,7 @@ class Reader:
         first: the columns of the first row.
         chat: whether a chat template follows.
         ties: whether a pair may be one whose halves are equally good, as its probability of ½ says.
+        classes: that votes are for.
         folder: where relative paths of images start.
     """
 
@@ -68,11 +70,13 @@ class Reader:
         system: str | None,
         chat: bool,
         ties: bool = False,
+        classes: Classes = ANY,
         folder: Path = Path(),
     ):
         self.reading = again(first)
         self.kind, self._needs, self._columns = self.reading.form.kind, self.reading.form.needs, self.reading.columns
         self._again, self._first, self._ties = again, tuple(first), ties
+        self._classes = classes
         self._system, self._chat, self._folder = system, chat, folder
         self._others: dict[tuple[str, ...], bool] = {}
 
@@ -213,12 +217,30 @@ class Reader:
     def _votes(self, row: Mapping[str, Any], answers: Sequence[str], where: str) -> dict[str, Any]:
         role = self._needs[1]
         value = self._cell(row, role, where)
+        count = len(self._classes.names)
+        if role == "agreement":
+            share = _number(value, "a share", where)
+            if not 0 <= share <= 1:
+                raise _bad("a share is out of range", share, "from 0 to 1: of annotators who agree with it", where)
+            if count not in (0, 2):
+                rule = f"votes for {count} classes ({self._classes.in_words}); a share is one of two"
+                raise _bad("these votes do not match the classes", value, rule, where)
+            return {"scores": None, "votes": ((1 - share, share),)}
         if role == "votes":
-            return {"scores": None, "votes": (_counts(value, where),)}
-        ratings = [_number(each, "a rating", where) for each in _list(value, "ratings", where)]
-        if not ratings or any(each != round(each) for each in ratings):
-            raise _bad("these are no ratings", value, "one whole number or more", where)
-        return {"scores": None, "ratings": tuple(map(int, ratings))}
+            votes = _counts(value, where, some=False)  # an answer on which nobody has voted may be one as well
+            if count and len(votes) != count:
+                rule = f"{count} votes, one for each class: {self._classes.in_words}"
+                raise _bad("these votes do not match the classes", value, rule, where)
+            return {"scores": None, "votes": (votes,)}
+        ratings = [_number(each, "a rating", where) for each in _list(value, "ratings", where, one=True)]
+        if any(each != round(each) for each in ratings):
+            raise _bad("these are no ratings", value, "whole numbers", where)
+        if self._classes.ratings is None:
+            return {"scores": None, "ratings": tuple(map(int, ratings))}
+        if any(self._classes.place_of(int(each)) is None for each in ratings):
+            rule = f"ratings in one of {', '.join(f'{low} to {high}' for low, high in self._classes.ratings)}"
+            raise _bad("a rating belongs to no class", value, rule, where)
+        return {"scores": None, "votes": (self._classes.counted([int(each) for each in ratings]),)}
 
 
 def prompt_key(row: Row) -> int:
@@ -255,7 +277,10 @@ def _number(value: Any, what: str, where: str) -> float:
     return float(value)
 
 
-def _list(value: Any, what: str, where: str, *, length: int | None = None) -> list[Any]:
+def _list(value: Any, what: str, where: str, *, length: int | None = None, one: bool = False) -> list[Any]:
+    """A list, or with `one` a number that stands for a list of one."""
+    if one and isinstance(value, int | float) and not isinstance(value, bool):
+        return [value]
     if not isinstance(value, list):
         raise _bad(f"the {what} are not a list", value, "a list of numbers", where)
     if length is not None and len(value) != length:
@@ -263,10 +288,12 @@ def _list(value: Any, what: str, where: str, *, length: int | None = None) -> li
     return value
 
 
-def _counts(value: Any, where: str, *, length: int | None = None) -> Numbers:
+def _counts(value: Any, where: str, *, length: int | None = None, some: bool = True) -> Numbers:
+    """Votes, of which there are `some`."""
     votes = tuple(_number(each, "a vote", where) for each in _list(value, "votes", where, length=length))
-    if any(vote < 0 for vote in votes) or sum(votes) == 0:
-        raise _bad("these votes cannot be", value, "counts of at least 0, one vote at least", where)
+    if any(vote < 0 for vote in votes) or (some and sum(votes) == 0):
+        rule = "counts of at least 0, one vote at least" if some else "counts of at least 0, one for each class"
+        raise _bad("these votes cannot be", value, rule, where)
     return votes
 
 

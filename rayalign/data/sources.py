@@ -17,6 +17,7 @@ from rayalign.data.order import uniform
 from rayalign.data.readers import Reader, Row, counted, prompt_key
 from rayalign.data.tables import open_table
 from rayalign.data.tokens import Turns
+from rayalign.data.votes import ANY, Classes
 from rayalign.errors import DataError
 from rayalign.types import Group
 
@@ -67,6 +68,7 @@ class Source:
     Args:
         place: the source's place in the config, part of the names of its groups.
         ties: whether pairs may be equally good, see `readers.Reader`.
+        classes: that votes are for.
 
     Attributes:
         first: added to a row's number to make the prompt's index.
@@ -81,8 +83,9 @@ class Source:
         place: int,
         *,
         ties: bool = False,
+        classes: Classes = ANY,
     ):
-        self._ties = ties
+        self._ties, self._classes = ties, classes
         self.source, self._data, self._kinds, self._tokeniser = source, data, kinds, tokeniser
         self.place, self.first, self.kind = place, 0, ""
         self.counts: Counts = Counter()
@@ -98,7 +101,15 @@ class Source:
         path = Path(self.source.path).expanduser()
         folder = path if path.is_dir() else path.parent if path.is_file() else Path()
         chat = self._data.chat_template
-        self._reader = Reader(read, list(row), system=self._data.system, chat=chat, ties=self._ties, folder=folder)
+        self._reader = Reader(
+            read,
+            list(row),
+            system=self._data.system,
+            chat=chat,
+            ties=self._ties,
+            classes=self._classes,
+            folder=folder,
+        )
         reading = self._reader.reading
         self._tokeniser = self._tokeniser.reading(reading, self.source.path)
         self.kind = reading.form.kind
@@ -138,8 +149,9 @@ class TableSource(Source):
         place: int,
         *,
         ties: bool = False,
+        classes: Classes = ANY,
     ):
-        super().__init__(source, data, kinds, tokeniser, place, ties=ties)
+        super().__init__(source, data, kinds, tokeniser, place, ties=ties, classes=classes)
         self._table = open_table(source)
         self.rows = min(len(self._table), source.limit or len(self._table))
         self._keys = array("Q")

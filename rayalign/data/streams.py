@@ -13,6 +13,7 @@ from rayalign.data.order import uniform
 from rayalign.data.readers import prompt_key
 from rayalign.data.sources import Source
 from rayalign.data.tables import Numbered, Stream
+from rayalign.data.votes import ANY, Classes
 from rayalign.errors import DataError
 from rayalign.types import Group
 
@@ -37,8 +38,9 @@ class StreamSource(Source):
         *,
         seed: int,
         ties: bool = False,
+        classes: Classes = ANY,
     ):
-        super().__init__(source, data, kinds, tokeniser, place, ties=ties)
+        super().__init__(source, data, kinds, tokeniser, place, ties=ties, classes=classes)
         self._seed, self._position, self._open = seed, 0, iter(())
         self.rows: int | None = None
         self.looked_at = 0
@@ -51,13 +53,13 @@ class StreamSource(Source):
         if first is None:
             raise self._nothing("there is not one row in this data")
         reading = self._start(first)
-        if reading.form.needs[-1] == "ratings":
+        if reading.form.needs[-1] == "ratings" and classes.ratings is None:
             raise DataError(
                 "the classes of a stream's ratings are not known",
                 where=source.path,
                 value="ratings, and stream: true",
                 rule="the lowest and the highest rating of all rows, which nobody knows before the end",
-                remedy="write votes (how many annotators chose each class), or take stream out",
+                remedy="set algorithm.ratings, write votes (how many annotators chose each class), or take stream out",
             )
 
     def look(self) -> np.ndarray:

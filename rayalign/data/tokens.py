@@ -20,15 +20,27 @@ class Turns:
 
     Args:
         chat_template: off: texts are continued as they are, prompt and answer tokenised apart.
+        segments: where there is no chat template to apply, make prompt and answer the two segments of an encoder,
+            if the tokenizer knows such pairs: [CLS] prompt [SEP] answer [SEP], say.
         variables: of the template, as enable_thinking, with their values.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: bool, variables: Mapping[str, Any] = MappingProxyType({})):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: bool,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        segments: bool = False,
+    ):
         self.tokenizer, self.chat_template, self._variables = tokenizer, chat_template, variables
         self._renderer = tokenizer  # what has the chat template
+        self.segments = segments and not (chat_template and tokenizer.chat_template) and _knows_pairs(tokenizer)
 
     def prompt(self, messages: Messages, where: str) -> tuple[int, ...]:
         """What an engine continues. Raises DataError when there is no template, or when it refuses the messages."""
+        if self.segments:
+            return tuple(self.tokenizer(_as_one(messages))["input_ids"])
         if self.chat_template:
             return self._ids(self._render(messages, where, add_generation_prompt=True))
         text = self.one_text(messages, where)
@@ -55,6 +67,10 @@ class Turns:
 
     def answer(self, messages: Messages, text: str, where: str) -> tuple[int, ...]:
         """An answer to these messages, the token that ends it included."""
+        if self.segments:
+            context = _as_one(messages)
+            whole = self.tokenizer(context, text)["input_ids"]
+            return tuple(whole[len(self.tokenizer(context)["input_ids"]) :])
         if not self.chat_template:
             return self._ended(text)
         before = self._render(messages, where, add_generation_prompt=True)
@@ -67,6 +83,8 @@ class Turns:
     def end(self) -> tuple[int, ...]:
         """The tokens that end an answer: up to the first special token that the template puts behind an answer,
         else the end-of-sequence token. Empty when the tokenizer has neither."""
+        if self.segments:
+            return ()
         eos = self.tokenizer.eos_token_id
         behind = self._ids(self._closing) if self.chat_template else ()
         special = {*self.tokenizer.all_special_ids, *_added_special(self.tokenizer), eos}
@@ -84,6 +102,8 @@ class Turns:
     @cached_property
     def overhead(self) -> int:
         """Tokens that the template adds to a conversation of one message: more than it adds to each further one."""
+        if self.segments:
+            return len(self.tokenizer("a", "a")["input_ids"])
         return len(self.prompt([{"role": "user", "content": "a"}], "the model's chat template")) + len(self.end)
 
     @cached_property
@@ -95,8 +115,14 @@ class Turns:
         if backend is not None:  # settings of the last call, which say nothing about the tokens
             words["truncation"] = words["padding"] = None
         known = [type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template]
-        text = json.dumps([*known, self.chat_template], sort_keys=True, default=str)
+        ways = [self.chat_template, *(["segments"] if self.segments else [])]
+        text = json.dumps([*known, *ways], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def begin(self) -> int | None:
+        """The token that begins every sequence."""
+        return self.tokenizer.cls_token_id if self.segments else self.tokenizer.bos_token_id
 
     def _ended(self, text: str) -> tuple[int, ...]:
         """With the end token, once: some data sets write it themselves."""
@@ -143,6 +169,21 @@ class Turns:
         except Exception:  # it may refuse what it is asked: it then says so when it is asked in earnest
             return False
         return _MARK not in rendered
+
+
+def _knows_pairs(tokenizer: Any) -> bool:
+    """Whether a pair of texts becomes the tokens of the first, as it would be alone, and then those of the second."""
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        return False
+    one, two = (tokenizer(*texts)["input_ids"] for texts in (("a",), ("a", "a")))
+    return len(two) > len(one) and two[: len(one)] == one
+
+
+def _as_one(messages: Messages) -> str:
+    """A conversation as one text: each message behind its role, where there are several."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
 def _added_special(tokenizer: Any) -> set[int]:

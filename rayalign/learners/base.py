@@ -56,6 +56,7 @@ class RankLearner(ABC):
 
     Attributes:
         part: what this role calls its own in the network: all of it, or an adapter.
+        carried: moving averages of an algorithm's statistics, see `learners.statistics`.
         wrap_chunk: called on each finished chunk of a push, for instance to put it into an object store.
     """
 
@@ -68,6 +69,7 @@ class RankLearner(ABC):
         self.rank, self.world_size = rank, world_size
         self.wrap_chunk = lambda array: array
         self.refreshed = False
+        self.carried: dict[str, Tensor] = {}
         self.dtype = resolve_dtype(spec)
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
@@ -141,7 +143,12 @@ class RankLearner(ABC):
                 for offset, row in enumerate(examples[index].sequences):
                     at, count = place * batch.rows + offset, len(row.completion_ids)
                     rows.append(
-                        {f"{self.spec.role}/{name}": values[at, :count].copy() for name, values in tensors.items()}
+                        {
+                            f"{self.spec.role}/{name}": (
+                                values[at] if name == Column.CLASSES.value else values[at, :count]
+                            ).copy()
+                            for name, values in tensors.items()
+                        }
                     )
                 found.append((index, tuple(rows)))
         return found
@@ -320,8 +327,13 @@ class RankLearner(ABC):
         state = {}
         for name, tensor in named:
             if self.rank == 0:
-                state[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
+                finished = self.policy.finished(name, tensor.detach())
+                state[name] = finished.to("cpu", dtype or tensor.dtype, copy=True)
         return state
+
+    def temper(self, temperature: float) -> None:
+        """See protocols.Learner."""
+        self.policy.temperature = temperature
 
     def memory_gib(self) -> float:
         """Peak memory of this process: all roles in it."""

@@ -24,7 +24,7 @@ TAG = "engine"
 def save(learner: DeepSpeedLearner, path: Path) -> None:
     """A trainable role by DeepSpeed; a refreshed frozen one as the shares of its ranks; else a marker only."""
     if learner.spec.trainable:
-        client = {"rng": torch.get_rng_state()}
+        client = {"rng": torch.get_rng_state(), "carried": learner.carried}
         # Frozen weights are those of the model's own checkpoint.
         if not learner.engine.save_checkpoint(
             str(path), tag=TAG, client_state=client, save_latest=False, exclude_frozen_parameters=True
@@ -82,6 +82,7 @@ def _restore_engine(learner: DeepSpeedLearner, path: Path) -> None:
             "DeepSpeed found no checkpoint here", where=str(path), remedy="restore from another checkpoint"
         )
     torch.set_rng_state(client["rng"].cpu())
+    learner.carried = client.get("carried", {})
 
 
 def _restore_shares(learner: DeepSpeedLearner, path: Path) -> None:

@@ -70,7 +70,8 @@ class Network(nn.Module):
             images: as `image_inputs` gives them, for a network that sees.
 
         Returns:
-            Column value ("logps", …; ZeRO-3's hooks want text for keys) → [R, T, …], 0 where the mask is 0.
+            Column value ("logps", …; ZeRO-3's hooks want text for keys) → [R, T, …], 0 where the mask is 0; of CLASSES
+            [R, L].
 
         Raises:
             ConfigError: a column that this kind of network does not have.
@@ -80,6 +81,10 @@ class Network(nn.Module):
     def vocabulary(self) -> int | None:
         """The number of next-token logits; None for a network without."""
         return None
+
+    def finished(self, name: str, tensor: Tensor) -> Tensor:
+        """A weight as it is exported: as it is, unless something was fitted after training that belongs to it."""
+        return tensor
 
     def image_inputs(self, images: Sequence[tuple[Picture, ...]], device: torch.device) -> Images:
         """What `forward` takes for the images of each row. Raises ConfigError for a network that sees none."""

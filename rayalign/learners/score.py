@@ -1,11 +1,11 @@
-"""A scalar head on any backbone: reward models and critics."""
+"""A head for scores or classes on any backbone: reward models, critics, and classifiers of answers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from rayalign.learners.columns import Teacher, refused, scattered
 from rayalign.learners.models import CausalPolicy
 from rayalign.learners.network import Network, load_pretrained
 from rayalign.learners.packing import unfit
+from rayalign.learners.score_model import check_labels, last_layer, start, unknown
 from rayalign.learners.settings import LearnerSpec
 from rayalign.learners.vision import VisionPolicy, sees
 from rayalign.types import AnyColumn, Column
@@ -24,24 +25,36 @@ if TYPE_CHECKING:
 
 
 class ScoreNetwork(Network):
-    """AutoModelForSequenceClassification with one label: VALUES of completion tokens.
+    """AutoModelForSequenceClassification: VALUES of completion tokens with one label, CLASSES with several.
 
     On a decoder the head is applied to the last hidden state of each completion token: the score of what has been
     read so far, and at the last token that of the whole. An encoder scores only the whole, by its own pooling:
-    there every completion token of a row holds that one score.
+    there every completion token of a row holds that one score. The logits of several classes are those of the whole.
 
     Args:
         model: the Hugging Face model.
         gradient_checkpointing: recompute layers in the backward pass.
         packing: see Network; encoders cannot be packed.
         pad_id: what rows are padded with; exported as the model's own, unless it is an end token.
+        segments: an encoder is told which tokens are the completion's, where it has token types.
+
+    Attributes:
+        temperature: exports divide the logits by it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, packing: bool = False, pad_id: int = 0
+        self,
+        model: PreTrainedModel,
+        *,
+        gradient_checkpointing: bool = False,
+        packing: bool = False,
+        pad_id: int = 0,
+        segments: bool = False,
     ):
         super().__init__(model, gradient_checkpointing=gradient_checkpointing, packing=packing)
-        self._pad_id = pad_id
+        self._pad_id, self.labels, self.temperature = pad_id, int(model.config.num_labels), 1.0
+        self._typed = segments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self._last = last_layer(model, self.labels)
         self.eval()
         self.tokenwise = isinstance(getattr(model, "score", None), nn.Linear)
         if packing and not self.tokenwise:
@@ -51,19 +64,25 @@ class ScoreNetwork(Network):
 
     @classmethod
     def load(cls, spec: LearnerSpec, dtype: torch.dtype) -> ScoreNetwork:
-        """From a saved reward model, or, to train, from any language model; its new head is drawn from the spec's seed.
+        """From a saved one, or, to train, from any language model; its new head is drawn from the spec's seed.
 
         Raises:
-            ConfigError: no model, a classifier with several labels, weights missing beside the head, or the head
-                missing where it is not to be trained.
+            ConfigError: no model, one with other labels, weights missing beside the head, or the head missing where
+                it is not to be trained.
         """
         from transformers import AutoModelForSequenceClassification
 
-        _check_labels(spec)
+        what, count = ("classifier", len(spec.classes)) if spec.classes else ("reward model", 1)
+        check_labels(spec)
         with torch.random.fork_rng(devices=[]):
             model, missing = load_pretrained(
-                AutoModelForSequenceClassification, spec, dtype, "language model or reward model", num_labels=1
+                AutoModelForSequenceClassification, spec, dtype, f"language model or {what}", num_labels=count
             )
+        if spec.classes:
+            model.config.id2label = dict(enumerate(spec.classes))
+            model.config.label2id = {name: place for place, name in enumerate(spec.classes)}
+            model.config.problem_type = "single_label_classification"
+            model.config.class_weights = list(spec.class_weights) or None
         backbone = f"{model.base_model_prefix}."
         beside = [name for name in missing if name.startswith(backbone) and ".pooler." not in name]
         if beside:
@@ -72,21 +91,26 @@ class ScoreNetwork(Network):
                 where=f"{spec.role}.model",
                 value=f"{spec.model}: without {', '.join(beside[:3])}",
                 rule="all weights of the backbone; only the head may be new",
-                remedy="give a checkpoint of a language model, or of a reward model",
+                remedy=f"give a checkpoint of a language model, or of a {what}",
             )
         if missing and not spec.trainable:
             raise ConfigError(
-                "this is a language model: it has no scalar head",
+                f"this is a language model: it has no {'head for classes' if spec.classes else 'scalar head'}",
                 where=f"{spec.role}.model",
                 value=f"{spec.model}: without {', '.join(missing[:3])}",
-                rule="a saved reward model, where nothing is trained; a new head would score at random",
-                remedy="give a checkpoint of a reward model, say model=runs/a/checkpoints/step-200",
+                rule=f"a saved {what}, where nothing is trained; a new head would score at random",
+                remedy=f"give a checkpoint of a {what}, say model=runs/a/checkpoints/step-200",
             )
-        _start(model, missing, spec.seed)
+        start(model, missing, spec.seed)
         model.requires_grad_(spec.trainable)
         checkpointing = spec.settings.gradient_checkpointing and spec.trainable
-        packing = spec.settings.packing
-        return cls(model, gradient_checkpointing=checkpointing, packing=packing, pad_id=spec.pad_id)
+        return cls(
+            model,
+            gradient_checkpointing=checkpointing,
+            packing=spec.settings.packing,
+            pad_id=spec.pad_id,
+            segments=spec.segments,
+        )
 
     def forward(
         self,
@@ -101,19 +125,38 @@ class ScoreNetwork(Network):
         teacher: Teacher | None = None,
         teaching: bool = False,
     ) -> dict[str, Tensor]:
-        """See Network.forward. The only column is VALUES, in the unit of the score; the temperature plays no part."""
-        wrong = [column for column in columns if column is not Column.VALUES]
+        """See Network.forward. The only column is VALUES, in the unit of the score, or with several labels CLASSES;
+        the temperature plays no part."""
+        own = Column.VALUES if self.labels == 1 else Column.CLASSES
+        wrong = [column for column in columns if column is not own]
         if wrong or teaching:
             raise refused("a score network", wrong[0] if wrong else Column.REFERENCE_KL)
         keep = mask.bool()
+        if own is Column.CLASSES:
+            return {own.value: self._classes(input_ids, attention_mask, positions, keep)}
         if self.tokenwise:
             # `positions` predict the labels; the value is that of having read the label, one further on.
             hidden = self._states(input_ids, attention_mask, positions + 1, keep)
             values = self.model.score(hidden)[:, 0]
         else:
-            scores = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
+            scores = self._pooled(input_ids, attention_mask, positions)[:, 0]
             values = scores.unsqueeze(1).expand(keep.shape)[keep]
         return {Column.VALUES.value: scattered(keep, [values])[0]}
+
+    def _classes(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        """[R, L] of the whole sequences, in float32."""
+        if not self.tokenwise:
+            return self._pooled(input_ids, attention_mask, positions).float()
+        last = torch.zeros_like(keep).scatter_(1, keep.sum(1, keepdim=True).clamp(min=1) - 1, True)
+        return self.model.score(self._states(input_ids, attention_mask, positions + 1, last)).float()
+
+    def _pooled(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """[R, L] by an encoder's own forward pass."""
+        types = {}
+        if self._typed:
+            place = torch.arange(input_ids.shape[1], device=input_ids.device)
+            types["token_type_ids"] = (place > positions[:, :1]).long() * attention_mask
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -121,15 +164,15 @@ class ScoreNetwork(Network):
         ids = torch.arange(1, 5, device=self.model.device).unsqueeze(0)
         ones = torch.ones_like(ids)
         want = self._own_score(ids, ones)
-        if want.shape != (1, 1):
-            raise _unknown(self.model)
+        if want.shape != (1, self.labels):
+            raise unknown(self.model)
         if self.tokenwise:
             got = self.model.score(self._hidden(ids, ones)[:, -1]).float()
         else:  # a pooling that does not look at the mask would score the padding
             nothing = torch.zeros_like(ids[:, :2])
             got = self._own_score(torch.cat([ids, nothing], 1), torch.cat([ones, nothing], 1))
         if (got - want).abs().max() > 1e-2 * (1e-3 + want.abs().max()):
-            raise _unknown(self.model)
+            raise unknown(self.model)
 
     def _own_score(self, ids: Tensor, ones: Tensor) -> Tensor:
         """By the model's own forward pass, whatever its pad id is: it looks for the last token that is another."""
@@ -141,6 +184,12 @@ class ScoreNetwork(Network):
         finally:
             config.pad_token_id = before
 
+    def finished(self, name: str, tensor: Tensor) -> Tensor:
+        """The last layer's weights divided by the temperature, so that whoever loads the export has it applied."""
+        if self.temperature == 1.0 or name not in self._last:
+            return tensor
+        return tensor.float() / self.temperature
+
     def export(self, path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """A sequence-classification checkpoint whose own forward pass gives the score of the last token."""
         super().export(path, state, dtype)
@@ -150,6 +199,9 @@ class ScoreNetwork(Network):
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["pad_token_id"] = pad
+        config.pop("fitted_temperature", None)
+        if self.temperature != 1.0:
+            config["fitted_temperature"] = self.temperature  # for people: it is in the weights already
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _exported_pad(self) -> int | None:
@@ -163,49 +215,6 @@ class ScoreNetwork(Network):
             return self._pad_id
         fitting = [each for each in (self._pad_id, config.pad_token_id, config.bos_token_id) if each is not None]
         return next((each for each in fitting if each not in ends), None)
-
-
-def _check_labels(spec: LearnerSpec) -> None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError):
-        return  # loading the model says what is wrong
-    kinds = config.architectures or []
-    if any(kind.endswith("ForSequenceClassification") for kind in kinds) and config.num_labels != 1:
-        raise ConfigError(
-            f"the {spec.role} model is a classifier",
-            where=f"{spec.role}.model",
-            value=f"{spec.model}: {config.num_labels} labels",
-            rule="a reward model has one label; a language model gets a new head",
-            remedy="give a language model, or a reward model saved by training one",
-        )
-
-
-@torch.no_grad()
-def _start(model: Any, missing: Sequence[str], seed: int) -> None:
-    """A head that the checkpoint lacks: small and random, a function of the seed alone; scores start near 0."""
-    own = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    for name in missing:
-        parameter = own[name]
-        if parameter.ndim < 2:
-            parameter.zero_()
-            continue
-        inputs = parameter.shape[-1]
-        # The last layer starts smaller: hidden states have norm √H, so that scores have a spread of 1/√H.
-        spread = 1.0 / (inputs + 1) if parameter.shape[0] == 1 else inputs**-0.5
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-
-
-def _unknown(model: PreTrainedModel) -> ConfigError:
-    return ConfigError(
-        "this architecture makes its score in a way that is not known here",
-        value=type(model).__name__,
-        rule="one score: a linear head of the last hidden state, or of an encoder's pooled state",
-        remedy="use another model, or add what it does to rayalign/learners/score.py",
-    )
 
 
 def load_network(spec: LearnerSpec, dtype: torch.dtype) -> Network:

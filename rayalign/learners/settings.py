@@ -127,7 +127,10 @@ class LearnerSpec:
         total_steps: of the run, for the learning-rate schedule.
         optimizer: needed when trainable.
         pad_id: any valid token id.
-        network: "causal", a language model; "score", one with a scalar head.
+        network: "causal", a language model; "score", one with a head for scores or classes.
+        classes: names of a score network's classes, in their order; none: it has one score.
+        class_weights: what each class is worth, for whoever scores with the checkpoint; it is written into its config.
+        segments: whether a prompt and its answer are two segments of an encoder, see data.tokens.Turns.
         lora: train an adapter instead of the weights.
         adapters: roles that get an adapter of their own beside this role's, in the same model.
         shares: the role, built before this one, whose model is this one's too: with the adapter that it has for this
@@ -144,6 +147,9 @@ class LearnerSpec:
     settings: LearnerSettings = field(default_factory=LearnerSettings)
     pad_id: int = 0
     network: Literal["causal", "score"] = "causal"
+    classes: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] = ()
+    segments: bool = False
     trust_remote_code: bool = False
     seed: int = 0
     lora: LoraConfig | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from rayalign.errors import ConfigError, DataError, TrainingStopped
 from rayalign.learners.merge import StepMetrics, weighted_sum
 from rayalign.learners.settings import learning_rate
+from rayalign.learners.statistics import named_columns, statistics, with_rows
 from rayalign.protocols import Algorithm, Stretch, UpdatePlan
 from rayalign.sharding import minibatches
-from rayalign.types import AnyColumn, Batch, Column, Example, Terms
+from rayalign.types import Batch, Example, Terms
 
 if TYPE_CHECKING:
     from rayalign.learners.base import RankLearner
@@ -73,7 +74,7 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
             largest, weight = max(largest, norm), len(chosen) / (len(examples) * plan.epochs)
             for name, value in numbers.items():
                 summed[name] = summed.get(name, 0.0) + value * weight
-            seen = _with_rows(chosen, slice(algorithm.loss_rows))
+            seen = with_rows(chosen, slice(algorithm.loss_rows))
             for place, count in enumerate(learner.positions(seen, learner.split(seen, learner.world_size))):
                 positions[place] += count
     same = {"lr": rate, "grad_norm": largest, "padding": 1.0 - positions[0] / positions[1]}
@@ -94,7 +95,7 @@ def measure(learner: RankLearner, examples: Sequence[Example], algorithm: Algori
     """
     _require(examples, "a measurement")
     sums = Sums()
-    for _ in _losses(learner, examples, algorithm, sums):
+    for _ in _losses(learner, examples, algorithm, sums, learning=False):
         pass
     return sums.named(), {}
 
@@ -114,59 +115,25 @@ def _optimizer_step(
 
 
 def _losses(
-    learner: RankLearner, examples: Sequence[Example], algorithm: Algorithm, sums: Sums
+    learner: RankLearner, examples: Sequence[Example], algorithm: Algorithm, sums: Sums, *, learning: bool = True
 ) -> Iterator[tuple[Tensor, bool]]:
     """One loss a micro-batch of this rank's share, and whether it is the last; their sum and metrics in `sums`."""
     denominator = algorithm.denominator(examples) or 1.0  # nothing counts: the sum is 0, and stays so
-    statistics = _statistics(learner, examples, algorithm) if algorithm.statistics is not None else {}
-    seen = _with_rows(examples, slice(algorithm.loss_rows))
+    known = {} if algorithm.statistics is None else statistics(learner, examples, algorithm, learning=learning)
+    seen = with_rows(examples, slice(algorithm.loss_rows))
     share = learner.split(seen, learner.world_size)[learner.rank]
     for place, micro in enumerate(share):
         batch = learner.batch(seen, micro)
-        columns = _named_columns(learner, batch, algorithm.columns)
+        columns = named_columns(learner, batch, algorithm.columns)
         if micro:
-            terms = algorithm.loss(batch, columns, statistics)
+            terms = algorithm.loss(batch, columns, known)
             loss = weighted_sum(terms, batch) / denominator
             sums.add(loss, terms, batch, len(examples))
         else:
             # The algorithm is not asked about a filler: its loss is exactly 0 whatever the numbers are.
-            loss = sum(torch.where(_like(batch.mask, each), 0.0, each).sum() for each in columns.values())
+            loss = sum(torch.where(torch.ones_like(each).bool(), 0.0, each).sum() for each in columns.values())
         del columns
         yield loss, place == len(share) - 1
-
-
-def _like(mask: Tensor, column: Tensor) -> Tensor:
-    """Where mask [R, T] is 1, in the shape of a column [R, T, …]."""
-    return (mask > 0).reshape(*mask.shape, *(1 for _ in column.shape[2:])).expand_as(column)
-
-
-def _named_columns(learner: RankLearner, batch: Batch, columns: Sequence[AnyColumn]) -> dict[str, Tensor]:
-    found = learner.columns(batch, columns)
-    return {f"{learner.spec.role}/{name}": values for name, values in found.items()}
-
-
-@torch.no_grad()
-def _statistics(learner: RankLearner, examples: Sequence[Example], algorithm: Algorithm) -> dict[str, Tensor]:
-    """The algorithm's sums over the whole step: all micro-batches, all ranks. Empty where no row is for them."""
-    sums: dict[str, Tensor] = {}
-    rows = _with_rows(examples, slice(algorithm.loss_rows, None) if algorithm.loss_rows else slice(None))
-    rows = [example for example in rows if example.sequences]
-    # The exact KL to the reference is a term of losses, and costs a forward pass of the reference.
-    columns = [column for column in algorithm.columns if column is not Column.REFERENCE_KL]
-    for micro in learner.split(rows, learner.world_size)[learner.rank]:
-        batch = learner.batch(rows, micro)
-        found = algorithm.statistics(batch, _named_columns(learner, batch, columns))
-        for name, value in found.items():
-            value = value if micro else torch.zeros_like(value)  # a filler counts for nothing
-            sums[name] = sums[name] + value if name in sums else value
-    return {name: learner.total_tensor(value) for name, value in sums.items()}
-
-
-def _with_rows(examples: Sequence[Example], rows: slice) -> Sequence[Example]:
-    """The same examples with some of their rows only."""
-    if rows == slice(None):
-        return examples
-    return [replace(example, sequences=example.sequences[rows]) for example in examples]
 
 
 def _require(examples: Sequence[Example], what: str) -> None:

@@ -121,6 +121,7 @@ class TorchLearner(RankLearner):
                 "optimizer": self._optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "carried": self.carried,
             }
             torch.save(state, path / OPTIMIZER)
 
@@ -143,6 +144,7 @@ class TorchLearner(RankLearner):
         if self._optimizer is not None:
             state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
             self._optimizer.load_state_dict(state["optimizer"])
+            self.carried = state.get("carried", {})
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(state["cuda_rng"])

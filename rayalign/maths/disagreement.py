@@ -168,6 +168,35 @@ def preference_score(log_q: Tensor, *, weights: Tensor) -> Tensor:
     return (log_q.exp() * weights).sum(-1)
 
 
+def fit_temperature(logits: Tensor, shares: Tensor, *, low: float = 0.05, high: float = 20.0) -> float:
+    """The temperature T that is best for the votes: least mean of −Σ_l shares_l·log softmax(logits/T)_l.
+
+    That is convex in 1/T, and found by bisection on its slope. Guo et al. 2017, section 4.2.
+
+    Args:
+        logits: [B, L] of held-out rows.
+        shares: [B, L] of the votes, rows sum to 1.
+        low, high: T stays within them.
+
+    Raises:
+        ValueError: no rows, shapes that differ, shares outside [0, 1], bounds that are none.
+    """
+    require_dims(2, logits=logits)
+    require_same_shape(logits=logits, shares=shares)
+    require_probability(shares=shares)
+    if not len(logits) or not 0 < low < high:
+        raise ValueError(f"a temperature needs rows, and bounds 0 < low < high: {len(logits)} rows, {low}, {high}")
+    logits, shares = logits.detach().double(), shares.detach().double()
+    logits = logits - logits.amax(-1, keepdim=True)
+    wanted = (shares * logits).sum()
+    cold, warm = 1.0 / low, 1.0 / high  # of 1/T
+    for _ in range(60):
+        middle = (cold * warm) ** 0.5
+        slope = (torch.softmax(logits * middle, -1) * logits).sum() - wanted
+        cold, warm = (middle, warm) if slope > 0 else (cold, middle)
+    return float((cold * warm) ** -0.5)
+
+
 def _check_rows(mask: Tensor, rows: Tensor) -> Tensor:
     if mask.shape != rows.shape[:1]:
         raise ValueError(f"mask {tuple(mask.shape)} does not fit rows {tuple(rows.shape)}")

@@ -122,6 +122,9 @@ class RoleOnRanks:
     def refresh(self, source: str, *, decay: float = 0.0) -> None:
         self._group.run(self._role, "refresh", source, decay=decay)
 
+    def temper(self, temperature: float) -> None:
+        self._group.run(self._role, "temper", temperature)
+
     def export(self, path: Path) -> None:
         self._group.run(self._role, "export", path.resolve())
 

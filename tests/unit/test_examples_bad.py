@@ -73,7 +73,8 @@ BAD_ROWS = [
     (SAID | {"label": 1}, SAID | {"label": None}, "this is no label", "null"),
     (SAID | {"label": 1}, SAID | {"label": "great"}, "this is no label", "great"),
     (SAID | {"ratings": [1, 2]}, SAID | {"ratings": [1.5]}, "these are no ratings", "[1.5]"),
-    (SAID | {"ratings": [1, 2]}, SAID | {"ratings": []}, "these are no ratings", "[]"),
+    (SAID | {"votes": [1, 2]}, SAID | {"votes": [1, -2]}, "these votes cannot be", "[1, -2]"),
+    (SAID | {"agreement": 0.5}, SAID | {"agreement": 1.5}, "a share is out of range", "1.5"),
     (SAID | {"votes": [1, 2]}, SAID | {"votes": [NAN, 1]}, "a vote is not a finite number", "NaN"),
 ]
 
