@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rayalign.algorithms.cringe import Cringe
+from rayalign.algorithms.dpm_calibration import Calibration
 from rayalign.algorithms.kto import KTO
 from rayalign.algorithms.preference import Preference
 from rayalign.algorithms.reward_model import RewardModel
@@ -22,6 +24,7 @@ from tests.unit.algorithm_cases import random_groups
 PAIRS = random_groups(5, (1.0, 0.0))
 LABELS = [*random_groups(3, (1.0,)), *random_groups(2, (0.0,), seed=7)]
 RANKED = random_groups(3, (-2.0, 0.0, -1.0), seed=3)
+SOME_GOLD = [replace(each, prompt=replace(each.prompt, gold_ids=(5, 6) * place)) for place, each in enumerate(RANKED)]
 MIX = {"name": "mix", "losses": ["ipo", {"name": "slic_hf", "target": "best"}], "weights": [1.0, 0.5]}
 CASES: dict[str, tuple[Any, list[Group]]] = {
     "sft": (SFT(token_accuracy=True), RANKED),
@@ -31,6 +34,7 @@ CASES: dict[str, tuple[Any, list[Group]]] = {
     "kto paired": (KTO(paired=True), PAIRS),
     "binary cringe": (Cringe(variant="binary"), LABELS),
     "pairwise cringe": (Cringe(), PAIRS),
+    "calibration": (Calibration(margin=0.1, kl_weight=0.1), [*SOME_GOLD, *random_groups(2, (1.0, 3.0, 3.0, 2.0))]),
     "bradley-terry": (RewardModel(), RANKED),
     "plackett-luce": (RewardModel(loss="plackett_luce"), RANKED),
 }
