@@ -14,8 +14,8 @@ from rayalign.types import Group
 def ranked(group: Group) -> tuple[list[int], tuple[float, ...], Counter[str]]:
     """Candidates best first, their ranks (0 for the best; equal scores, equal ranks), and what was left out, by reason.
 
-    Left out are those without a finite score (`unscored`), and of candidates that are the same once stripped, or the
-    same tokens, all but the best scored (`same`).
+    Left out are those without a finite score, or contested (`unscored`), and of candidates that are the same once
+    stripped, or the same tokens, all but the best scored (`repeated`).
     """
     known = scored(group)
     left_out = Counter({"unscored": len(group.completions) - len(known)})
@@ -24,7 +24,7 @@ def ranked(group: Group) -> tuple[list[int], tuple[float, ...], Counter[str]]:
     for index in sorted(known, key=lambda i: -group.scores[i]):  # type: ignore[index]
         ways = {group.texts[index].strip(), group.completions[index].token_ids}
         if ways & seen:
-            left_out["same"] += 1
+            left_out["repeated"] += 1
         else:
             order.append(index)
             seen |= ways

@@ -31,8 +31,8 @@ class Calibration(Regularised):
     are the ranked answers of data.examples, as `rayalign label` writes them. The likelihood of a reference answer, the
     column `gold` of prompts or rows, is kept up beside; where there is none, that term is 0. No reference model.
 
-    Candidates that are the same once stripped, or have no finite score, are left out and counted; those of equal score
-    have the same rank and form no pair. Each step, and held-out rows or prompts, say how far the policy's likelihood
+    Candidates that are the same once stripped, have no finite score or are contested are left out and counted; those
+    of equal score have the same rank and form no pair. Each step, and held-out rows or prompts, say how far the policy's likelihood
     ranks as the scorer does: `ranking/kendall_tau`, over the pairs that the scorer tells apart, and `ranking/top1`, how
     often the likeliest candidate is the scorer's best; and `gold/perplexity`, over all tokens of reference answers.
     """
@@ -65,7 +65,7 @@ class Calibration(Regularised):
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
         """K candidates of a prompt, the best first, and its reference answer as the last row where it has one."""
-        examples, left_out, kept = [], Counter({"same": 0, "unscored": 0}), 0
+        examples, left_out, kept = [], Counter({"repeated": 0, "unscored": 0}), 0
         for group in groups:
             order, ranks, lost = ranked(group)
             left_out += lost
@@ -78,7 +78,7 @@ class Calibration(Regularised):
             "examples/dropped": len(groups) - len(examples),
             "candidates/kept": kept,
             "candidates/dropped": total - kept,
-            "candidates/same": left_out["same"],
+            "candidates/repeated": left_out["repeated"],
             "candidates/unscored": left_out["unscored"],
             "gold/missing": sum(not example.values["gold"] for example in examples),
         }

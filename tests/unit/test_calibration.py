@@ -170,7 +170,7 @@ def test_what_cannot_rank_is_left_out_and_counted():
         "examples/dropped": 2.0,
         "candidates/kept": 10.0,
         "candidates/dropped": 15.0,
-        "candidates/same": 5.0,  # of same, tied, alone one each; of stripped two
+        "candidates/repeated": 5.0,  # of same, tied, alone one each; of stripped two
         "candidates/unscored": 5.0,
         "gold/missing": 3.0,
     }
