@@ -32,9 +32,10 @@ class Calibration(Regularised):
     column `gold` of prompts or rows, is kept up beside; where there is none, that term is 0. No reference model.
 
     Candidates that are the same once stripped, have no finite score or are contested are left out and counted; those
-    of equal score have the same rank and form no pair. Each step, and held-out rows or prompts, say how far the policy's likelihood
-    ranks as the scorer does: `ranking/kendall_tau`, over the pairs that the scorer tells apart, and `ranking/top1`, how
-    often the likeliest candidate is the scorer's best; and `gold/perplexity`, over all tokens of reference answers.
+    of equal score have the same rank and form no pair. Each step, and held-out rows or prompts, say how far the
+    policy's likelihood ranks as the scorer does: `ranking/kendall_tau`, over the pairs that the scorer tells apart, and
+    `ranking/top1`, how often the likeliest candidate is the scorer's best; and `gold/perplexity`, over all tokens of
+    reference answers.
     """
 
     paper: ClassVar = "Wang et al. 2023 (d-PM), arXiv:2310.05782, eq. 7 and 8"

@@ -23,7 +23,7 @@ from rayalign.trackers import TensorBoard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = Path(__file__).parent / "shapes"
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.stem.startswith("rounds_"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "\nrounds:\n" not in path.read_text())
 LARGE = (
     "rollout.prompts=64",
     "sampling.max_tokens=1024",

@@ -14,7 +14,7 @@ from rayalign.plan.rounds import plan_job, plan_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = Path(__file__).parent / "shapes"
-ROUNDS = sorted((ROOT / "configs").glob("rounds_*.yaml"))
+ROUNDS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "\nrounds:\n" in path.read_text())
 NODES = {"1gpu": "1x1xA100-80/400GiB", "8gpu": "1x8xA100-80/1800GiB"}
 SIMILAR = {  # of the same shape, or larger
     "Llama-3.1-8B-Instruct": "Llama-3.1-8B",
