@@ -128,8 +128,10 @@ def evaluate(
     distribution that was sampled. Nothing else may be open in the engine.
 
     Args:
+        sampling: of a run that searches its candidates, samples of the same length are drawn at temperature 1.
         further: more metrics of the scored groups.
     """
+    sampling = sampling.ordinary
     groups, _, _ = collector.collect(
         prompts,
         [sampling] * samples,

@@ -138,6 +138,28 @@ def group_metrics(groups: Sequence[Group]) -> Metrics:
     return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
 
+def searched(sampling: Sequence[Sampling]) -> bool:
+    """Whether the K completions of a prompt come from one search."""
+    search = sampling[0].search if sampling else None
+    if search is not None and len(sampling) != search.beams:
+        raise ValueError(f"{len(sampling)} completions are asked of a search that gives {search.beams}")
+    return search is not None
+
+
+def candidates_of(found: Completion) -> tuple[Completion, ...]:
+    """What a search found as completions, the best score first."""
+    return tuple(
+        Completion(f"{found.request_id}/{k}", c.token_ids, c.logps, c.finish_reason, found.version, found.engine)
+        for k, c in enumerate(found.candidates)
+    )
+
+
+def candidate_metrics(texts: Sequence[str]) -> Metrics:
+    """How many candidates of a prompt differ once special tokens and outer spaces are gone, as a scorer sees them."""
+    distinct = len({text.strip() for text in texts})
+    return {"candidates/distinct": float(distinct), "candidates/same": float(len(texts) - distinct)}
+
+
 @dataclass
 class Collector:
     """Asks an engine for completions and a scorer for scores; a group is scored as soon as it is whole."""
@@ -167,10 +189,11 @@ class Collector:
             groups, seconds of sampling, seconds of scoring.
         """
         ids = [f"{label}/{place}" for place in range(len(prompts))]
+        each = sampling[:1] if searched(sampling) else sampling  # one search gives all K
         requests = [
             Request(f"{ids[place]}/{k}", prompt.token_ids, one, seeds(prompt.index, k))
             for place, prompt in enumerate(prompts)
-            for k, one in enumerate(sampling)
+            for k, one in enumerate(each)
         ]
         started, scoring = time.perf_counter(), 0.0
         self.engine.submit(requests)
@@ -182,11 +205,11 @@ class Collector:
             done.update((c.request_id, c) for c in finished)
             begun = time.perf_counter()
             places = sorted({int(c.request_id.split("/")[-2]) for c in finished})
-            self.scorer.submit([g for i in places if (g := self._group(ids[i], prompts[i], len(sampling), done))])
+            self.scorer.submit([g for i in places if (g := self._group(ids[i], prompts[i], len(each), done))])
             groups.update((group.id, group) for group in self.scorer.poll(0.0))
             scoring += time.perf_counter() - begun
             if progress is not None and finished:
-                progress(len(done), len(requests))
+                progress(len(done) * len(sampling) // len(each), len(prompts) * len(sampling))
         sampled = time.perf_counter()
         while len(groups) < len(prompts):
             self._check()
@@ -199,7 +222,11 @@ class Collector:
         completions = tuple(done[f"{group_id}/{k}"] for k in range(count) if f"{group_id}/{k}" in done)
         if len(completions) < count:
             return None
-        return Group(group_id, prompt, completions, tuple(self.decode(c.token_ids) for c in completions))
+        if not completions[0].candidates:
+            return Group(group_id, prompt, completions, tuple(self.decode(c.token_ids) for c in completions))
+        completions = candidates_of(completions[0])
+        texts = tuple(self.decode(c.token_ids) for c in completions)
+        return Group(group_id, prompt, completions, texts, metrics=candidate_metrics(texts))
 
     def _check(self) -> None:
         """Waiting ends when the run does. Deadlines belong to the engines and scorers that are waited for."""

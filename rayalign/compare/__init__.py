@@ -81,7 +81,7 @@ def run_comparison(
     contest = contest_of(*sides, config, list(overrides))
     said = contest.config
     _check(asking(said))
-    sampling = sampling_of(said, examples_for(said, contest.tokenizers[0]) if said.data.examples else None)
+    sampling = sampling_of(said, examples_for(said, contest.tokenizers[0]) if said.data.examples else None).ordinary
     folder = out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     _refuse_written(folder)
     console = Console()

@@ -8,11 +8,11 @@ group beam search that transformers had up to 4.55, so that tokens and scores ar
 - A group looks at its 2 × size best continuations (1 + the number of end tokens, where that is more). One that ends
   counts only at a rank below the size; it becomes a hypothesis, and the next ones go on.
 - At the first position only the first beam of each group lives.
-- A group is done once it has as many hypotheses as beams and what it might reach at the present length is no better than
-  the worst of them. With one beam that is at its first end token.
-- What a done group adds to the penalty: in the step in which it ends, the tokens of its beams that would have gone on (in
-  a group of one the second-best token, not the end token); at every later position the end token, once a beam. So the
-  more groups have ended, the more the others are kept from ending.
+- A group is done once it has as many hypotheses as beams and what it might reach at the present length is no better
+  than the worst of them. With one beam that is at its first end token.
+- What a done group adds to the penalty: in the step in which it ends, the tokens of its beams that would have gone on
+  (in a group of one the second-best token, not the end token); at every later position the end token, once a beam. So
+  the more groups have ended, the more the others are kept from ending.
 - Scores are sum ÷ length^length_penalty, the end token counted. All groups' hypotheses are sorted together; of equals
   the later one comes first.
 
@@ -126,6 +126,10 @@ class DiverseBeamSearch:
         """The beams whose next token `advance` wants, in its order; none once the group is over."""
         return () if self.over(group) else self._groups[group].live
 
+    def steps(self, group: int) -> int:
+        """Positions that a group has been at."""
+        return len(self._groups[group].said)
+
     def over(self, group: int) -> bool:
         """Whether nothing more is added to a group: it has ended, or is as long as it may be."""
         state = self._groups[group]
@@ -179,7 +183,7 @@ class DiverseBeamSearch:
             found += [(score, group, beam) for score, beam in state.hypotheses]
         return tuple(
             Candidate(beam.token_ids, beam.logps, group, score, "stop" if self._ends(beam) else "length")
-            for score, group, beam in reversed(sorted(found, key=lambda each: each[0]))
+            for score, group, beam in sorted(found, key=lambda each: each[0])[::-1]
         )
 
     def _choices(self, state: _Group, group: int, top: Top, at: int) -> list[_Choice]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from rayalign.decoding.diverse_beam import check_search
 from rayalign.engines.common import (
     check_requests,
     check_sequences,
@@ -23,6 +24,7 @@ from rayalign.engines.common import (
     quiet_loading,
     refuse_when_open,
 )
+from rayalign.engines.transformers_diverse import RunningSearch
 from rayalign.errors import SyncMismatch
 from rayalign.memory import peak_gib
 from rayalign.protocols import WeightPush
@@ -106,15 +108,19 @@ class TransformersEngine:
         self._waiting: list[Request] = []
         self._rows: list[_Row] = []
         self._cache: Any = None  # keys and values of the rows, in their order
+        self._search: RunningSearch | None = None  # one at a time, while no rows run
 
     def submit(self, requests: Sequence[Request]) -> None:
         check_requests(requests, self._open_ids(), max_context=self.config.max_context, engine=self.name)
+        for request in requests:
+            vocabulary, where = self._model.get_output_embeddings().weight.shape[0], f"request {request.id}"
+            check_search(request.sampling, vocabulary=vocabulary, end_ids=self._ends(request), where=where)
         self._waiting += requests
 
     def poll(self, timeout_s: float = 1.0) -> list[Completion]:
         deadline = time.monotonic() + timeout_s
         finished: list[Completion] = []
-        while (self._rows or self._waiting) and not finished:  # at least one step, so that polling always gets on
+        while self._open_ids() and not finished:  # at least one step, so that polling always gets on
             finished = self._step()
             if time.monotonic() >= deadline:
                 break
@@ -124,6 +130,8 @@ class TransformersEngine:
         gone = set(request_ids)
         self._waiting = [request for request in self._waiting if request.id not in gone]
         self._keep([row.request.id not in gone for row in self._rows])
+        if self._search is not None and self._search.request.id in gone:
+            self._search = None
 
     @torch.no_grad()
     def load(self, push: WeightPush) -> None:
@@ -179,17 +187,23 @@ class TransformersEngine:
         return peak_gib()
 
     def close(self) -> None:
-        self._model, self._cache = None, None
+        self._model, self._cache, self._search = None, None, None
         self._waiting, self._rows = [], []
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _open_ids(self) -> list[str]:
-        return [request.id for request in self._waiting] + [row.request.id for row in self._rows]
+        searched = [self._search.request.id] if self._search is not None else []
+        return [request.id for request in self._waiting] + [row.request.id for row in self._rows] + searched
 
     @torch.no_grad()
     def _step(self) -> list[Completion]:
         """One token for every running request; the completions of those that it ended."""
+        if not self._rows and self._search is None and self._waiting[0].sampling.search is not None:
+            request = self._waiting.pop(0)
+            self._search = RunningSearch(self._model, self._device, request, self._ends(request))
+        if self._search is not None:
+            return self._search_step(self._search)
         if not self._rows:
             self._start_batch()
             ids = torch.tensor([row.request.prompt_ids for row in self._rows], device=self._device)
@@ -203,17 +217,29 @@ class TransformersEngine:
         self._keep([not row.finish_reason for row in self._rows])
         return finished
 
+    def _search_step(self, running: RunningSearch) -> list[Completion]:
+        running.step()
+        if not running.search.finished:
+            return []
+        self._search = None
+        return [Completion.of_search(running.request.id, running.search.candidates(), self.version, self.name)]
+
+    def _ends(self, request: Request) -> tuple[int, ...]:
+        """The model's own end tokens first, in its order."""
+        return tuple(dict.fromkeys((*self._end_ids, *request.sampling.stop_token_ids)))
+
     def _start_batch(self) -> None:
         """The longest-waiting request and others whose prompts are as long, so that no padding is needed."""
         length = len(self._waiting[0].prompt_ids)
-        batch = [request for request in self._waiting if len(request.prompt_ids) == length][: self.config.max_running]
+        alike = [r for r in self._waiting if len(r.prompt_ids) == length and r.sampling.search is None]
+        batch = alike[: self.config.max_running]
         taken = {request.id for request in batch}
         self._waiting = [request for request in self._waiting if request.id not in taken]
         self._rows = [self._row(request) for request in batch]
         self._cache = None
 
     def _row(self, request: Request) -> _Row:
-        end_ids = torch.tensor(sorted({*self._end_ids, *request.sampling.stop_token_ids}), dtype=torch.long)
+        end_ids = torch.tensor(sorted(self._ends(request)), dtype=torch.long)
         return _Row(request, end_ids, torch.Generator().manual_seed(request.seed))
 
     def _keep(self, keep: list[bool]) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,15 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from rayalign.decoding.diverse_beam import check_search
 from rayalign.engines.common import (
-    MOST_CHOICES,
     check_requests,
     check_sequences,
     end_token_ids,
     model_dtype,
     refuse_when_open,
 )
+from rayalign.engines.vllm_search import MOST_LOGPROBS, Searches
 from rayalign.engines.vllm_worker import verify_loaded
 from rayalign.errors import EngineLost, SyncMismatch
 from rayalign.memory import peak_gib
@@ -112,11 +114,14 @@ class VLLMEngine:
                 enforce_eager=eager,
                 skip_tokenizer_init=True,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled
-                max_logprobs=MOST_CHOICES,
+                max_logprobs=MOST_LOGPROBS,
                 worker_extension_cls="rayalign.engines.vllm_worker.ReloadExtension",
+                logits_processors=["rayalign.engines.vllm_diverse:DiverseBeamProcessor"],
                 use_tqdm_on_load=False,
                 **self._placement(),
             )
+        self._vocabulary: int = self._llm.model_config.get_vocab_size()
+        self._searches = Searches(self._add, self._ask, end_ids=self._end_ids, vocabulary=self._vocabulary)
 
     def _placement(self) -> dict[str, Any]:
         options: dict[str, Any] = {"distributed_executor_backend": "mp"} if self.config.tensor_parallel > 1 else {}
@@ -134,6 +139,13 @@ class VLLMEngine:
             )
         check_requests(requests, self._open, max_context=self.config.max_context, engine=self.name)
         for request in requests:
+            ends, where = self._searches.ends(request), f"request {request.id}"
+            check_search(request.sampling, vocabulary=self._vocabulary, end_ids=ends, where=where)
+        for request in requests:
+            if request.sampling.search is not None:
+                self._searches.start(request)
+                self._open[request.id] = request
+                continue
             # vLLM gives log-probs of the distribution that is sampled: where that is another, they are asked first.
             first = replace(request, sampling=PLAIN) if _asks_apart(request.sampling) else request
             self._add(request.id, request.prompt_ids, self._sampling(first, request.sampling.choices))
@@ -143,7 +155,7 @@ class VLLMEngine:
         deadline = time.monotonic() + timeout_s
         finished: list[Completion] = []
         while self._open and not finished:  # at least one step, so that polling always gets on
-            ended = [self._completion(output) for output in self._step() if output.request_id in self._open]
+            ended = [self._completion(output) for output in self._step()]
             finished = [completion for completion in ended if completion is not None]
             if time.monotonic() >= deadline:
                 break
@@ -153,8 +165,9 @@ class VLLMEngine:
         ids = [request_id for request_id in request_ids if self._open.pop(request_id, None) is not None]
         for request_id in ids:
             self._choices.pop(request_id, None)
+        searches = [self._searches.forget([request_id]) for request_id in ids]
         if ids:
-            self._llm.llm_engine.abort_request(ids)
+            self._llm.llm_engine.abort_request([*ids, *chain.from_iterable(searches)])
 
     def load(self, push: WeightPush) -> None:
         refuse_when_open("load weights", len(self._open), engine=self.name)
@@ -209,6 +222,7 @@ class VLLMEngine:
         self._llm = None
         self._open.clear()
         self._choices.clear()
+        self._searches.clear()
         destroy_model_parallel()
         destroy_distributed_environment()
         gc.collect()
@@ -217,6 +231,10 @@ class VLLMEngine:
 
     def _add(self, request_id: str, token_ids: Sequence[int], params: Any) -> None:
         self._llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        """Of each worker."""
+        return self._llm.collective_rpc(method, args=args)
 
     def _step(self) -> list[Any]:
         """One step of all running requests; the outputs of those that ended."""
@@ -242,7 +260,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            stop_token_ids=sorted({*self._end_ids, *sampling.stop_token_ids}),
+            stop_token_ids=sorted(self._searches.ends(request)),
             seed=request.seed,
             logprobs=len(choices),  # of the sampled token, and these
             logprob_token_ids=list(choices) or None,
@@ -251,7 +269,13 @@ class VLLMEngine:
         )
 
     def _completion(self, output: Any) -> Completion | None:
-        """None when the choices alone were asked for, and what was wanted is asked for now."""
+        """None when it ends no request: of one that was forgotten, one of several of a search, or where the choices
+        alone were asked for, and what was wanted is asked for now."""
+        if (ended := self._searches.take(output)) is not None:
+            del self._open[ended[0]]
+            return Completion.of_search(*ended, self.version, self.name)
+        if output.request_id not in self._open:
+            return None
         request, sampled = self._open[output.request_id], output.outputs[0]
         if request.sampling.choices and request.id not in self._choices:
             at = sampled.logprobs[0]

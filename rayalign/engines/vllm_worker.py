@@ -58,6 +58,19 @@ class ReloadExtension:
     def rayalign_memory(self) -> float:
         return peak_gib()
 
+    def rayalign_take_search(self, key: str) -> Any:
+        """The candidates of a search that has ended in this worker."""
+        return self._rayalign_searches().take(key)
+
+    def rayalign_drop_search(self, key: str) -> None:
+        self._rayalign_searches().drop(key)
+
+    def _rayalign_searches(self) -> Any:
+        from rayalign.engines.vllm_diverse import DiverseBeamProcessor
+
+        processors = self.model_runner.input_batch.logitsprocs.non_argmax_invariant
+        return next(each for each in processors if isinstance(each, DiverseBeamProcessor))
+
 
 class _LoadRecorder:
     """Notes which parameters a reload fills: vLLM itself only logs those that it leaves as they were."""
