@@ -190,6 +190,7 @@ class Group:
         id: unique among the groups that are being scored.
         preferences: P(i ≻ j) for all K×K pairs, where annotators' votes or a judge gave it; the diagonal is ½.
             None: only the scores are known.
+        contested: of the completions, those that are not to be learned from, as the scorer says; empty: none.
         votes: of a data set, for each completion the annotators' votes: counts by class.
         metrics: what the scorer says of this group besides, averaged over the groups of a step or an evaluation.
         seed: of what an algorithm draws of this group: a function of run, step and prompt where it was sampled.
@@ -204,6 +205,7 @@ class Group:
     votes: tuple[tuple[float, ...], ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    contested: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,11 +216,13 @@ class Judgement:
         scores: one for each of the K completions, higher is better.
         preferences: K×K, P(i ≻ j), P(i ≻ j) + P(j ≻ i) = 1; None: only the scores are known.
         metrics: by name, of this group; they are averaged over the groups of a rollout that have them.
+        contested: for each completion whether nothing is to be learned from it; empty: from all.
     """
 
     scores: tuple[float, ...]
     preferences: tuple[tuple[float, ...], ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    contested: tuple[bool, ...] = ()
 
 
 class Column(enum.Enum):

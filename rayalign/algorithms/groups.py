@@ -26,8 +26,9 @@ def place_of(group: Group) -> str:
 
 
 def scored(group: Group) -> list[int]:
-    """The completions whose score is a finite number."""
-    return [index for index, score in enumerate(group.scores or ()) if math.isfinite(score)]
+    """The completions whose score is a finite number, without contested ones."""
+    left_out = group.contested or (False,) * len(group.completions)
+    return [index for index, score in enumerate(group.scores or ()) if math.isfinite(score) and not left_out[index]]
 
 
 def distinct(group: Group) -> list[int]:

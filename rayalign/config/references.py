@@ -87,7 +87,7 @@ def check_references(source: Source, config: Config, references: Mapping[str, st
     """Whether the stages have what is wanted of them: rows, or weights of the right kind. Raises ConfigError."""
     for key, folder in references.items():
         stage = next(each for each in before if each.folder == folder)
-        what, network = stage.config.algorithm.name, stage.config.algorithm.network
+        what, network, wanted = stage.config.algorithm.name, stage.config.algorithm.network, ""
         problem = ""
         if key == "data.prompts":
             problem, rule = "a stage writes rows with answers, no prompts", "a file, or a hub id"
@@ -99,11 +99,14 @@ def check_references(source: Source, config: Config, references: Mapping[str, st
         elif not stage.config.learns:
             problem, rule = f"the stage {stage.name} ({what}) trains nothing", "a stage that trains a model"
         elif key == "model.path" and network == "score" and config.algorithm.network != "score":
-            problem, rule = f"the stage {stage.name} trains a reward model", "a stage that trains a language model"
-        elif _gives_scores(key, config) and network != "score":
-            problem, rule = f"the stage {stage.name} ({what}) trains no reward model", "algorithm: reward_model there"
-        elif key.startswith("scorer.") and not _gives_scores(key, config) and network == "score":
-            problem, rule = f"the stage {stage.name} trains a reward model", "a stage that trains a language model"
+            problem, rule = f"the stage {stage.name} trains a {_trains(stage)}", "a stage that trains a language model"
+        elif (wanted := _wanted(key, config)) and _trains(stage) != wanted:
+            problem, rule = (
+                f"the stage {stage.name} ({what}) trains no {wanted}",
+                f"algorithm: {TRAINED_BY[wanted]} there",
+            )
+        elif key.startswith("scorer.") and not wanted and network == "score":
+            problem, rule = f"the stage {stage.name} trains a {_trains(stage)}", "a stage that trains a language model"
         if problem:
             path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
             fitting = [each.name for each in before if _fits(each, key, config)]
@@ -123,17 +126,26 @@ def check_references(source: Source, config: Config, references: Mapping[str, st
 def _fits(stage: Stage, key: str, config: Config) -> bool:
     if key.startswith("data."):
         return key != "data.prompts" and not stage.config.learns and not _rows_refused(stage, config)
-    return stage.config.learns and (stage.config.algorithm.network == "score") == _gives_scores(key, config)
+    return stage.config.learns and _trains(stage) == (_wanted(key, config) or "language model")
 
 
-def _gives_scores(key: str, config: Config) -> bool:
-    """Whether the record that the key stands in is a reward model."""
+def _trains(stage: Stage) -> str:
+    """What comes of a stage that trains."""
+    if stage.config.algorithm.network != "score":
+        return "language model"
+    return "preference model" if getattr(stage.config.algorithm, "classes", ()) else "reward model"
+
+
+def _wanted(key: str, config: Config) -> str:
+    """The kind of score network that the record wants in which the key stands; "" for any other record."""
     record: Any = config.to_dict()
     for part in key.split(".")[:-1]:
         record = record[int(part)] if isinstance(record, list) else record[part]
-    return key.startswith("scorer.") and record.get("name") == "reward_model"
+    return WANTED.get(record.get("name"), "") if key.startswith("scorer.") else ""
 
 
+WANTED = {"reward_model": "reward model", "dpm": "preference model"}  # by scorers
+TRAINED_BY = {"reward model": "reward_model", "preference model": "disagreement"}
 WRITTEN = {
     "best": ("prompt", "completion", "score"),
     "ranked": ("prompt", "completions", "scores"),

@@ -34,6 +34,7 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "scores": list(group.scores or ()),
         "preferences": group.preferences,
         "metrics": dict(group.metrics),
+        "contested": list(group.contested),
         **({COLUMN: group.prompt.extra[COLUMN]} if COLUMN in group.prompt.extra else {}),
     }
 
@@ -64,12 +65,15 @@ def rows_of(record: Record, write: str | None, *, drop_truncated: bool = False) 
 def _kept(record: Record, drop_truncated: bool) -> tuple[list[int], Counter[str]]:
     """The answers that a data set can have: not empty, each once."""
     kept: dict[str, int] = {}
+    contested = record.get("contested")
     left_out: Counter[str] = Counter()
     for index, text in enumerate(record["completions"]):
         if not text.strip():
             left_out["empty answers"] += 1
         elif drop_truncated and record["truncated"][index]:
             left_out["truncated answers"] += 1
+        elif contested and contested[index]:
+            left_out["contested answers"] += 1
         elif text in kept:
             left_out["answers that are there twice"] += 1
         else:

@@ -33,7 +33,8 @@ def make_plan(config: Config, *, nodes: str | None = None, rows: Rows | None = N
         ConfigError: nodes or a model that cannot be read, or a config that no machine could run.
     """
     model, network = config.model, config.algorithm.network
-    shape = read_shape(model.path, network=network, trust_remote_code=model.trust_remote_code)
+    labels = len(getattr(config.algorithm, "classes", ())) or 1
+    shape = read_shape(model.path, network=network, labels=labels, trust_remote_code=model.trust_remote_code)
     (check_training if config.learns else check_labelling)(config)
     there, source = find_nodes(config.placement, nodes)
     lengths = data_lengths(config) if rows is None else replace(prompt_lengths(config), rows=rows)

@@ -96,7 +96,7 @@ def _states(config: Config, shape: Shape) -> list[State]:
 
 
 def adapter_parameters(config: Config, shape: Shape) -> int:
-    """What LoRA trains: rank · (rows + columns) of each weight that it adapts, and a scalar head."""
+    """What LoRA trains: rank · (rows + columns) of each weight that it adapts, and a head for scores or classes."""
     lora = config.model.lora
     names = None if lora.targets == "all-linear" else lora.targets
     adapted = [
@@ -104,14 +104,19 @@ def adapter_parameters(config: Config, shape: Shape) -> int:
         for name, rows, columns in shape.linear
         if names is None or any(f".{name}".endswith(f".{target}") for target in names)
     ]
-    return lora.rank * sum(adapted) + (shape.hidden if shape.network == "score" else 0)
+    return lora.rank * sum(adapted) + _head(shape)
+
+
+def _head(shape: Shape) -> int:
+    """Parameters of a head for scores or classes, which is trained in full."""
+    return shape.hidden * shape.labels if shape.network == "score" else 0
 
 
 def _adapted(config: Config, shape: Shape, zero: Zero | None) -> State:
     """A policy with LoRA: all weights frozen, in the compute dtype; gradients and moments of the adapters alone."""
     trained = adapter_parameters(config, shape)
     small = replace(shape, parameters=trained, largest=min(shape.largest, trained))
-    frozen = replace(shape, parameters=shape.parameters - (shape.hidden if shape.network == "score" else 0))
+    frozen = replace(shape, parameters=shape.parameters - _head(shape))
     if zero is None:
         width = 2 if compute_width(config)[1] else 4
         state = torch_state(small, trained=True, autocast=compute_width(config)[1])

@@ -1,4 +1,4 @@
-"""Memory of a scorer: of its process, of a judge that has an engine of its own, and of a reward model."""
+"""Memory of a scorer: of its process, of a judge that has an engine of its own, and of reward and preference models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rayalign.runtime.placement import LocalPlacement
 from rayalign.schema import Config
 from rayalign.scorers.judging import JudgeRules
 from rayalign.scorers.mix import parts_of
-from rayalign.scorers.reward_model import RewardModelScorer
+from rayalign.scorers.network import NetworkScorer
 
 PROCESS = 0.3 * GIB  # measured, as for learners
 
@@ -30,8 +30,8 @@ def scorer_memory(config: Config, *, gpu_gib: float, on_gpu: bool) -> tuple[tupl
         return (), []
     memory, problems = [RoleMemory("scorer", "scorer", count, Bytes(), Bytes(other=PROCESS))], []
     for key, scorer in parts_of(config.scorer):
-        if isinstance(scorer, RewardModelScorer):
-            shape = _reward_model(scorer)
+        if isinstance(scorer, NetworkScorer):
+            shape = _network(scorer)
             memory += [_scoring(scorer, shape, count, on_gpu=on_gpu)] if shape else []
         elif getattr(getattr(scorer, "ask", None), "name", None) == "engine":
             judge, wrong = _judge(config, scorer.ask, f"{key}.ask", gpu_gib=gpu_gib, on_gpu=on_gpu)
@@ -65,29 +65,30 @@ def _of_judge(problem: Problem, key: str) -> Problem:
     )
 
 
-def _reward_model(scorer: RewardModelScorer) -> Shape | None:
+def _network(scorer: NetworkScorer) -> Shape | None:
     """None where its config.json is not at hand: it may yet be trained, or be on a hub."""
-    return _looked_for(scorer.model, scorer.trust_remote_code, Path(scorer.model).expanduser().is_dir())
+    labels = 1 if scorer.fits(1) else 0
+    return _looked_for(scorer.model, labels, scorer.trust_remote_code, Path(scorer.model).expanduser().is_dir())
 
 
 @lru_cache(maxsize=8)  # a plan asks for each change that it tries
-def _looked_for(model: str, trust_remote_code: bool, is_there: bool) -> Shape | None:
+def _looked_for(model: str, labels: int, trust_remote_code: bool, is_there: bool) -> Shape | None:
     try:
-        return read_shape(model, network="score", trust_remote_code=trust_remote_code)
+        return read_shape(model, network="score", labels=labels, trust_remote_code=trust_remote_code)
     except ConfigError:
         return None
 
 
-def _scoring(scorer: RewardModelScorer, shape: Shape, count: int, *, on_gpu: bool) -> RoleMemory:
+def _scoring(scorer: NetworkScorer, shape: Shape, count: int, *, on_gpu: bool) -> RoleMemory:
     """Its weights, and the inner tensors of one layer for all tokens that are scored at once."""
     width = WIDTH.get(scorer.dtype or shape.dtype, 4)
     weights = float(width * shape.parameters)
     working = layer_tensors(shape, scorer.micro_batch_tokens, width=width)
     if on_gpu and scorer.gpus:  # transformers loads all weights into host memory first
         held = Bytes(weights, activations=working, other=GPU_CONTEXT)
-        return RoleMemory("reward model", "scorer", count, held, Bytes(other=BASE_TRANSFORMERS + weights))
+        return RoleMemory(scorer.what, "scorer", count, held, Bytes(other=BASE_TRANSFORMERS + weights))
     host = Bytes(weights, activations=working, other=BASE_TRANSFORMERS)
-    return RoleMemory("reward model", "scorer", count, Bytes(), host)
+    return RoleMemory(scorer.what, "scorer", count, Bytes(), host)
 
 
 def notes_of_scorers(config: Config) -> Iterator[str]:
@@ -97,7 +98,7 @@ def notes_of_scorers(config: Config) -> Iterator[str]:
     for key, scorer in parts_of(config.scorer):
         if isinstance(scorer, JudgeRules):
             yield from _questions(config, scorer)
-        elif isinstance(scorer, RewardModelScorer) and _reward_model(scorer) is None:
+        elif isinstance(scorer, NetworkScorer) and _network(scorer) is None:
             yield f"{key}.model={scorer.model} is not on this machine: the memory that it takes is not planned"
         elif getattr(scorer, "name", "") == "url":
             yield "what the service at scorer.url needs, and how fast it answers, is not planned"

@@ -24,7 +24,7 @@ class Shape:
             token visits).
         heads, kv_heads, head_dim: of attention.
         dtype: that the checkpoint is saved in.
-        network: "causal", with a head as wide as the vocabulary, tied or not; "score", with a scalar one.
+        network: "causal", with a head as wide as the vocabulary, tied or not; "score", with one as wide as `labels`.
         linear: (name, rows, columns) of the weights that LoRA may adapt: below the head, and not what sees images.
     """
 
@@ -42,23 +42,25 @@ class Shape:
     tied: bool
     dtype: str
     network: str = "causal"
+    labels: int = 1
     linear: tuple[tuple[str, int, int], ...] = ()
 
 
-def read_shape(path: str, *, network: str = "causal", trust_remote_code: bool = False) -> Shape:
+def read_shape(path: str, *, network: str = "causal", labels: int = 1, trust_remote_code: bool = False) -> Shape:
     """The shape of the model in a folder with a config.json, or of a hub id that is at hand.
 
     Args:
         network: what an algorithm makes of it, see `Algorithm.network`.
+        labels: of a score network; 0: as its config says.
 
     Raises:
         ConfigError: no config.json there, or one of no such model.
     """
-    return _read(model_path(path), network, trust_remote_code)
+    return _read(model_path(path), network, labels, trust_remote_code)
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, network: str, trust_remote_code: bool) -> Shape:
+def _read(path: str, network: str, labels: int, trust_remote_code: bool) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers import AutoModelForSequenceClassification as AutoModelForScores
@@ -68,7 +70,7 @@ def _read(path: str, network: str, trust_remote_code: bool) -> Shape:
         language = AutoModelForImageTextToText if saved_to_see(config) else AutoModelForCausalLM
         kind = AutoModelForScores if network == "score" else language
         if network == "score":
-            config.num_labels = 1
+            config.num_labels = labels or config.num_labels
         with torch.device("meta"):  # shapes without storage: 70B parameters take half a second
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -99,6 +101,7 @@ def _read(path: str, network: str, trust_remote_code: bool) -> Shape:
         tied=output is not None and output.weight is model.get_input_embeddings().weight,
         dtype=str(config.dtype or "float32").removeprefix("torch."),
         network=network,
+        labels=int(config.num_labels) if network == "score" else 1,
         linear=tuple(_linear(model, output)),
     )
 

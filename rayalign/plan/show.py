@@ -160,7 +160,8 @@ def _tokens(plan: Plan) -> str:
 
 def _memory(plan: Plan, out: Console) -> None:
     shape = plan.shape
-    kind = "scalar" if shape.network == "score" else "tied" if shape.tied else "untied"
+    scores = "scalar" if shape.labels == 1 else f"{shape.labels}-class"
+    kind = scores if shape.network == "score" else "tied" if shape.tied else "untied"
     title = f"memory by role, GiB each ({_n(shape.parameters)} parameters, {kind} head, {shape.architecture})"
     table = _table(title, "role")
     for name in ("weights", "grad.", "optim.", "activ.", "KV", "other", "total"):

@@ -6,6 +6,7 @@ SCORERS = {
     "judge": "rayalign.scorers.judge:Judge",
     "python": "rayalign.scorers.python:Python",
     "url": "rayalign.scorers.url:Url",
+    "dpm": "rayalign.scorers.dpm:DpmScorer",
     "reward_model": "rayalign.scorers.reward_model:RewardModelScorer",
     "mix": "rayalign.scorers.mix:Mix",
 }

@@ -141,8 +141,17 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
                 remedy="leave a metric out where there is nothing to say",
             )
     preferences = None if found.preferences is None else _matrix(group, found.preferences, who)
+    contested = tuple(map(bool, found.contested))
+    if contested and len(contested) != len(group.completions):
+        raise ScoreError(
+            "the number of contested answers is wrong",
+            where=f"{who}, prompt {group.prompt.index}",
+            value=len(contested),
+            rule=f"true or false for each of {len(group.completions)} completions, or nothing",
+        )
     metrics = {**group.metrics, **metrics}  # a search has counted its candidates
-    return replace(group, scores=_checked(group, found.scores, who), preferences=preferences, metrics=metrics)
+    scores = _checked(group, found.scores, who)
+    return replace(group, scores=scores, preferences=preferences, metrics=metrics, contested=contested)
 
 
 def _matrix(group: Group, rows: Sequence[Sequence[float]], who: str) -> tuple[tuple[float, ...], ...]:

@@ -196,7 +196,8 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
         before = "" if config.only_judge(part) else f"{part.called}/"
         metrics |= {f"{before}{name}": number for name, number in group.metrics.items()}
         metrics[f"scores/{part.called}"] = math.fsum(row) / len(row)
-    return Judgement(scores, _preferences(given, weights), metrics)
+    contested = tuple(map(any, zip(*(group.contested for group in given if group.contested), strict=True)))
+    return Judgement(scores, _preferences(given, weights), metrics, contested)
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:
