@@ -113,7 +113,7 @@ class Disagreement(Offline):
                 votes = self._votes(group, index)
                 none += sum(votes) == 0
                 examples.append(Example((row(group, index),), {f"votes/{place}": n for place, n in enumerate(votes)}))
-        return examples, {"votes/none": float(none), "votes/rows": float(len(examples))}
+        return examples, {"votes/none": float(none), "answers/kept": float(len(examples))}
 
     def _votes(self, group: Group, index: int) -> tuple[float, ...]:
         count = len(self.classes)

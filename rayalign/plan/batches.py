@@ -121,7 +121,7 @@ def _group(config: Config, lengths: Lengths, index: int) -> Group:
         tuple(map(str, range(len(tokens)))),
         scores,
         preferences=None if rows is None else ((0.5,) * len(tokens),) * len(tokens),
-        votes=None if rows is None else ((1.0, 1.0),) * len(tokens),
+        votes=None if rows is None else ((1.0,) * (len(getattr(config.algorithm, "classes", ())) or 2),) * len(tokens),
     )
 
 
