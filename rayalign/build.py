@@ -133,6 +133,15 @@ def _nearest_model(folder: Path) -> str:
 
 def longest_context(config: Config) -> int | None:
     """Tokens that the model has positions for; None where its config does not say. Raises ConfigError."""
+    return getattr(_text_config(config), "max_position_embeddings", None)
+
+
+def vocabulary_size(config: Config) -> int:
+    """Raises ConfigError."""
+    return _text_config(config).vocab_size
+
+
+def _text_config(config: Config) -> Any:
     from transformers import AutoConfig
 
     where = model_path(config.model.path)
@@ -140,7 +149,7 @@ def longest_context(config: Config) -> int | None:
         known = AutoConfig.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:
         raise _not_loaded("model", where, error) from error
-    return getattr(known.get_text_config(), "max_position_embeddings", None)
+    return known.get_text_config()
 
 
 def prompts_for(config: Config, tokenizer: Any) -> PromptSet:

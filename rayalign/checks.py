@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
-from rayalign.build import longest_context, model_path
+from rayalign.build import longest_context, model_path, vocabulary_size
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
+from rayalign.decoding.diverse_beam import check_search
+from rayalign.engines.common import end_token_ids
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
 from rayalign.scorers.connection import Connection, key_of_server
@@ -101,10 +103,14 @@ def check_parts(config: Config) -> None:
             )
     if config.samples:
         _check_context(config)
+        _check_search(config)
 
 
 def check_labelling(config: Config) -> None:
-    """Whether the parts of a labelling fit together: nothing is trained in it. Raises ConfigError."""
+    """Whether the parts of a labelling, or a generation, fit together: nothing is trained in it. Raises ConfigError."""
+    if getattr(config.algorithm, "unscored", False):
+        check_parts(config)
+        return
     if config.scorer is None:
         raise ConfigError(
             "nothing says which answers are better",
@@ -152,6 +158,20 @@ def check_scorer(config: Config) -> None:
                     key_of_server(asked, where)
     if config.scored and hasattr(config.scorer, "check"):
         config.scorer.check(model_path(config.model.path), trust_remote_code=config.model.trust_remote_code)
+
+
+def _check_search(config: Config) -> None:
+    """Whether the model's vocabulary has as many continuations as a search wants."""
+    sampling = config.sampling.sampling()
+    if sampling.search is not None:
+        where, trusted = model_path(config.model.path), config.model.trust_remote_code
+        check_search(
+            sampling,
+            vocabulary=vocabulary_size(config),
+            end_ids=end_token_ids(where, trust_remote_code=trusted),
+            where="key sampling.beams",
+            error=ConfigError,
+        )
 
 
 def _check_context(config: Config) -> None:

@@ -102,6 +102,26 @@ def label(config: ConfigPath, overrides: Overrides = None, debug: Debug = False)
 
 
 @app.command()
+def generate(
+    config: ConfigPath, overrides: Annotated[list[str] | None, _overrides("model")] = None, debug: Debug = False
+) -> None:
+    """Complete the prompts of CONFIG, by samples or a search, with log-probs and scores. No scorer, no training.
+
+    \b
+    completions.jsonl in the run's folder has one line a prompt. model=PATH is another checkpoint.
+    Examples:
+      rayalign generate configs/generate.yaml
+      rayalign generate configs/demo.yaml model=runs/demo/checkpoints/step-30
+    """
+    from rayalign.config import load_config
+    from rayalign.generate import run_generation
+
+    model, others = _take("model", overrides)
+    if run_generation(load_config(config, others), model=model, name=f"generate-{config.stem}").stopped:
+        raise typer.Exit(130)
+
+
+@app.command()
 def evaluate(
     config: ConfigPath, overrides: Annotated[list[str] | None, _overrides("model")] = None, debug: Debug = False
 ) -> None:

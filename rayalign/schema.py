@@ -110,7 +110,7 @@ class Config(Record):
                 rule=f"{name} is evaluated on held-out rows of data.examples",
                 remedy="take data.prompts out",
             )
-        if self.data.prompts and self.scorer is None:
+        if self.data.prompts and self.scorer is None and not getattr(self.algorithm, "unscored", False):
             raise Unfit(
                 "nothing scores the completions of the prompts",
                 key="scorer",
@@ -270,7 +270,7 @@ class Config(Record):
     @property
     def scored(self) -> bool:
         """Whether a scorer is asked: of samples, or of answers of a data set that are to be labelled."""
-        return (self.samples and self.scorer is not None) or not self.learns
+        return self.scorer is not None and (self.samples or not self.learns)
 
     @property
     def lends_engine(self) -> bool:

@@ -4,6 +4,7 @@ ALGORITHMS = {
     "cringe": "rayalign.algorithms.cringe:Cringe",
     "disagreement": "rayalign.algorithms.disagreement:Disagreement",
     "dpm_calibration": "rayalign.algorithms.dpm_calibration:Calibration",
+    "generate": "rayalign.algorithms.generate:Generate",
     "kto": "rayalign.algorithms.kto:KTO",
     "label": "rayalign.algorithms.label:Label",
     "mdpo": "rayalign.algorithms.mdpo:MDPO",

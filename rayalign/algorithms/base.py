@@ -24,6 +24,7 @@ class Offline(Record):
     network: ClassVar[str] = "causal"
     images: ClassVar[bool] = False  # whether each row has to have an image
     learns: ClassVar[bool] = True  # else its run trains nothing: it writes a data set
+    unscored: ClassVar[bool] = False  # whether a run without a scorer makes sense where it samples
     needs: ClassVar[Sequence[tuple[str, AnyColumn]]] = ()
     statistics: ClassVar = None
     further_statistics: ClassVar = None

@@ -36,6 +36,7 @@ from rayalign.sync.flat import check_names, verify
 from rayalign.types import Completion, Request, Sampling
 
 GIB = 1 << 30
+BLOCK_ON_CPU = 32  # tokens; vLLM would take 128, and read up to so many again of what a search has in common
 PLAIN = Sampling(max_tokens=1, temperature=0.0)
 
 
@@ -127,7 +128,7 @@ class VLLMEngine:
         options: dict[str, Any] = {"distributed_executor_backend": "mp"} if self.config.tensor_parallel > 1 else {}
         if self._on_gpu:
             return options | {"gpu_memory_utilization": self.config.gpu_memory, "enable_sleep_mode": True}
-        return options | {"kv_cache_memory_bytes": int(self.config.kv_cache_gib * GIB)}
+        return options | {"kv_cache_memory_bytes": int(self.config.kv_cache_gib * GIB), "block_size": BLOCK_ON_CPU}
 
     def submit(self, requests: Sequence[Request]) -> None:
         if self._failed_load:

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checks", "opponents"),
     ("run_dir", "plan", "submit", "listing"),
     ("api", "selftest"),
-    ("label",),
+    ("label", "generate"),
     ("rounds", "compare"),
     ("doctor",),
     ("cli", "__main__"),

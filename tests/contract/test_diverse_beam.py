@@ -24,7 +24,7 @@ SMOLLM2_FOLDER = Path("~/.cache/rayalign/models/SmolLM2-135M-Instruct").expandus
 CONFIGS = {
     "transformers": TransformersEngineConfig(max_context=96, max_running=8),
     "vllm": VLLMEngineConfig(max_context=96, max_running=8, kv_cache_gib=0.05),
-    "tight": VLLMEngineConfig(max_context=96, max_running=16, kv_cache_gib=0.0005),
+    "tight": VLLMEngineConfig(max_context=200, max_running=16, kv_cache_gib=0.0008),
 }
 
 
@@ -71,19 +71,29 @@ def test_all_cases_at_once_beside_ordinary_requests(engine: Engine) -> None:
     assert kept(engine) == 0
 
 
-def test_requests_are_put_off_where_memory_is_tight(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test above is worth: vLLM stops requests of searches half-way and reads them anew."""
+def test_requests_are_put_off_where_memory_is_tight(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM stops requests of searches half-way, as they grow into a new block, and reads them anew."""
     if engine.name != "tight":
         pytest.skip("there is room for all keys and values")
     scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
     put_off, original = [], scheduler._preempt_request
-    monkeypatch.setattr(
-        scheduler, "_preempt_request", lambda request, *more: (put_off.append(request), original(request, *more))[1]
-    )
-    cases = [case for case in TINY if case["beams"] == 10 and len(case["prompt_ids"]) > 8]
-    for completion, case in zip(serve(engine, *(asked(c, f"r{n}") for n, c in enumerate(cases))), cases, strict=True):
-        assert_equal(completion.candidates, case)
-    assert any(request.num_output_tokens for request in put_off)
+
+    def counted(request, *more, **named):
+        put_off.append(request)
+        return original(request, *more, **named)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", counted)
+    sampling = Sampling(24, search=DiverseBeam(10, 10, 2.0))
+    requests = [Request(f"r{n}", tuple(range(2 + n, 57 + n)) * 2, sampling, 0) for n in range(2)]
+    found = serve(engine, *requests)
+    assert put_off
+    other = TransformersEngineConfig(max_context=200).build(model=str(folder))
+    for completion, expected in zip(found, serve(other, *requests), strict=True):
+        assert [c.token_ids for c in completion.candidates] == [c.token_ids for c in expected.candidates]
+        scores = [[c.score for c in each.candidates] for each in (completion, expected)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_the_same_prompt_twice_and_again(engine: Engine) -> None:
