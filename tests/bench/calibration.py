@@ -227,7 +227,8 @@ def table(out: Path, arguments: argparse.Namespace) -> str:
     head = ["candidates", "Kendall τ", "top-1", *(f"reward, {name}" for name in REWARDS.values())]
     lines = [_line([*head, "gold perplexity", "distinct of K", "min"]), _line(["---"] * 8)]
     if (out / "start.json").is_file():
-        start, first = json.loads((out / "start.json").read_text()), evaluation(folder_of(out, "once"), 0)
+        start = json.loads((out / "start.json").read_text())
+        first = next((found for name in ROWS if (found := evaluation(folder_of(out, name), 0))), {})
         lines.append(_line(["the start", *_measured(start, first), "", ""]))
     for name in ROWS:
         folder = folder_of(out, name)
