@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rayalign.algorithms.cringe import Cringe
+from rayalign.algorithms.disagreement import Disagreement
 from rayalign.algorithms.dpm_calibration import Calibration
 from rayalign.algorithms.kto import KTO
 from rayalign.algorithms.preference import Preference
@@ -25,6 +26,9 @@ PAIRS = random_groups(5, (1.0, 0.0))
 LABELS = [*random_groups(3, (1.0,)), *random_groups(2, (0.0,), seed=7)]
 RANKED = random_groups(3, (-2.0, 0.0, -1.0), seed=3)
 SOME_GOLD = [replace(each, prompt=replace(each.prompt, gold_ids=(5, 6) * place)) for place, each in enumerate(RANKED)]
+CLASSES = ("bad", "neutral", "good")
+VOTES = ((2.0, 0.0, 0.0), (0.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0, 3.0), (1.0, 0.0, 0.0))
+VOTED = [replace(each, votes=(votes,)) for each, votes in zip(random_groups(5, (1.0,), seed=5), VOTES, strict=True)]
 MIX = {"name": "mix", "losses": ["ipo", {"name": "slic_hf", "target": "best"}], "weights": [1.0, 0.5]}
 CASES: dict[str, tuple[Any, list[Group]]] = {
     "sft": (SFT(token_accuracy=True), RANKED),
@@ -37,13 +41,21 @@ CASES: dict[str, tuple[Any, list[Group]]] = {
     "calibration": (Calibration(margin=0.1, kl_weight=0.1), [*SOME_GOLD, *random_groups(2, (1.0, 3.0, 3.0, 2.0))]),
     "bradley-terry": (RewardModel(), RANKED),
     "plackett-luce": (RewardModel(loss="plackett_luce"), RANKED),
+    "d-PM as published": (Disagreement(classes=CLASSES, preset="published"), VOTED),
+    "d-PM": (Disagreement(classes=CLASSES, objective="js"), VOTED),
+    "d-PM of one row": (Disagreement(classes=CLASSES, preset="published", objective="kl_r_q"), VOTED[:1]),
+    "d-PM with a moving average": (
+        Disagreement(classes=CLASSES, detach_posterior=False, mass="moving_average", objective="js"),
+        VOTED,
+    ),
 }
 
 
 def specs(folder: str, algorithm: Any, settings: Any) -> list[LearnerSpec]:
     """The policy, and where one is needed the reference, of a folder with both models."""
     common = dict(settings=settings, total_steps=5)
-    found = [LearnerSpec("policy", f"{folder}/policy", optimizer=OPTIMIZER, network=algorithm.network, **common)]
+    head = dict(network=algorithm.network, classes=getattr(algorithm, "classes", ()))
+    found = [LearnerSpec("policy", f"{folder}/policy", optimizer=OPTIMIZER, **head, **common)]
     reference = LearnerSpec("reference", f"{folder}/reference", trainable=False, **common)
     return found + ([reference] if needs_reference(algorithm) else [])
 
