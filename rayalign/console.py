@@ -84,9 +84,8 @@ class Console:
             parts.append("skipped: nothing to learn from")
         if "reward/mean" in metrics:
             parts.append(f"reward {metrics['reward/mean']:+.3f} ± {metrics['reward/std']:.3f}")
-        for key, label, form in (("kl/k1", "kl/k1", "{:.2f}"), ("rewards/accuracies", "accuracy", "{:.2f}")):
-            if key in metrics:
-                parts.append(f"{label} {form.format(metrics[key])}")
+        said = (("kl/k1", "kl/k1"), ("rewards/accuracies", "accuracy"), ("ranking/kendall_tau", "tau"))
+        parts += [f"{label} {metrics[key]:.2f}" for key, label in said if key in metrics]
         parts.append(f"{metrics['completion/length_mean']:.0f} tokens")
         parts.append(f"{metrics['time/step_s']:.1f} s")
         self.say("  ".join(parts))
@@ -177,7 +176,7 @@ def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:
         "distinct_1": "distinct-1",
         "distinct_2": "distinct-2",
     }
-    further = [key for key in columns[0][1].metrics if key.startswith(("held_out/", "judge/", "scores/"))]
+    further = [key for key in columns[0][1].metrics if key.startswith(("held_out/", "judge/", "scores/", "ratings/"))]
     rows = [key for key in further if not key.endswith(("/low", "/high"))]
     for key, label in {**labels, **{key: key.replace("held_out/", "held-out ") for key in rows}}.items():
         if key in columns[0][1].metrics:

@@ -58,6 +58,12 @@ LEARNING = (
     ),
     Curves("Accuracy", "share of pairs", {"rewards/accuracies": "margin above 0"}, share=True),
     Curves(
+        "Ranking by likelihood",
+        "against the scorer’s",
+        {"ranking/kendall_tau": "Kendall’s τ", "ranking/top1": "likeliest is its best, share"},
+    ),
+    Curves("Reference answers", "perplexity", {"gold/perplexity": "of a token"}, log=True),
+    Curves(
         "Completion length", "tokens", {"completion/length_mean": "mean"}, held_out={"completion/length_mean": "length"}
     ),
     Curves(
