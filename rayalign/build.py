@@ -160,10 +160,12 @@ def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
     room = config.engine.max_context - config.sampling.max_tokens
     gold = getattr(config.algorithm, "takes_gold", False)
     found = load_prompts(config.data, tokenizer, max_prompt_tokens=room, gold=gold)
+    whole = tuple(sorted((*found.training, *found.held_out), key=lambda prompt: prompt.index))
+    if getattr(config.algorithm, "unscored", False):  # they are all completed, and nothing is evaluated
+        return PromptSet(whole, (), found.skipped)
     if config.algorithm.request(config.sampling.sampling()):
         return found
-    whole = sorted((*found.training, *found.held_out), key=lambda prompt: prompt.index)
-    return PromptSet((), tuple(whole), found.skipped)
+    return PromptSet((), whole, found.skipped)
 
 
 def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:

@@ -67,14 +67,13 @@ def run_generation(config: Config, *, model: str | None = None, name: str = "gen
     check_parts(config)
     tokenizer = load_tokenizer(config, model)
     found = prompts_for(config, tokenizer)
-    prompts = sorted((*found.training, *found.held_out), key=lambda prompt: prompt.index)
     with run_directory(config, name, {"data.prompts": found.fingerprint}) as run_dir:
         console = Console()
         with logged(console, run_dir / "log" / "driver.log"):
             skipped = f"; {found.skipped:,} are too long" if found.skipped else ""
             asked = len(config.algorithm.request(config.sampling.sampling()))
-            console.say(f"generating {len(prompts):,} prompts × {asked}{skipped}")
-            return _generate(config, tokenizer, prompts, run_dir, console, model)
+            console.say(f"generating {len(found.training):,} prompts × {asked}{skipped}")
+            return _generate(config, tokenizer, found.training, run_dir, console, model)
 
 
 def generating(config: Config) -> Config:

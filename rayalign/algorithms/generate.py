@@ -17,6 +17,7 @@ class Generate(Offline):
     It is what `rayalign generate` does, also with the config of another algorithm.
     """
 
+    paper: ClassVar = "Vijayakumar et al. 2016 (diverse beam search), arXiv:1610.02424"
     learns: ClassVar = False
     unscored: ClassVar = True
     columns: ClassVar[Sequence[AnyColumn]] = ()

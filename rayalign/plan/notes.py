@@ -21,6 +21,7 @@ def notes_of(config: Config, cache: EngineCache | None, nodes: Sequence[Node], l
     """
     return (
         *_of_engine(config, cache, nodes),
+        *_of_search(config),
         *notes_of_scorers(config),
         *_of_nodes(nodes),
         *_of_data(config, lengths),
@@ -37,6 +38,25 @@ def _of_engine(config: Config, cache: EngineCache | None, nodes: Sequence[Node])
         )
     if shares_gpus(config) and any(node.gpus for node in nodes):
         yield "engine and learner are added up: a learner keeps what it reserved while the engine is awake"
+
+
+def _of_search(config: Config) -> Iterator[str]:
+    """What a search costs an engine."""
+    search = config.sampling.sampling().search
+    if search is None or not config.algorithm.request(config.sampling.sampling()):
+        return
+    size = search.beams // search.groups
+    groups = f"{search.beams} candidates of a prompt are searched by {search.groups} groups of {size}"
+    if config.engine.name != "vllm":
+        yield f"{groups}, one prompt after the other: this engine is for tests"
+    elif size == 1:
+        yield f"{groups}: one pass of the engine, as {search.beams} requests"
+    else:
+        yield f"{groups}: a step of the engine for each token, several times slower than groups={search.beams}"
+    if config.engine.name == "vllm" and search.beams > config.engine.max_running:
+        yield f"of a search's {search.beams} requests engine.max_running={config.engine.max_running} run at a time"
+    if config.learns:
+        yield "evaluations sample ordinarily, at temperature 1"
 
 
 def _of_nodes(nodes: Sequence[Node]) -> Iterator[str]:

@@ -131,7 +131,8 @@ def _labelling(plan: Plan, out: Console) -> None:
     if there is None:
         table.add_row("shards", "how many is not known")
     else:
-        answers = f"{_n(there * b.samples)} answers to be scored"
+        written = plan.differs.get("algorithm.name", ("",))[0] == "generate"
+        answers = f"{_n(there * b.samples)} " + ("completions" if written else "answers to be scored")
         table.add_row("shards", f"{_n(b.steps)}, of {_n(there)} {'rows' if rows else 'training prompts'}: {answers}")
     if plan.tokens.sampled:
         table.add_row("tokens a shard", f"{_n(plan.tokens.prompt)} of prompts, up to {_n(plan.tokens.sampled)} sampled")
