@@ -234,6 +234,8 @@ class Run:
         if folder is not None:
             load_state(folder, self.roles)
             self.say(f"step {best} was the best on {self.training.stop.metric}: its weights are the run's last ones")
+        elif best == 0:
+            self.say("no step was better than the start: the last weights are left as they are")
         fitted = fitted_temperature(self.held_out_rows, self.algorithm.for_held_out(), self.roles)
         if fitted is not None:
             temperature, before, after = fitted

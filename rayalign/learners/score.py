@@ -82,7 +82,8 @@ class ScoreNetwork(Network):
             model.config.id2label = dict(enumerate(spec.classes))
             model.config.label2id = {name: place for place, name in enumerate(spec.classes)}
             model.config.problem_type = "single_label_classification"
-            model.config.class_weights = list(spec.class_weights) or None
+            if spec.class_weights:
+                model.config.class_weights = list(spec.class_weights)
         backbone = f"{model.base_model_prefix}."
         beside = [name for name in missing if name.startswith(backbone) and ".pooler." not in name]
         if beside:
