@@ -220,7 +220,9 @@ def _fill(
             there[number] = [record_of(group, work.texts(group)) for group in groups]
             write_shard(files[number], known, there[number])
             rollout = Rollout(number, 0, tuple(groups), sampling_s, scoring_s)
-            metrics = rollout.metrics(first_use=collector is not None) | best_of_n([g.scores for g in groups])
+            metrics = rollout.metrics(first_use=collector is not None) | best_of_n(
+                [g.scores for g in groups], drawn=drawn(config)
+            )
             metrics |= {"time/step_s": perf_counter() - begun, "memory/peak_gib": started.memory()}
             recorder.samples(number + 1, 0, groups)
             recorder.step(number + 1, metrics)
@@ -237,7 +239,7 @@ def _finish(config: Config, records: Sequence[Record], run_dir: Path, console: C
         made, lost = rows_of(record, label.write, drop_truncated=label.drop_truncated)
         rows += made
         left_out += lost
-    metrics = best_of_n([record["scores"] for record in records]) | _means(records)
+    metrics = best_of_n([record["scores"] for record in records], drawn=drawn(config)) | _means(records)
     answers = sum(len(record["completions"]) for record in records)
     summary = {"rows": len(rows), "prompts": len(records), "answers": answers, "left_out": dict(left_out)}
     (run_dir / SUMMARY).write_text(json.dumps({**summary, "metrics": metrics}, indent=1))
@@ -252,12 +254,18 @@ def _finish(config: Config, records: Sequence[Record], run_dir: Path, console: C
     write_lines(run_dir / ROWS, rows)
     lost = f"; left out: {', '.join(f'{n:,} {reason}' for reason, n in left_out.items())}" if left_out else ""
     console.say(f"done: {len(rows):,} rows of {len(records):,} prompts and {answers:,} answers{lost}")
+    bound = metrics.get("best_of_n/kl_bound")
     console.say(
-        f"the best of n scores {metrics['best_of_n/reward']:+.3f}, the mean {metrics['best_of_n/mean_reward']:+.3f}; "
-        f"the best is at most {metrics['best_of_n/kl_bound']:.2f} nats from what was sampled"
+        f"the best of n scores {metrics['best_of_n/reward']:+.3f}, the mean {metrics['best_of_n/mean_reward']:+.3f}"
+        + ("" if bound is None else f"; the best is at most {bound:.2f} nats from what was sampled")
     )
     console.say(f"written to {run_dir / ROWS}; learn from it with data.examples={run_dir / ROWS}")
     return Labelled(run_dir, run_dir / ROWS, len(rows), metrics)
+
+
+def drawn(config: Config) -> bool:
+    """Whether the answers are samples, and not those of a search."""
+    return config.sampling.sampling().search is None
 
 
 def _means(records: Sequence[Record]) -> Metrics:

@@ -42,7 +42,8 @@ class RejectionSampling(SFT):
         kept = [group for group in groups if self._gains(group)]
         examples, _ = super().examples(kept)
         counts = {"examples/kept": float(len(examples)), "examples/dropped": float(len(groups) - len(examples))}
-        return examples, counts | best_of_n([[group.scores[i] for i in scored(group)] for group in groups])
+        drawn = not any("candidates/distinct" in group.metrics for group in groups)
+        return examples, counts | best_of_n([[group.scores[i] for i in scored(group)] for group in groups], drawn=drawn)
 
     def _gains(self, group: Group) -> bool:
         scores = [group.scores[index] for index in scored(group)]
@@ -51,7 +52,7 @@ class RejectionSampling(SFT):
         return max(scores) - math.fsum(scores) / len(scores) >= self.min_gain
 
 
-def best_of_n(scores: Sequence[Sequence[float]]) -> Metrics:
+def best_of_n(scores: Sequence[Sequence[float]], *, drawn: bool = True) -> Metrics:
     """What choosing the best of n gains, and how far it is from the policy at most (nats). Prompts weigh the same.
 
     best_of_n/reward: mean of the best scores; best_of_n/mean_reward: of all scores; best_of_n/gain: their difference;
@@ -60,6 +61,7 @@ def best_of_n(scores: Sequence[Sequence[float]]) -> Metrics:
 
     Args:
         scores: of each prompt those of its answers, finite.
+        drawn: whether the answers are samples: for those of a search there is no such bound.
     """
     known = [each for each in scores if each]
     if not known:
@@ -69,5 +71,5 @@ def best_of_n(scores: Sequence[Sequence[float]]) -> Metrics:
         "best_of_n/reward": float(best),
         "best_of_n/mean_reward": float(mean),
         "best_of_n/gain": float(best - mean),
-        "best_of_n/kl_bound": float(np.mean([best_of_n_kl(len(each)) for each in known])),
+        **({"best_of_n/kl_bound": float(np.mean([best_of_n_kl(len(each)) for each in known]))} if drawn else {}),
     }

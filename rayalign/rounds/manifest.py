@@ -18,7 +18,7 @@ from rayalign.run_dir import FREE, OPEN, decides
 FILE = "manifest.json"
 # What a stage makes depends on these. Others, as engine.max_running or evaluation.prompts, do not run it again.
 DECIDING = ("model", "data", "algorithm", "scorer", "sampling", "rollout", "train", "optimizer", "seed")
-FILES = (".path", ".prompts", ".model", ".template")  # ends of keys that may name a file or a folder
+FILES = (".path", ".prompts", ".model", ".template", ".lexicon")  # ends of keys that may name a file or a folder
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 WHOLE = 16 * 2**20  # bytes of weights that are read to know them; of larger ones the beginning and the end
 EDGE = 2**20

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,6 +116,12 @@ class Ratings(ScorerConfig):
 
     def check_files(self) -> None:
         read_lexicon(self.lexicon)
+
+    def contents(self) -> dict[str, str]:
+        if self.lexicon is None:
+            return {}
+        text = json.dumps(read_lexicon(self.lexicon), sort_keys=True)
+        return {"lexicon": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
 
     def start(self) -> ScoreFunction:
         kept = {"held_out": (True,), "training": (False,), "all": (True, False)}[self.words]

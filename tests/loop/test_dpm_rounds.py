@@ -94,6 +94,7 @@ def test_votes_become_a_ranking_that_the_policy_is_calibrated_to(rounds, stages)
     assert all(-1 <= score <= 1 for row in rows for score in row["scores"])
     labelled = records(found.run_dir / "stages/candidates")
     assert all(record["candidates/distinct"] <= 4 and record["dpm/entropy"] > 0 for record in labelled)
+    assert all("best_of_n/gain" in record and "best_of_n/kl_bound" not in record for record in labelled)  # no samples
     folder = found.run_dir / "stages/calibrate"
     assert all(step["gold/missing"] == 0 and step["examples/kept"] > 0 for step in records(folder))
     for metrics in evaluated(folder):

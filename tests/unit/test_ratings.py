@@ -60,6 +60,9 @@ def test_a_lexicon_of_ones_own_and_files_that_are_none(tmp_path):
     file.write_text("fine\t1.5\t0.5\t[1, 2]\npoor\t-1.0\t0.0\t[-1, -1, -1]\n\n")
     assert read_lexicon(file) == {"fine": (1, 2), "poor": (-1, -1, -1)}
     assert scored(Ratings(words="all", lexicon=str(file)), "fine, poor").scores == (0.25,)
+    known = Ratings(lexicon=str(file)).contents()
+    file.write_text(file.read_text() + "calm\t0.5\t0.5\t[0, 1]\n")
+    assert known and Ratings(lexicon=str(file)).contents() != known and Ratings().contents() == {}
     with pytest.raises(ConfigError) as error:
         Ratings(lexicon=str(tmp_path / "none.txt")).check_files()
     assert error.value.where == "key scorer.lexicon" and error.value.remedy
