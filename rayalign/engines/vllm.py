@@ -122,7 +122,13 @@ class VLLMEngine:
                 **self._placement(),
             )
         self._vocabulary: int = self._llm.model_config.get_vocab_size()
-        self._searches = Searches(self._add, self._ask, end_ids=self._end_ids, vocabulary=self._vocabulary)
+        self._searches = Searches(
+            self._add,
+            lambda ids: self._llm.llm_engine.abort_request(ids),
+            self._ask,
+            end_ids=self._end_ids,
+            vocabulary=self._vocabulary,
+        )
 
     def _placement(self) -> dict[str, Any]:
         options: dict[str, Any] = {"distributed_executor_backend": "mp"} if self.config.tensor_parallel > 1 else {}
@@ -238,7 +244,7 @@ class VLLMEngine:
         return self._llm.collective_rpc(method, args=args)
 
     def _step(self) -> list[Any]:
-        """One step of all running requests; the outputs of those that ended."""
+        """One step of all running requests; the outputs of those that ended, or go on as part of a search."""
         try:
             outputs = self._llm.llm_engine.step()
         except Exception as error:  # whatever it was, vLLM's state is not known any more
@@ -248,7 +254,7 @@ class VLLMEngine:
                 value=f"{type(error).__name__}: {error}",
                 remedy="the engine has to be replaced; its log shows the cause",
             ) from error
-        return [output for output in outputs if output.finished]
+        return [output for output in outputs if output.finished or output.request_id in self._searches]
 
     def _sampling(self, request: Request, choices: tuple[int, ...] = ()) -> Any:
         from vllm import SamplingParams

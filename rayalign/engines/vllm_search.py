@@ -22,14 +22,18 @@ class Searches:
 
     Args:
         add: gives vLLM a request.
+        abort: takes requests back.
         ask: calls a method of vLLM's workers.
         end_ids: the model's end tokens, in its order.
         vocabulary: its size.
     """
 
-    def __init__(self, add: Add, ask: Ask, *, end_ids: tuple[int, ...], vocabulary: int):
-        self._add, self._ask, self._end_ids, self._vocabulary = add, ask, end_ids, vocabulary
-        self._open: dict[str, _OnePass | _Rounds] = {}  # by the request's id
+    def __init__(
+        self, add: Add, abort: Callable[[list[str]], None], ask: Ask, *, end_ids: tuple[int, ...], vocabulary: int
+    ):
+        self._add, self._abort, self._ask = add, abort, ask
+        self._end_ids, self._vocabulary = end_ids, vocabulary
+        self._open: dict[str, _OnePass | _Streams] = {}  # by the request's id
         self._inner: dict[str, str] = {}  # id of vLLM's → the request's
         self._started = 0
 
@@ -43,7 +47,7 @@ class Searches:
         if search is not None and search.groups == search.beams:
             self._open[request.id] = _OnePass(key, request, self.ends(request), self._ask)
         else:
-            self._open[request.id] = _Rounds(key, request, self.ends(request), self._vocabulary)
+            self._open[request.id] = _Streams(key, request, self.ends(request), self._vocabulary)
         self._go_on(request.id)
 
     def take(self, output: Any) -> tuple[str, Found] | None:
@@ -52,14 +56,17 @@ class Searches:
         Raises:
             EngineLost: vLLM did something else than the search said.
         """
-        request_id = self._inner.pop(output.request_id, None)
+        request_id = self._inner.get(output.request_id)
         if request_id is None:
             return None
+        if output.finished:
+            del self._inner[output.request_id]
         found = self._open[request_id].take(output)
         if found is None:
             self._go_on(request_id)
             return None
-        del self._open[request_id]
+        if gone := self.forget([request_id]):
+            self._abort(gone)
         return request_id, found
 
     def forget(self, request_ids: Iterable[str]) -> list[str]:
@@ -76,7 +83,13 @@ class Searches:
         self._open.clear()
         self._inner.clear()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether this is a request of vLLM's that belongs to a search."""
+        return name in self._inner
+
     def _go_on(self, request_id: str) -> None:
+        if gone := [name for name in self._open[request_id].useless() if self._inner.pop(name, None)]:
+            self._abort(gone)
         for name, token_ids, params in self._open[request_id].due():
             self._inner[name] = request_id
             self._add(name, token_ids, params)
@@ -97,6 +110,9 @@ class _OnePass:
             return []
         self._begun = True
         return [(f"{self._key}/{g}", self._request.prompt_ids, self._params(g)) for g in range(self._count)]
+
+    def useless(self) -> list[str]:
+        return []
 
     def _params(self, group: int) -> Any:
         from vllm import SamplingParams
@@ -131,57 +147,80 @@ class _OnePass:
         self._ask("rayalign_drop_search", self._key)
 
 
-class _Rounds:
-    """Groups of several beams: each beam may go on from another one's tokens, so that for each position the different
-    beginnings are asked for one token more. What they have in common comes from vLLM's prefix cache."""
+class _Streams:
+    """Groups of several beams: each beam may go on from another one's tokens, which no request of vLLM's can. So every
+    beam is asked for by a request that goes on greedily. Where the search takes the greedy token, as it does for most
+    beams, that request tells what follows next; for other beams there are new ones, which find what they have in common
+    with others in vLLM's prefix cache, and those that no beam follows any more are aborted. Each log-prob is one of the
+    model after exactly that beginning, however it came about."""
 
     def __init__(self, key: str, request: Request, ends: tuple[int, ...], vocabulary: int):
-        self._key, self._request, self._vocabulary = key, request, vocabulary
+        self._key, self._request = key, request
         self._search = DiverseBeamSearch(request.sampling, ends)
         self._groups = range(request.sampling.search.groups if request.sampling.search else 0)
-        self._round = 0
-        self._asked: dict[str, tuple[int, ...]] = {}  # id → beginning
-        self._answers: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._width = min(self._search.width(self._groups[-1]), vocabulary)
+        self._paths: dict[str, tuple[int, ...]] = {}  # of each request: where it began, and its tokens since
+        self._told: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}  # beginning → likeliest tokens, log-probs
+        self._started, self._moved = 0, True
 
     def due(self) -> list[tuple[str, Sequence[int], Any]]:
-        """The beginnings that this round asks for, each once."""
-        if self._asked:
+        """A request for each beginning that no other one has told about, or tells about next."""
+        if not self._moved:
             return []
-        self._round, self._answers = self._round + 1, {}
+        found, ahead, self._moved = [], {*self._paths.values(), *self._told}, False
+        for beginning in self._beginnings():
+            if beginning not in ahead:
+                self._started += 1
+                name = f"{self._key}/{self._started}"
+                self._paths[name] = beginning
+                found.append((name, self._request.prompt_ids + beginning, self._params(len(beginning))))
+        return found
+
+    def useless(self) -> list[str]:
+        """Requests that no beam follows any more; they are forgotten."""
+        if not self._moved:
+            return []
+        wanted = set(self._beginnings())
+        length = min(map(len, wanted), default=0)  # all are as long
+        gone = [name for name, path in self._paths.items() if path[:length] not in wanted]
+        for name in gone:
+            del self._paths[name]
+        self._told = {path: told for path, told in self._told.items() if path[:length] in wanted}
+        return gone
+
+    def _beginnings(self) -> list[tuple[int, ...]]:
         beams = (beam.token_ids for group in self._groups for beam in self._search.live(group))
-        self._asked = {f"{self._key}/{self._round}.{n}": tokens for n, tokens in enumerate(dict.fromkeys(beams))}
-        params = self._params()
-        return [(name, self._request.prompt_ids + tokens, params) for name, tokens in self._asked.items()]
+        return list(dict.fromkeys(beams))
 
-    def _width(self) -> int:
-        last = max(group for group in self._groups if not self._search.over(group))
-        return min(self._search.width(last), self._vocabulary)
-
-    def _params(self) -> Any:
+    def _params(self, there: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            max_tokens=1,
+            max_tokens=self._request.sampling.max_tokens - there,
             temperature=0.0,
-            logprobs=self._width(),
+            logprobs=self._width,
+            ignore_eos=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA,
         )
 
     def take(self, output: Any) -> Found | None:
-        at = output.outputs[0].logprobs[0]
-        best = sorted(at.items(), key=lambda item: -item[1].logprob)[: self._width()]
-        token_ids = np.array([token for token, _ in best])
-        logps = np.array([each.logprob for _, each in best], np.float32)
-        self._answers[self._asked[output.request_id]] = token_ids, logps
-        if len(self._answers) < len(self._asked):
-            return None
-        self._asked = {}
-        for group in self._groups:
-            if live := self._search.live(group):
-                known = [self._answers[beam.token_ids] for beam in live]
-                self._search.advance(group, Top(np.stack([t for t, _ in known]), np.stack([p for _, p in known])))
+        new, path = output.outputs[0], self._paths[output.request_id]
+        for token, at in zip(new.token_ids, new.logprobs, strict=True):
+            best = sorted(at.items(), key=lambda item: -item[1].logprob)[: self._width]
+            logps = np.array([each.logprob for _, each in best], np.float32)
+            self._told[path] = np.array([each for each, _ in best]), logps
+            path += (token,)
+        self._paths[output.request_id] = path
+        if output.finished:
+            del self._paths[output.request_id]
+        while not self._search.finished and all(each in self._told for each in self._beginnings()):
+            self._moved = True
+            for group in self._groups:
+                if live := self._search.live(group):
+                    told = [self._told[beam.token_ids] for beam in live]
+                    self._search.advance(group, Top(np.stack([t for t, _ in told]), np.stack([p for _, p in told])))
         return self._search.candidates() if self._search.finished else None
 
     def drop(self) -> None:
