@@ -12,7 +12,7 @@ raters, drawn by a seed. Two halves:
 Reported on the words' ten raters: NLL of a vote and Jensen-Shannon divergence to their shares (nats), accuracy on their
 majority, and expected calibration error (likeliest class against the share of raters who chose it, 10 bins).
 
-  python tests/bench/disagreement.py                    the grid: half an hour on two cores, a third of it for the features
+  python tests/bench/disagreement.py                    the grid, about half an hour on two cores
   python tests/bench/disagreement.py --whole            the fine-tunings too
   python tests/bench/disagreement.py --only "js" soft   these rows
   python tests/bench/disagreement.py --table            what has been measured so far

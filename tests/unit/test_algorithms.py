@@ -62,9 +62,12 @@ def test_the_split_into_micro_batches_changes_nothing(case):
         assert metrics == pytest.approx(found[0][2], rel=1e-5, abs=1e-6)
 
 
+NEEDED = {"disagreement": {"classes": ("bad", "good")}}  # keys without a default
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_satisfies_the_protocol(name):
-    algorithm = resolve(ALGORITHMS[name])()
+    algorithm = resolve(ALGORITHMS[name])(**NEEDED.get(name, {}))
     assert algorithm.name == name and algorithm.network in ("causal", "score")
     assert bool(algorithm.rows) != bool(algorithm.request(Sampling(max_tokens=4)))
     assert algorithm.credit([]) == [] and algorithm.refresh(1) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,23 @@ def test_models_of_a_mix_are_counted_together():
 def test_what_a_plan_does_not_know_it_says(scorer, note):
     plan = planned(scorer)
     assert plan.fits and any(note in each for each in plan.fit.notes), plan.fit.notes
+
+
+def test_a_classifier_of_a_dpm_scorer_is_counted_with_its_classes(tmp_path):
+    known = json.loads((Path(QWEN) / "config.json").read_text())
+    labels = {"id2label": {"0": "bad", "1": "neutral", "2": "good"}, "label2id": {"bad": 0, "neutral": 1, "good": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(known | labels))
+    plan = planned({"name": "dpm", "model": str(tmp_path), "count": 2})
+    parameters = read_shape(QWEN, network="score").parameters + 2 * known["hidden_size"]
+    role = held(plan)["preference model"]
+    assert role.count == 2 and role.host.weights == 2 * parameters
+    missing = planned({"name": "dpm", "model": "runs/nothing/checkpoints/step-1"})
+    assert any("is not on this machine" in note for note in missing.fit.notes)
+
+
+def test_a_training_of_one_has_a_head_of_its_classes():
+    config = load_config(ROOT / "configs/disagreement.yaml", [f"model.path={SHAPES / 'SmolLM2-135M-Instruct'}"])
+    plan = make_plan(config, nodes="1x2cpu/16GiB")
+    language = read_shape(str(SHAPES / "SmolLM2-135M-Instruct"))
+    assert plan.shape.labels == 3 and plan.shape.parameters == language.parameters + 3 * language.hidden
+    assert "3-class head" in text(plan) and plan.fits
