@@ -181,6 +181,10 @@ def test_what_cannot_rank_is_left_out_and_counted():
     assert all(example.values["gold"] == 0.0 for example in examples)
     kept, more = Calibration(min_candidates=4).examples(groups)
     assert len(kept) == 1 and more["examples/dropped"] == 4.0
+    contested = replace(groups[1], contested=(False, True, False, False, False))  # the best of all
+    (example,), more = Calibration().examples([contested])
+    assert [row.completion_ids for row in example.sequences] == [(4, 5), (3,), (1, 2), (6,)]
+    assert more["candidates/unscored"] == 1.0
     order, ranks, lost = ranked(groups[0])
     assert (order, ranks, lost["unscored"]) == ([2, 3, 0], (0.0, 1.0, 2.0), 2)
 
