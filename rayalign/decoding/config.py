@@ -13,6 +13,7 @@ from rayalign.types import DiverseBeam, Sampling
 class _Lengths(Record):
     """Of completions, however they are drawn."""
 
+    name: str  # first of the keys, wherever they are listed
     max_tokens: int = Field(64, ge=1, description="longest completion, in tokens")
     min_tokens: int = Field(0, ge=0, description="no end token before this many tokens")
 
@@ -56,14 +57,14 @@ class DiverseBeamConfig(_Lengths):
     groups: int = Field(
         10,
         ge=1,
-        description="into which the beams are divided; as many as beams is one pass of the engine at the speed of "
-        "sampling, fewer take a step of the engine for each token",
+        description="into which the beams are divided; as many as beams is one pass of the engine, at the speed of "
+        "sampling, and fewer are two to four times slower",
     )
     penalty: float = Field(
         4.0,
         ge=0,
-        description="nats that a token loses for each beam of an earlier group that has it at the same place "
-        "(Hamming diversity). A group that has ended counts as saying the end token at each later place",
+        description="nats a token loses for each beam of an earlier group that has it at the same place, where a group "
+        "that has ended has the end token",
     )
     length_penalty: float = Field(
         1.0, description="candidates are ranked by sum ÷ length^length_penalty; above 0 longer ones gain"

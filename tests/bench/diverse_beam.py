@@ -4,7 +4,7 @@ Eight prompts, ten completions of each, 48 tokens each (no end token before that
 
 - plain sampling, ten requests a prompt
 - groups = beams: one pass of the engine
-- groups < beams: the engine takes a step for each token
+- groups < beams: requests that go on greedily, and new ones where the search takes another token
 
   python tests/bench/diverse_beam.py                          three rounds, the median of each
   python tests/bench/diverse_beam.py --small                  two prompts, 8 tokens, one round: whether it works
@@ -59,7 +59,7 @@ def ways(arguments: argparse.Namespace) -> dict[str, tuple[int, Any]]:
     }
     for groups in arguments.groups:
         search = DiverseBeam(beams, groups, PENALTY)
-        name = f"diverse beam, {groups} groups of {beams // groups} (steps of one token)"
+        name = f"diverse beam, {groups} groups of {beams // groups} (steps)"
         found[name] = (1, Sampling(tokens, min_tokens=tokens, search=search))
     return found
 
