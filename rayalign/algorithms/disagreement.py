@@ -44,7 +44,7 @@ class Disagreement(Offline):
     which nobody voted has a uniform prior, and is counted (votes/none).
     """
 
-    paper: ClassVar = "Wang et al. 2023 (d-PM); Rolf et al. 2022, arXiv:2206.12693 (the posterior)"
+    paper: ClassVar = "Wang et al. 2023 (d-PM), arXiv:2310.05782; Rolf et al. 2022, arXiv:2202.14000 (the posterior)"
     rows: ClassVar = ("votes",)
     network: ClassVar = "score"
     columns: ClassVar = (Column.CLASSES,)

@@ -26,7 +26,7 @@ class DpmScorer(NetworkScorer):
     `dpm/contested` (their share), and `dpm/share_NAME`, the probability of each class.
     """
 
-    paper: ClassVar = "Wang et al. 2023 (d-PM)"
+    paper: ClassVar = "Wang et al. 2023 (d-PM), arXiv:2310.05782"
     what: ClassVar = "preference model"
     head: ClassVar = "head for classes"
     algorithm: ClassVar = "disagreement"
