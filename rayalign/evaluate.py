@@ -177,7 +177,7 @@ def measures(algorithm: Algorithm, roles: Roles, rows: Sequence[Group]) -> Calla
 def fitted_temperature(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> tuple[float, float, float] | None:
     """The temperature that an algorithm's classifier is best exported with, and its loss before and with it; None for
     one that wants none, or too few rows to say."""
-    fit = getattr(algorithm, "temperature", None)
+    fit = getattr(algorithm, "fitted_temperature", None)
     if fit is None or not rows:
         return None
     examples, _ = algorithm.examples(rows)

@@ -179,7 +179,7 @@ class Disagreement(Offline):
         nobody = counts.sum(-1, keepdim=True) == 0
         return vote_prior(torch.where(nobody, 1.0, counts), smoothing=self.smoothing)
 
-    def temperature(self, examples: Sequence[Example]) -> tuple[float, float, float] | None:
+    def fitted_temperature(self, examples: Sequence[Example]) -> tuple[float, float, float] | None:
         """The temperature that is best on these votes, and the nll of a vote before and with it.
 
         Args:
