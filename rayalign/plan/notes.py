@@ -52,7 +52,7 @@ def _of_search(config: Config) -> Iterator[str]:
     elif size == 1:
         yield f"{groups}: one pass of the engine, as {search.beams} requests"
     else:
-        yield f"{groups}: new requests at each token where beams part, two to four times slower than groups={search.beams}"
+        yield f"{groups}: new requests where beams part, two to four times slower than groups={search.beams}"
     if config.engine.name == "vllm" and search.beams > config.engine.max_running:
         yield f"of a search's {search.beams} requests engine.max_running={config.engine.max_running} run at a time"
     if config.learns:

@@ -84,8 +84,8 @@ def measure(engine: Any, prompts: list[tuple[int, ...]], way: tuple[int, Any], l
     return tokens / (time.perf_counter() - begun)
 
 
-def of_4_55(arguments: argparse.Namespace, model: str, prompts: list[tuple[int, ...]]) -> float:
-    """The same search by transformers 4.55, all prompts in one batch, in the same dtype: tokens a second."""
+def of_4_55(arguments: argparse.Namespace, model: str, prompts: list[tuple[int, ...]]) -> dict[int, float]:
+    """The same search by transformers 4.55 in the same dtype: prompts in a batch (one, all) → tokens a second."""
     with tempfile.TemporaryDirectory() as folder:
         for file in Path(model).glob("*.safetensors*"):
             (Path(folder) / file.name).symlink_to(file)
@@ -101,7 +101,8 @@ def of_4_55(arguments: argparse.Namespace, model: str, prompts: list[tuple[int, 
         )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"transformers 4.55 failed:\n{done.stderr[-2000:]}")
-    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {int(at_once): statistics.median(speeds) for at_once, speeds in found.items()}
 
 
 def child() -> None:
@@ -114,21 +115,30 @@ def child() -> None:
     dtype = getattr(torch, asked["dtype"])
     model = transformers.AutoModelForCausalLM.from_pretrained(asked["folder"], torch_dtype=dtype).eval()
     eos = model.config.eos_token_id
-    longest = max(map(len, asked["prompts"]))
-    ids = torch.tensor([[eos] * (longest - len(prompt)) + prompt for prompt in asked["prompts"]])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in asked["prompts"]])
+    longest, many = max(map(len, asked["prompts"])), len(asked["prompts"])
+    all_ids = torch.tensor([[eos] * (longest - len(prompt)) + prompt for prompt in asked["prompts"]])
+    all_masks = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in asked["prompts"]])
     model.generation_config = transformers.GenerationConfig()
-    speeds = []
+    speeds: dict[int, list[float]] = {1: [], many: []}
     for _ in range(asked["repeats"]):
-        begun = time.perf_counter()
-        with torch.no_grad():
-            found = model.generate(
-                ids, attention_mask=mask, num_beams=asked["beams"], num_beam_groups=asked["beams"],
-                diversity_penalty=PENALTY, num_return_sequences=asked["beams"], min_new_tokens=asked["tokens"],
-                max_new_tokens=asked["tokens"], do_sample=False, eos_token_id=eos, pad_token_id=eos,
-            )  # fmt: skip
-        speeds.append(found.shape[0] * asked["tokens"] / (time.perf_counter() - begun))
+        for at_once in speeds:
+            begun = time.perf_counter()
+            for ids, mask in zip(all_ids.split(at_once), all_masks.split(at_once), strict=True):
+                search(model, ids, mask, asked, eos)
+            speeds[at_once].append(many * asked["beams"] * asked["tokens"] / (time.perf_counter() - begun))
     print(json.dumps(speeds))
+
+
+def search(model: Any, ids: Any, mask: Any, asked: dict[str, Any], eos: int) -> None:
+    """Group beam search of 4.55."""
+    import torch
+
+    with torch.no_grad():
+        model.generate(
+            ids, attention_mask=mask, num_beams=asked["beams"], num_beam_groups=asked["beams"],
+            diversity_penalty=PENALTY, num_return_sequences=asked["beams"], min_new_tokens=asked["tokens"],
+            max_new_tokens=asked["tokens"], do_sample=False, eos_token_id=eos, pad_token_id=eos,
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -174,7 +184,8 @@ def main() -> None:
     engine.close()
     speeds = {name: statistics.median(each) for name, each in found.items()}
     if arguments.oracle:
-        speeds["transformers 4.55, group beam search, one batch"] = of_4_55(arguments, model, prompts)
+        for at_once, speed in of_4_55(arguments, model, prompts).items():
+            speeds[f"transformers 4.55, group beam search, {at_once} prompts a batch"] = speed
     plain = next(iter(speeds.values()))
     print(f"{len(prompts)} prompts × {arguments.beams} completions × {arguments.tokens} tokens, {arguments.dtype}\n")
     print("| way | tokens/s | of plain sampling |\n|---|---|---|")

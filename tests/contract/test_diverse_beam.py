@@ -145,6 +145,19 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_taken_in(engine: 
     assert isinstance(completion, Completion)
 
 
+def test_tensor_parallel_ranks_search(folder: Path) -> None:
+    """Two worker processes, each with a processor of its own; both ways of searching."""
+    cases = [next(c for c in TINY if c["beams"] == c["groups"]), next(c for c in TINY if c["beams"] != c["groups"])]
+    config = VLLMEngineConfig(max_context=96, max_running=16, tensor_parallel=2, kv_cache_gib=0.05)
+    engine = config.build(model=str(folder), name="pair")
+    try:
+        found = serve(engine, *(asked(case, f"r{n}") for n, case in enumerate(cases)))
+        for completion, case in zip(found, cases, strict=True):
+            assert_equal(completion.candidates, case)
+    finally:
+        engine.close()
+
+
 @pytest.mark.skipif(not (SMOLLM2_FOLDER / "config.json").is_file(), reason="launch/demo.sh makes this model")
 @pytest.mark.skipif(not SMOLLM2, reason="group_beam.json has no numbers of SmolLM2")
 @pytest.mark.parametrize("name", ["transformers", "vllm"])

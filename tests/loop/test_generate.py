@@ -63,7 +63,7 @@ def test_samples_are_written_too_and_seeds_decide_them(generate, tmp_path) -> No
 
 
 def test_the_config_of_a_training_generates_as_it_would_sample(make) -> None:
-    found = run_generation(make())
+    found = run_generation(make(), model=make().model.path)
     assert {len(line["completions"]) for line in lines(found.file)} == {4} and found.prompts == 20
 
 

@@ -87,7 +87,7 @@ def test_a_plan_says_what_a_search_costs(make) -> None:
     vllm = {"name": "vllm", "max_context": 64, "max_running": 2, "kv_cache_gib": 0.1}
     told = planned(make(sampling=SEARCH, engine=vllm))
     assert "4 × 4 = 16 completions" in told and "up to 128 sampled" in told
-    assert "2 groups of 2: new requests at each token where beams part, two to four times slower than groups=4" in told
+    assert "2 groups of 2: new requests where beams part, two to four times slower than groups=4" in told
     assert "of a search's 4 requests engine.max_running=2 run at a time" in told
     assert "evaluations sample ordinarily, at temperature 1" in told
     told = planned(make(sampling={**SEARCH, "groups": 4}, engine=vllm))
