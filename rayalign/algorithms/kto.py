@@ -133,9 +133,7 @@ class KTO(Regularised):
         }
         return self.regularised(self._likely(Terms(loss, metrics), batch, columns, labels), batch, columns)
 
-    def _likely(
-        self, terms: Terms, batch: Batch, columns: Mapping[str, Tensor], labels: Labels | None = None
-    ) -> Terms:
+    def _likely(self, terms: Terms, batch: Batch, columns: Mapping[str, Tensor], labels: Labels | None = None) -> Terms:
         """The terms with the likelihood of good answers: of those with this label, or of the first of each pair."""
         if not self.nll_weight:
             return terms

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rayalign.data.files import content
 from rayalign.data.groups import fit
 from rayalign.data.tokens import Turns
 from rayalign.engines.common import quiet_loading
@@ -55,6 +56,10 @@ class RewardModelScorer(ScorerConfig):
     def check(self, model: str, *, trust_remote_code: bool = False) -> None:
         """What can be told without its weights: whether there is a checkpoint, and of one label. Raises ConfigError."""
         _check_checkpoint(self)
+
+    def contents(self) -> dict[str, str]:
+        own = content(Path(self.model).expanduser())
+        return {"model": own} if own else {}
 
     def start(self) -> ScoreFunction:
         return _Scores(self)
