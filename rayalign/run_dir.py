@@ -160,7 +160,7 @@ def _check_same_run(config: Config, before: Config) -> None:
 
 
 def scorer_files(config: Config) -> dict[str, str]:
-    """Fingerprints of the files that the scorer reads, as a judge's template, by key of the config."""
+    """Fingerprints of what the scorer reads, as a judge's template or a reward model's folder, by key of the config."""
     if not (config.scored and hasattr(config.scorer, "contents")):
         return {}
     return {f"scorer.{key}": text for key, text in config.scorer.contents().items()}
@@ -178,7 +178,7 @@ def _check_same_data(run_dir: Path, data: Mapping[str, str]) -> None:
                 f"{'this file is not the one' if judged else 'the data are not those'} that the run began with",
                 where=f"key {key}",
                 value=f"fingerprint {fingerprint}",
-                rule=f"{before[key]}, of the same {'words: another template is another judge' if judged else what}",
+                rule=f"{before[key]}, of the same {'content: another one is another scorer' if judged else what}",
                 remedy=f"put {'it back as it was' if judged else 'the data back as they were'}, or start a new run "
                 "from the checkpoint with model.path",
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from rayalign.algorithms.base import Regularised, refuse_cache
 from rayalign.algorithms.groups import labelled, paired, row
 from rayalign.algorithms.labels import Labels, counts, values_of
-from rayalign.maths.logprobs import sequence_logprob
+from rayalign.maths.logprobs import mean_logprob, sequence_logprob
 from rayalign.maths.preference import kto_loss
 from rayalign.record import Unfit
 from rayalign.types import Batch, Column, Example, Group, Metrics, Sampling, Terms
@@ -44,6 +44,7 @@ class KTO(Regularised):
     weight_undesirable: Weight = Field(
         1.0, description="λ_U, of bad answers; auto: all bad ones of a step weigh as all its good ones"
     )
+    nll_weight: float = Field(0.0, ge=0, description="adds the good answers' mean negative log-likelihood")
     paired: bool = Field(False, description="the paired variant: a pair's halves against each other's mean log-ratio")
     samples: int = Field(0, ge=0, description="completions sampled for each prompt; 0: learn from data.examples")
     good_above: float | Literal["mean"] = Field(
@@ -121,7 +122,7 @@ class KTO(Regularised):
         }
         if self.paired:
             terms = self._paired(ratio, points["chosen"], points["rejected"])
-            return self.regularised(terms, batch, columns)
+            return self.regularised(self._likely(terms, batch, columns), batch, columns)
         labels, point = Labels.of(batch), points.get("mismatched", ratio.new_zeros(()))  # one prompt: no mismatch
         loss = self._of(ratio[:, 0], labels.good, point) * batch.values["weight"]
         rewards = self.beta * ratio[:, 0].detach()
@@ -130,7 +131,17 @@ class KTO(Regularised):
             "rewards/accuracies": ((ratio[:, 0].detach() > point) == labels.good).to(rewards.dtype),
             **labels.means("rewards", rewards),
         }
-        return self.regularised(Terms(loss, metrics), batch, columns)
+        return self.regularised(self._likely(Terms(loss, metrics), batch, columns, labels), batch, columns)
+
+    def _likely(self, terms: Terms, batch: Batch, columns: Mapping[str, Tensor], labels: Labels | None = None) -> Terms:
+        """The terms with the likelihood of good answers: of those with this label, or of the first of each pair."""
+        if not self.nll_weight:
+            return terms
+        nll = batch.by_example(-mean_logprob(columns["policy/logps"], batch.mask))[:, 0]
+        if labels is None:
+            return replace(terms, loss=terms.loss + self.nll_weight * nll)
+        good = torch.where(labels.good, nll / labels.share, torch.zeros_like(nll))  # its mean is that of good ones
+        return replace(terms, loss=terms.loss + self.nll_weight * good)
 
     def _paired(self, ratio: Tensor, chosen: Tensor, rejected: Tensor) -> Terms:
         """[B] the mean of a pair's two terms; the reference point of either half is the other's."""

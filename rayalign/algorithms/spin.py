@@ -57,6 +57,7 @@ class SPIN(Offline):
     lr_scale: Positive | tuple[Positive, ...] = Field(
         1.0, description="factor of optimizer.lr; a list: by iteration. Each has its own warm-up and schedule"
     )
+    nll_weight: float = Field(0.0, ge=0, description="adds the mean negative log-likelihood of the data's answer")
     mix_previous: bool = Field(
         True, description="from the second iteration on, the samples of the one before are trained on as well"
     )
@@ -153,7 +154,10 @@ class SPIN(Offline):
     def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
         pair, lam = pair_of(batch, columns), _of(self.lam, 0)
         metrics = pair_metrics(pair, lam * pair.ratio) | {"spin/gap": pair.gap}
-        return Terms(spin_loss(pair.gap, lam=lam), {name: value.detach() for name, value in metrics.items()})
+        loss = spin_loss(pair.gap, lam=lam)
+        if self.nll_weight:
+            loss = loss - self.nll_weight * pair.means[:, 0]
+        return Terms(loss, {name: value.detach() for name, value in metrics.items()})
 
 
 def _of(given: float | tuple[float, ...] | None, iteration: int) -> float:

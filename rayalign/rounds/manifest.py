@@ -12,6 +12,7 @@ from typing import Any
 from rayalign.config import Stage
 from rayalign.config.references import texts
 from rayalign.config.rounds import STAGE
+from rayalign.data.files import content
 from rayalign.errors import CheckpointError
 from rayalign.run_dir import FREE, OPEN, decides
 
@@ -19,9 +20,6 @@ FILE = "manifest.json"
 # What a stage makes depends on these. Others, as engine.max_running or evaluation.prompts, do not run it again.
 DECIDING = ("model", "data", "algorithm", "scorer", "sampling", "rollout", "train", "optimizer", "seed")
 FILES = (".path", ".prompts", ".model", ".template", ".lexicon")  # ends of keys that may name a file or a folder
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-WHOLE = 16 * 2**20  # bytes of weights that are read to know them; of larger ones the beginning and the end
-EDGE = 2**20
 
 
 @dataclass(frozen=True)
@@ -110,32 +108,6 @@ def planned(stage: Stage, before: Mapping[str, Manifest]) -> Manifest:
             inputs[key] = known
     text = json.dumps([config, inputs], sort_keys=True)
     return Manifest(stage.name, _digest(text.encode()), config, inputs)
-
-
-def content(path: Path) -> str:
-    """Fingerprint of a file, or of all files below a folder, whatever their times and wherever it lies; "" where there
-    is none. Of large weights the size, the beginning and the end are looked at."""
-    try:
-        if path.is_file():
-            return _of_file(path)
-        if not path.is_dir() or not path.name:
-            return ""
-        files = sorted(each for each in path.rglob("*") if each.is_file())
-        return _digest(json.dumps([(str(each.relative_to(path)), _of_file(each)) for each in files]).encode())
-    except OSError:  # a text that is no path at all, or one that may not be read
-        return ""
-
-
-def _of_file(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE or path.suffix not in WEIGHTS:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        found = hashlib.blake2b(f"{size}".encode(), digest_size=16)
-        found.update(file.read(EDGE))
-        file.seek(-EDGE, 2)
-        found.update(file.read(EDGE))
-        return found.hexdigest()
 
 
 def _digest(data: bytes) -> str:

@@ -4,10 +4,12 @@ tokens that it may answer with."""
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from rayalign.data.files import content
 from rayalign.record import Unfit
 from rayalign.scorers.asking import AnyAsker, Asker
 from rayalign.scorers.base import AT_ONCE, ScorerConfig
@@ -118,7 +120,9 @@ class Judge(JudgeRules, ScorerConfig):
         return getattr(self.ask, "name", None) == "policy"
 
     def contents(self) -> dict[str, str]:
-        return {"template": hashlib.sha256(self._known_template().model_dump_json().encode()).hexdigest()[:24]}
+        template = hashlib.sha256(self._known_template().model_dump_json().encode()).hexdigest()[:24]
+        own = content(Path(self.ask.model).expanduser()) if getattr(self.ask, "name", None) == "engine" else ""
+        return {"template": template, **({"ask.model": own} if own else {})}
 
     def check_files(self) -> None:
         self._known_template()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rayalign.data.files import content
 from rayalign.data.groups import fit
 from rayalign.data.tokens import Turns
 from rayalign.engines.common import quiet_loading
@@ -49,6 +50,10 @@ class NetworkScorer(ScorerConfig):
     def check(self, model: str, *, trust_remote_code: bool = False) -> None:
         """What can be told without its weights: whether there is such a checkpoint. Raises ConfigError."""
         check_checkpoint(self)
+
+    def contents(self) -> dict[str, str]:
+        own = content(Path(self.model).expanduser())  # type: ignore[attr-defined]
+        return {"model": own} if own else {}
 
     def fits(self, count: int) -> bool:
         """Whether so many labels are what it scores by."""

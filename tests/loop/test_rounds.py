@@ -9,10 +9,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rayalign.config import load_job, parse_job
+from rayalign.data.files import content
 from rayalign.errors import CheckpointError, ConfigError
 from rayalign.report import write_report
 from rayalign.rounds import run_rounds
-from rayalign.rounds.manifest import content
 from tests.loop.conftest import STAGES, records, timeless
 from tests.parts import PowerCut, write_prompts
 

@@ -1,13 +1,17 @@
-"""Real Ray clusters on this machine. Each test starts and ends its own."""
+"""Real Ray clusters on this machine. Most tests in this process share one; commands in processes of their own start and
+end theirs."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
 import pytest
+import ray
 
 from rayalign.build import load_tokenizer, start_parts
 from rayalign.console import Console
+from rayalign.runtime import cluster
+from rayalign.runtime.placement import RayPlacement
 
 RAY = {
     "placement": {"name": "ray", "object_store_gib": 0.2},
@@ -18,7 +22,26 @@ LIGHT = {**RAY, "engine": {"name": "transformers", "max_context": 64, "deadline_
 
 
 @pytest.fixture
-def start(tmp_path):
+def shared():
+    """A cluster that is there already, and stays."""
+    cluster.connect(RayPlacement(object_store_gib=RAY["placement"]["object_store_gib"]))
+
+
+@pytest.fixture
+def alone():
+    """No cluster: what is tested starts its own."""
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ended():
+    """The shared cluster ends with the tests."""
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def start(tmp_path, shared):
     """The parts of a config, running: `with start(config) as parts`."""
 
     @contextmanager

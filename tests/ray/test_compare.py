@@ -10,7 +10,7 @@ from tests.ray.conftest import LIGHT
 from tests.tiny_models import build_tiny_llama
 
 
-def test_actors_give_the_same_comparison(model, tmp_path):
+def test_actors_give_the_same_comparison(model, tmp_path, shared):
     other = build_tiny_llama(tmp_path / "other", seed=3)
     found = {}
     for name, placed in (("here", {}), ("ray", LIGHT)):

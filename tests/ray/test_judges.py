@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from rayalign.api import run_training
+from rayalign.label import run_labelling
 from tests.loop.conftest import records, timeless
 from tests.ray.conftest import LIGHT, RAY
 
 TEMPLATE = 'mode: pairwise\nprompt: "{first} or {second}"\nask: "say:"\nanswers: {"1": 1, "2": 0}\n'
+LABEL = {"algorithm": {"name": "label", "samples": 2}}
 SMALL = {"train__steps": 2, "evaluation__prompts": 2, "evaluation__samples": 2}
 
 
@@ -16,21 +18,22 @@ def section(tmp_path, ask, **keys):
     return {**usual, "ask": ask, **keys}
 
 
-def test_a_pool_of_vllm_judges_says_what_a_judge_in_this_process_says(make, model, tmp_path):
+def test_a_pool_of_vllm_judges_says_what_a_judge_in_this_process_says(make, model, tmp_path, shared):
     vllm = {"name": "vllm", "max_context": 200, "kv_cache_gib": 0.1, "threads": 1}
     engine = {"name": "transformers", "max_context": 200}
     judge = section(tmp_path, {"name": "engine", "model": str(model), "engine": vllm}, count=2)
-    there = {**LIGHT, "engine": engine, "scorer": judge}
-    run_dir = run_training(make(run_dir=str(tmp_path / "ray"), **there, **SMALL)).run_dir
+    there = {**LIGHT, **LABEL, "engine": engine, "scorer": judge}
+    run_dir = run_labelling(make(run_dir=str(tmp_path / "ray"), **there)).run_dir
     alone = section(tmp_path, {"name": "engine", "model": str(model), "engine": engine})
-    here = run_training(make(run_dir=str(tmp_path / "here"), scorer=alone, engine=engine, **SMALL)).run_dir
-    for one, other in zip(records(run_dir, "samples")[:16], records(here, "samples")[:16], strict=True):
+    here = run_labelling(make(run_dir=str(tmp_path / "here"), **LABEL, scorer=alone, engine=engine)).run_dir
+    assert len(records(run_dir, "samples")) == 32
+    for one, other in zip(records(run_dir, "samples"), records(here, "samples"), strict=True):
         assert one["completion"] == other["completion"] and abs(one["score"] - other["score"]) < 1e-4
-    assert all(record["judge/refused"] == 0.0 for record in records(run_dir))
+    assert records(run_dir)[0]["judge/refused"] == 0.0
     assert (run_dir / "log" / "scorer-1.log").exists()
 
 
-def test_the_policys_pool_judges_and_gets_its_weights_back(make, model, tmp_path):
+def test_the_policys_pool_judges_and_gets_its_weights_back(make, model, tmp_path, shared):
     """Two engines as actors against one in this process: the same samples of both steps, so the same weights."""
     engine = {**RAY["engine"], "max_context": 200, "count": 2, "threads": 1}
     judge = section(tmp_path, "policy")

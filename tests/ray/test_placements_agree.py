@@ -71,7 +71,7 @@ def test_the_same_completions_give_the_same_loss(make, start, tokens, ranks):
         assert tokens[1] == tokens[2]  # whichever engine serves, whatever else is in its batch
 
 
-def test_the_whole_loop_gives_the_same_metrics_in_both_placements(make, tmp_path):
+def test_the_whole_loop_gives_the_same_metrics_in_both_placements(make, tmp_path, shared):
     """The same engine and completions on both sides: only the placement and the learner differ."""
     local = run_training(make(run_dir=str(tmp_path / "local"), train__steps=3)).run_dir
     remote = run_training(make(run_dir=str(tmp_path / "remote"), train__steps=3, **LIGHT)).run_dir
@@ -82,7 +82,7 @@ def test_the_whole_loop_gives_the_same_metrics_in_both_placements(make, tmp_path
             assert theirs[key] == pytest.approx(value, abs=1e-3), key
 
 
-def test_two_nodes_give_the_same_run_as_one_process(make, tmp_path):
+def test_two_nodes_give_the_same_run_as_one_process(make, tmp_path, alone):
     """Two Ray nodes with an object store each: an engine and a learner rank on either, weights between them."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 150 * 2**20})
     cluster.add_node(num_cpus=1, object_store_memory=150 * 2**20)
@@ -103,7 +103,7 @@ def test_two_nodes_give_the_same_run_as_one_process(make, tmp_path):
             assert theirs[key] == pytest.approx(ours[key], abs=1e-3), key
 
 
-def test_depth_one_runs_on_actors_with_sharded_learners(make, tmp_path, monkeypatch):
+def test_depth_one_runs_on_actors_with_sharded_learners(make, tmp_path, monkeypatch, shared):
     """And what they write is a checkpoint that vLLM loads as it is."""
     monkeypatch.chdir(tmp_path)
     remote = {**RAY, "learner": {**RAY["learner"], "ranks": 2, "zero_stage": 3}}

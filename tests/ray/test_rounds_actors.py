@@ -11,7 +11,7 @@ from tests.ray.conftest import LIGHT
 OFFLINE = {"examples": "stage:answers", "prompts": None}
 
 
-def test_each_stage_has_the_actors_that_it_needs(make, tmp_path, model):
+def test_each_stage_has_the_actors_that_it_needs(make, tmp_path, model, shared):
     base = tiny_config(tmp_path, model, train__steps=1, run_dir=str(tmp_path / "rounds"))
     del base["algorithm"]
     stages = [

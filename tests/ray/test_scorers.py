@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rayalign.api import run_training
+from rayalign.label import run_labelling
 from tests.loop.conftest import records
 from tests.ray.conftest import LIGHT
 from tests.tiny_models import build_tokenizer
@@ -40,18 +40,17 @@ def scorer(reward_model, tmp_path, monkeypatch):
     return {"name": "mix", "scorers": parts}
 
 
-def test_two_actors_score_as_this_process_does(make, tmp_path, scorer):
-    same = {"train__steps": 1, "rollout__prompts": 6, "evaluation__prompts": 0}
-    here = run_training(make(scorer=scorer, run_dir=str(tmp_path / "here"), **same)).run_dir
-    there = run_training(
-        make(scorer={**scorer, "count": 2}, run_dir=str(tmp_path / "there"), **{**LIGHT, **same})
-    ).run_dir
+def test_two_actors_score_as_this_process_does(make, tmp_path, scorer, shared):
+    label = {"algorithm": {"name": "label", "samples": 4}}
+    here = run_labelling(make(scorer=scorer, run_dir=str(tmp_path / "here"), **label)).run_dir
+    two = {**LIGHT, **label, "scorer": {**scorer, "count": 2}}
+    there = run_labelling(make(run_dir=str(tmp_path / "there"), **two)).run_dir
     samples = [
         {(each["prompt_index"], each["completion"]): each["score"] for each in records(folder, "samples")}
         for folder in (here, there)
     ]
-    assert samples[0].keys() == samples[1].keys() and len(samples[0]) > 12
-    assert samples[1] == pytest.approx(samples[0], abs=1e-4) and len(set(samples[0].values())) > 12
+    assert samples[0].keys() == samples[1].keys() and len(samples[0]) > 32
+    assert samples[1] == pytest.approx(samples[0], abs=1e-4) and len(set(samples[0].values())) > 32
     one, two = (records(folder, "metrics")[0] for folder in (here, there))
     assert two["scores/reward_model"] == pytest.approx(one["scores/reward_model"], abs=1e-4)
     assert two["scores/length"] == pytest.approx(one["scores/length"]) and one["scores/length"] > 0

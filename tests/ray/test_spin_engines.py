@@ -11,7 +11,7 @@ from tests.loop.spin_parts import generated, sft_rows, write
 from tests.ray.conftest import RAY
 
 
-def test_two_engines_answer_for_the_previous_iterate(make, tmp_path):
+def test_two_engines_answer_for_the_previous_iterate(make, tmp_path, shared):
     changes = {
         "algorithm": {"name": "spin", "iterations": 2, "steps": 2, "lam": 1.0, "shard": 6},
         "data": {"examples": write(tmp_path / "sft.jsonl", sft_rows()), "chat_template": False, "max_tokens": 48},

@@ -97,6 +97,13 @@ def test_the_chosen_nll_is_added_as_a_mean():
     assert loss - plain == pytest.approx(-0.2 * float(MEAN_W.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_kto_adds_the_good_answers_nll_as_a_mean(paired):
+    plain, _ = whole(KTO(paired=paired), PAIRS)
+    loss, _ = whole(KTO(paired=paired, nll_weight=0.2), PAIRS)
+    assert loss - plain == pytest.approx(-0.2 * float(MEAN_W.mean()), rel=1e-4)
+
+
 def test_slic_can_keep_up_the_likelihood_of_the_best_answer_of_all():
     ranked = random_groups(2, (-1.0, 0.0, -2.0), seed=5)
     loss, _ = whole(Preference(loss={"name": "slic_hf", "delta": 2.0, "weight": 0.3, "target": "best"}), ranked)

@@ -17,6 +17,7 @@ from rayalign.errors import ConfigError, ScoreError
 from rayalign.learners.settings import LearnerSettings, LearnerSpec
 from rayalign.learners.torch import TorchLearnerConfig
 from rayalign.scorers.base import score_groups
+from rayalign.scorers.judge import Judge
 from rayalign.scorers.reward_model import RewardModelScorer
 from rayalign.types import Column, Example
 from rayalign.types import Sequence as Row
@@ -226,3 +227,16 @@ def test_a_model_without_a_chat_template_says_what_to_set(trained, tmp_path):
 def test_it_takes_a_gpu_where_there_is_one_unless_it_is_told_not_to():
     assert RewardModelScorer(model="m").gpus == 1 and RewardModelScorer(model="m", device="cpu").gpus == 0
     assert LearnerSettings().attention == RewardModelScorer(model="m").attention
+
+
+def test_another_checkpoint_in_the_same_folder_is_another_scorer(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    scorer = RewardModelScorer(model=str(tmp_path))
+    judge = Judge(ask={"name": "engine", "model": str(tmp_path)})
+    before = scorer.contents(), judge.contents()
+    assert scorer.contents() == before[0]
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert scorer.contents()["model"] != before[0]["model"]
+    assert judge.contents()["ask.model"] != before[1]["ask.model"]
+    assert judge.contents()["template"] == before[1]["template"]
+    assert RewardModelScorer(model="a-hub/id").contents() == {}

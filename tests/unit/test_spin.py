@@ -166,6 +166,9 @@ def test_the_loss_begins_at_log_2_and_follows_lambda():
         assert gap == pytest.approx(1.0, abs=1e-6)
         assert terms.metrics["rewards/margins"].item() == pytest.approx(lam * gap)
         assert terms.loss.item() == pytest.approx(math.log1p(math.exp(-lam * gap)))
+        likely = SPIN(lam=lam, steps=1, nll_weight=0.2).loss(batch, columns_of(batch, other, table, SPIN.columns), {})
+        nll = -other[0, :VOCABULARY].log_softmax(-1)[3].item()
+        assert (likely.loss - terms.loss).item() == pytest.approx(0.2 * nll, rel=1e-4)
 
 
 def test_a_pass_over_two_iterations_has_each_pair_once():
