@@ -12,7 +12,7 @@ GENERATE = {"algorithm": {"name": "generate", "shard": 4}, "scorer": None}
 
 
 @pytest.mark.parametrize("groups", [4, 2])
-def test_candidates_are_those_of_the_reference_engine(make, tmp_path, groups: int) -> None:
+def test_candidates_are_those_of_the_reference_engine(make, tmp_path, shared, groups: int) -> None:
     sampling = {"name": "diverse_beam", "beams": 4, "groups": groups, "penalty": 1.0, "max_tokens": 6}
     here = run_generation(make(**GENERATE, sampling=sampling, run_dir=str(tmp_path / "here")))
     there = run_generation(make(**GENERATE, **RAY, sampling=sampling, run_dir=str(tmp_path / "there")))
@@ -24,7 +24,7 @@ def test_candidates_are_those_of_the_reference_engine(make, tmp_path, groups: in
             assert a["logps"] == pytest.approx(b["logps"], abs=1e-3)
 
 
-def test_an_engine_that_dies_in_a_search_is_replaced(make, tmp_path) -> None:
+def test_an_engine_that_dies_in_a_search_is_replaced(make, tmp_path, shared) -> None:
     """What it had open is asked again of the next one, from the beginning."""
     sampling = {"name": "diverse_beam", "beams": 4, "groups": 2, "penalty": 1.0, "max_tokens": 6}
     here = run_generation(make(**GENERATE, sampling=sampling, run_dir=str(tmp_path / "here")))
