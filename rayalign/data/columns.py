@@ -29,6 +29,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "margin": ("margin",),
     "images": ("images", "image"),
 }
+# A column beside these, in the words of engines: for each answer of a row "stop", or "length" where it was cut.
+REASONS = "finish_reasons"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayalign.data.columns import Reading
+from rayalign.data.columns import REASONS, Reading
 from rayalign.data.gold import gold_ids
 from rayalign.data.images import ImageTurns, opened, size_of
 from rayalign.data.readers import Row
@@ -75,11 +75,13 @@ class Tokeniser:
             cut = [answer[: self._max - len(prompt)] for answer in answers]
         else:
             prompt, cut = fit(prompt, answers, self._max, begin=self.turns.begin)
+        lost = len(prompt) < len(whole_prompt) or cut != answers
+        reasons = ["length" if each else "stop" for each in row.cut or [False] * len(answers)]
         completions = tuple(
-            Completion(f"{id}/{k}", ids, (), "stop" if ids == whole else "length", -1)
-            for k, (ids, whole) in enumerate(zip(cut, answers, strict=True))
+            Completion(f"{id}/{k}", ids, (), reason if ids == whole else "length", -1)
+            for k, (ids, whole, reason) in enumerate(zip(cut, answers, reasons, strict=True))
         )
-        extra, room = dict(row.extra or {}), self._max - len(prompt)
+        extra, room = {**(row.extra or {}), **({REASONS: reasons} if row.cut else {})}, self._max - len(prompt)
         gold = gold_ids(extra, row.prompt, self.turns, room, where) if self._gold else ()
         group = Group(
             id,
@@ -98,7 +100,7 @@ class Tokeniser:
             row.preferences,
             row.votes,
         )
-        return group, len(prompt) < len(whole_prompt) or any(c.finish_reason == "length" for c in completions)
+        return group, lost
 
     def is_cut(self, row: Row, where: str) -> bool:
         """Whether something of this row is lost. Texts so short that it cannot be are not tokenised.
@@ -148,7 +150,12 @@ class Tokeniser:
                 rule=f"1 to {self._max - 1} tokens, so that an answer has room in {self._limit}={self._max}",
                 remedy=f"{more}, shorten or drop the prompt, or set data.on_bad_row=skip",
             )
-        return prompt, [self.turns.answer(row.prompt, answer, where) for answer in row.answers]
+        answers = [self.turns.answer(row.prompt, answer, where) for answer in row.answers]
+        end = self.turns.end
+        for place, cut in enumerate(row.cut):
+            if cut and end and answers[place][-len(end) :] == end:
+                answers[place] = answers[place][: -len(end)]
+        return prompt, answers
 
 
 def fit(prompt: Ids, answers: Sequence[Ids], room: int, *, begin: int | None = None) -> tuple[Ids, list[Ids]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayalign.data.columns import REASONS
 from rayalign.data.files import set_aside
 from rayalign.data.gold import COLUMN
 from rayalign.errors import CheckpointError
@@ -35,8 +36,15 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "preferences": group.preferences,
         "metrics": dict(group.metrics),
         "contested": list(group.contested),
+        REASONS: _reasons(group),
         **({COLUMN: group.prompt.extra[COLUMN]} if COLUMN in group.prompt.extra else {}),
     }
+
+
+def _reasons(group: Group) -> list[str]:
+    """How the answers' texts end. One that was read is whole in the rows, also where its tokens are cut to length."""
+    read = group.prompt.extra.get(REASONS, ["stop"] * len(group.completions))
+    return [c.finish_reason if c.version >= 0 else read[k] for k, c in enumerate(group.completions)]
 
 
 def rows_of(record: Record, write: str | None, *, drop_truncated: bool = False) -> tuple[list[Row], Counter[str]]:
@@ -51,7 +59,7 @@ def rows_of(record: Record, write: str | None, *, drop_truncated: bool = False) 
         if not kept:
             return [], left_out + Counter({"prompts without an answer": 1})
         best = max(kept, key=lambda index: scores[index])  # the first of equals
-        return [_row(record, completion=record["completions"][best], score=scores[best])], left_out
+        return [_row(record, [best], completion=record["completions"][best], score=scores[best])], left_out
     if write == "pairs" or (write is None and preferences is not None):
         pairs = [_pair(record, i, j) for place, i in enumerate(kept) for j in kept[place + 1 :]]
         rows = [pair for pair in pairs if pair is not None]
@@ -59,7 +67,7 @@ def rows_of(record: Record, write: str | None, *, drop_truncated: bool = False) 
     if len({scores[index] for index in kept}) < 2:
         return [], left_out + Counter({"prompts whose answers are all as good": 1})
     answers = [record["completions"][index] for index in kept]
-    return [_row(record, completions=answers, scores=[scores[index] for index in kept])], left_out
+    return [_row(record, kept, completions=answers, scores=[scores[index] for index in kept])], left_out
 
 
 def _kept(record: Record, drop_truncated: bool) -> tuple[list[int], Counter[str]]:
@@ -94,12 +102,14 @@ def _pair(record: Record, i: int, j: int) -> Row | None:
             return None
         i, j = (i, j) if record["scores"][i] > record["scores"][j] else (j, i)
         more = {}
-    return _row(record, chosen=record["completions"][i], rejected=record["completions"][j], **more)
+    return _row(record, [i, j], chosen=record["completions"][i], rejected=record["completions"][j], **more)
 
 
-def _row(record: Record, **columns: Any) -> Row:
-    """A reference answer goes along, so that what learns from the rows has it."""
-    return {"prompt": record["prompt"], **columns, **({COLUMN: record[COLUMN]} if COLUMN in record else {})}
+def _row(record: Record, answers: Sequence[int], **columns: Any) -> Row:
+    """A reference answer goes along, so that what learns from the rows has it; and what tells that answers were cut."""
+    row = {"prompt": record["prompt"], **columns, **({COLUMN: record[COLUMN]} if COLUMN in record else {})}
+    reasons = [record[REASONS][index] for index in answers] if REASONS in record else []
+    return {**row, REASONS: reasons} if "length" in reasons else row
 
 
 def write_shard(path: Path, known: str, records: Sequence[Record]) -> None:

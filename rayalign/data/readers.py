@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rayalign.data.columns import NAMES, Reading
+from rayalign.data.columns import NAMES, REASONS, Reading
 from rayalign.data.images import Found, flat, images_of, with_marks
 from rayalign.data.messages import Message, behind_prompt, prompt_messages, split_prompt
 from rayalign.data.votes import ANY, Classes
@@ -30,6 +30,7 @@ class Row:
         kind: "completion", "pair", "label", "ranked", "votes", or "answers", which nobody has judged.
         ratings: whole numbers of annotators, which become votes once the lowest and the highest are known.
         images: of the prompt, in the order of `<image>` in its texts.
+        cut: for each answer whether it was cut when it was sampled, so that no token ends it; empty: none was.
     """
 
     kind: str
@@ -41,12 +42,14 @@ class Row:
     ratings: tuple[int, ...] = ()
     extra: Mapping[str, Any] | None = None
     images: tuple[Found, ...] = ()
+    cut: tuple[bool, ...] = ()
 
     def turned(self, order: Sequence[int]) -> Row:
         """With the annotators' word given to other answers: of a label, to the other class."""
         if self.kind == "label":
             return replace(self, scores=(1.0 - self.scores[0],))
-        return replace(self, answers=tuple(self.answers[i] for i in order))
+        cut = tuple(self.cut[i] for i in order) if self.cut else ()
+        return replace(self, answers=tuple(self.answers[i] for i in order), cut=cut)
 
 
 class Reader:
@@ -100,8 +103,9 @@ class Reader:
         extra = {name: value for name, value in row.items() if name not in used}
         if "margin" in self._columns:
             extra["margin"] = _number(self._cell(row, "margin", where), "a margin", where)
+        cut = _cut(extra.pop(REASONS, None), len(answers), where)
         said = getattr(self, f"_{self.kind}")(row, answers, where)
-        return Row(self.kind, messages, tuple(answers), extra=extra, images=images, **said)
+        return Row(self.kind, messages, tuple(answers), extra=extra, images=images, cut=cut, **said)
 
     def _check_columns(self, row: Mapping[str, Any], where: str) -> None:
         """What the first row has not, and what would be read otherwise if it had, is not left unread."""
@@ -295,6 +299,14 @@ def _counts(value: Any, where: str, *, length: int | None = None, some: bool = T
         rule = "counts of at least 0, one vote at least" if some else "counts of at least 0, one for each class"
         raise _bad("these votes cannot be", value, rule, where)
     return votes
+
+
+def _cut(reasons: Any, count: int, where: str) -> tuple[bool, ...]:
+    """Of the column finish_reasons, which a row need not have."""
+    if reasons is None:
+        return ()
+    found = tuple(reason == "length" for reason in _list(reasons, "finish reasons", where, length=count))
+    return found if any(found) else ()
 
 
 def _bad(what: str, value: Any, rule: str, where: str, *, as_it_is: bool = False) -> DataError:

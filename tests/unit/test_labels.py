@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import resource
 import signal
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayalign.data.labels import read_shard, rows_of, write_lines, write_shard
-from rayalign.errors import CheckpointError
+from rayalign.data.config import DataConfig
+from rayalign.data.examples import load_examples
+from rayalign.data.labels import read_shard, record_of, rows_of, write_lines, write_shard
+from rayalign.errors import CheckpointError, DataError
+from rayalign.types import Completion, Group, Prompt
+from tests.tiny_models import EOS_ID, build_tokenizer
 
 
 def record(completions, scores, preferences=None, *, truncated=(), index=0):
@@ -112,3 +117,40 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         signal.signal(signal.SIGXFSZ, ignored)
     assert path.read_text() == before and [each.name for each in tmp_path.iterdir()] == ["labels.jsonl"]
     assert json.loads(before) == {"a": 1}
+
+
+@pytest.mark.parametrize("write", ["ranked", "pairs", "best"])
+def test_what_was_cut_when_it_was_sampled_has_no_end_token_when_it_is_read(tmp_path, write):
+    """The same tokens are learned from as where nothing is written in between; also of rows that are labelled again."""
+    tokenizer, kinds = build_tokenizer(), {"ranked": "ranked", "pairs": "pair", "best": "completion"}
+    texts = ("great film a good", "fine", "bad")
+    ids = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    sampled = [ids[0], (*ids[1], EOS_ID), (*ids[2], EOS_ID)]
+    completions = tuple(
+        Completion(str(k), each, (), "stop" if k else "length", version=3) for k, each in enumerate(sampled)
+    )
+    messages = ({"role": "user", "content": "film"},)
+    group = Group("g", Prompt(0, "film", (1,), messages=messages), completions, texts, (2.0, 1.0, 0.0))
+    for name in ("once.jsonl", "again.jsonl"):
+        write_lines(tmp_path / name, rows_of(record_of(group, group.texts), write)[0])
+        data = DataConfig(examples=str(tmp_path / name), held_out=0.0)
+        read = load_examples(data, tokenizer, kinds=(kinds[write],), max_tokens=100, seed=0)
+        found = [group for part in read.once(9) for group in part]
+        for each in found:
+            known = dict(zip(texts, completions, strict=True))
+            for text, completion in zip(each.texts, each.completions, strict=True):
+                assert (completion.token_ids, completion.finish_reason) == (
+                    known[text].token_ids,
+                    known[text].finish_reason,
+                )
+        assert any(completion.finish_reason == "length" for each in found for completion in each.completions)
+        assert read.counts["truncated"] == 0
+        group = next(each for each in found if each.completions[0].finish_reason == "length")
+        group = replace(group, scores=tuple(-float(k) for k in range(len(group.texts))), preferences=None)
+
+
+def test_finish_reasons_are_one_for_each_answer(tmp_path):
+    write_lines(tmp_path / "r.jsonl", [{"prompt": "q", "completion": "a", "finish_reasons": ["length", "stop"]}])
+    data = DataConfig(examples=str(tmp_path / "r.jsonl"), held_out=0.0)
+    with pytest.raises(DataError, match="not as many finish reasons as answers"):
+        load_examples(data, build_tokenizer(), kinds=("completion",), max_tokens=100, seed=0)
