@@ -76,7 +76,7 @@ class Result:
         run_dir: its folder.
         step: training steps done.
         stopped: whether it was asked to stop before its last step.
-        evaluations: by step.
+        evaluations: by step; the last step's is that of the weights that were left.
     """
 
     run_dir: Path
@@ -180,17 +180,16 @@ def _train(
         rollouts.close()
         if data.examples and data.examples.counts != counts:  # what is known of some rows only when they are taken
             console.say(f"data: {data.examples.describe()}")
-    if {0, state.step} <= run.evaluations.keys() and state.step:
-        print_before_after(
-            run.evaluations[0], run.evaluations[state.step], show=config.evaluation.show, seed=config.seed
-        )
+    evaluations = run.evaluations | ({state.step: run.final} if run.final is not None else {})
+    if {0, state.step} <= evaluations.keys() and state.step:
+        print_before_after(evaluations[0], evaluations[state.step], show=config.evaluation.show, seed=config.seed)
     stopped = state.step < config.train.steps and not run.converged()
     if state.step < config.train.steps and not stopped:
         console.say(f"{config.train.stop.metric} got no better: the run ends after step {state.step}")
     console.say(
         f"stopped after step {state.step}; go on with: resume=true run_dir={run_dir}" if stopped else f"done: {run_dir}"
     )
-    return Result(run_dir, state.step, stopped, run.evaluations)
+    return Result(run_dir, state.step, stopped, evaluations)
 
 
 def sampling_of(config: Config, examples: ExampleSet | None) -> Sampling:

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, and enough to go on as if never stopped.
 
-checkpoints/step-12/          the policy as a Hugging Face checkpoint, tokenizer included
+checkpoints/step-12/          the policy as a Hugging Face checkpoint, tokenizer included; of the last step that of
+                              the best one where train.stop chose it, with its fitted temperature where it has one
 checkpoints/step-12/trainer/  state.json, rollouts.pkl, and one folder a role
 """
 
@@ -12,7 +13,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,32 @@ class Checkpoints:
 
     def save(self, state: TrainerState, roles: Roles, tokenizer: Any) -> Path:
         """Write step-N beside its place, then move it there; keep the newest `keep`."""
-        final = self._folder / f"step-{state.step}"
-        writing = self._folder / f".step-{state.step}.writing"
-        try:
-            shutil.rmtree(writing, ignore_errors=True)
+        with self._beside(state.step) as (writing, final):
             self._write(writing, state, roles, tokenizer)
             shutil.rmtree(final, ignore_errors=True)
             writing.replace(final)
+        for old in set(self.steps()[: -self._keep]) - {self.spared}:
+            shutil.rmtree(self._folder / f"step-{old}", ignore_errors=True)
+        return final
+
+    def export(self, step: int, roles: Roles, tokenizer: Any) -> Path:
+        """The policy as it is now, in place of the one in step-N. What resuming needs stays as it is there."""
+        with self._beside(step) as (writing, final):
+            self._export(writing, roles, tokenizer)
+            _flush(writing)
+            for file in [path for path in writing.rglob("*") if path.is_file()]:
+                target = final / file.relative_to(writing)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+        return final
+
+    @contextmanager
+    def _beside(self, step: int) -> Iterator[tuple[Path, Path]]:
+        """A folder to write to, which is gone afterwards, and step-N. Raises CheckpointError."""
+        writing, final = self._folder / f".step-{step}.writing", self._folder / f"step-{step}"
+        try:
+            shutil.rmtree(writing, ignore_errors=True)
+            yield writing, final
         except RayalignError:
             raise
         except Exception as error:  # OSError, and what safetensors and torch make of it
@@ -73,16 +94,17 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(writing, ignore_errors=True)
-        for old in set(self.steps()[: -self._keep]) - {self.spared}:
-            shutil.rmtree(self._folder / f"step-{old}", ignore_errors=True)
-        return final
 
     @staticmethod
-    def _write(folder: Path, state: TrainerState, roles: Roles, tokenizer: Any) -> None:
-        trainer = folder / "trainer"
-        trainer.mkdir(parents=True)
+    def _export(folder: Path, roles: Roles, tokenizer: Any) -> None:
+        folder.mkdir(parents=True)
         roles.policy.export(folder)
         _padded_as(folder, tokenizer).save_pretrained(folder)
+
+    def _write(self, folder: Path, state: TrainerState, roles: Roles, tokenizer: Any) -> None:
+        self._export(folder, roles, tokenizer)
+        trainer = folder / "trainer"
+        trainer.mkdir()
         for name, learner in roles.items():
             (trainer / name).mkdir()
             learner.save(trainer / name)

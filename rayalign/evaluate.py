@@ -174,14 +174,21 @@ def measures(algorithm: Algorithm, roles: Roles, rows: Sequence[Group]) -> Calla
     return lambda groups: measure(groups, algorithm, roles)
 
 
-def fitted_temperature(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> tuple[float, float, float] | None:
-    """The temperature that an algorithm's classifier is best exported with, and its loss before and with it; None for
-    one that wants none, or too few rows to say."""
-    fit = getattr(algorithm, "fitted_temperature", None)
-    if fit is None or not rows:
+def fitted_temperature(
+    rows: Sequence[Group], algorithm: Algorithm, roles: Roles, say: Callable[[str], None]
+) -> float | None:
+    """The temperature that an algorithm's classifier is best exported with; None for one that wants none, and, which is
+    said, with too few rows to tell."""
+    if not getattr(algorithm, "temperature_scaling", False):
         return None
     examples, _ = algorithm.examples(rows)
-    return fit(roles.policy.annotate(examples, algorithm.columns))
+    fitted = algorithm.fitted_temperature(roles.policy.annotate(examples, algorithm.columns) if examples else [])
+    if fitted is None:
+        say(f"no temperature was fitted: too few of {len(rows)} held-out rows (evaluation.rows) have votes")
+        return None
+    temperature, before, after = fitted
+    say(f"temperature {temperature:.3g}, in the exported head: nll {before:.4f} → {after:.4f} held out")
+    return temperature
 
 
 def sequence_kl(groups: Sequence[Group], roles: Roles, *, truncated: bool = False) -> list[tuple[Any, Any]]:

@@ -13,6 +13,8 @@ from rayalign.errors import DataError
 from rayalign.protocols import Tracker
 from rayalign.types import Group, Metrics
 
+FINAL = "final"  # marks a run's last evaluation, where it is of other weights than the last step's as they are
+
 
 class Clock:
     """Seconds by name: `with clock("update"): …` adds to time/update_s."""
@@ -37,7 +39,8 @@ class Clock:
 class Recorder:
     """Writes metrics.jsonl (one record a step), samples.jsonl and evaluations.jsonl, and feeds trackers.
 
-    On resume, records beyond the checkpoint's step are dropped first: each step stands there once.
+    On resume, records beyond the checkpoint's step are dropped first, and a final evaluation: each step stands there
+    once.
     """
 
     def __init__(self, run_dir: Path, trackers: Sequence[Tracker], first_step: int):
@@ -129,7 +132,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 def _keep_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
-    kept = [record for record in records(path) if record["step"] <= step]
+    kept = [record for record in records(path) if record["step"] <= step and FINAL not in record]
     whole = path.with_suffix(".tmp")
     whole.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
     whole.replace(path)

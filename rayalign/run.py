@@ -23,7 +23,7 @@ from rayalign.evaluate import (
     sequence_kl,
 )
 from rayalign.interrupt import Interrupt
-from rayalign.metrics import Recorder
+from rayalign.metrics import FINAL, Recorder
 from rayalign.protocols import Algorithm, Roles, UpdatePlan
 from rayalign.reading import Reading
 from rayalign.record import Record
@@ -61,6 +61,7 @@ class Run:
         memory: peak memory of all processes, GiB; asked for while no request is open.
         say, advance: show one line; show the number of steps done and their metrics.
         evaluations: by step; on resume, those that were made before.
+        final: of the weights that the run leaves, where they are not the last step's as they are.
         contest: of self-play: the policy against the model that it began with, and the data.
     """
 
@@ -89,6 +90,7 @@ class Run:
     progress: Progress | None = None
     resume: bool = False
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    final: Evaluation | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
     contest: Contest | None = None
     peak_gib: float = 0.0
@@ -225,24 +227,40 @@ class Run:
         self.checkpoints.spared = best
 
     def finish(self, state: TrainerState) -> None:
-        """What is done once, after the last step: back to the best weights, and what is fitted on held-out rows. The
-        last checkpoint is then written anew."""
+        """What is done once, after the last step: back to the best weights, and what is fitted on held-out rows. They
+        are then what the last checkpoint exports, and are measured; a run that goes on goes on from the last step."""
         if state.step < self.training.steps and not self.converged():
             return
-        best = self.training.stop.best(self.evaluations) if self.training.stop is not None else None
-        folder = self.checkpoints.at(best) if best not in (None, state.step) else None
-        if folder is not None:
-            load_state(folder, self.roles)
-            self.say(f"step {best} was the best on {self.training.stop.metric}: its weights are the run's last ones")
-        elif best == 0:
-            self.say("no step was better than the start: the last weights are left as they are")
-        fitted = fitted_temperature(self.held_out_rows, self.algorithm.for_held_out(), self.roles)
+        chosen = self._load_best(state.step)
+        fitted = fitted_temperature(self.held_out_rows, self.algorithm.for_held_out(), self.roles, self.say)
         if fitted is not None:
-            temperature, before, after = fitted
-            self.roles.policy.temper(temperature)
-            self.say(f"temperature {temperature:.3g}, in the exported head: nll {before:.4f} → {after:.4f} held out")
-        if folder is not None or fitted is not None:
-            self.say(f"checkpoint {self.checkpoints.save(self._whole(state), self.roles, self.tokenizer)}")
+            self.roles.policy.temper(fitted)
+        if chosen == state.step and fitted is None:
+            return
+        self.say(f"checkpoint {self.checkpoints.export(state.step, self.roles, self.tokenizer)}")
+        found = self.evaluations.get(chosen, Evaluation(chosen, ()))
+        metrics = found.metrics | ({} if fitted is None else {"fitted_temperature": fitted})
+        if self.held_out_rows:
+            metrics |= measure(self.held_out_rows, self.algorithm, self.roles)
+        self.final = Evaluation(state.step, found.samples, metrics)
+        self.recorder.evaluation(state.step, {FINAL: True, **self.final.record()})
+
+    def _load_best(self, last: int) -> int:
+        """Load the weights that the run leaves; their step."""
+        stop = self.training.stop
+        best = stop.best(self.evaluations) if stop is not None else None
+        if stop is None or best in (None, last):
+            return last
+        folder = self.checkpoints.at(best)
+        if folder is None:
+            why = (
+                "no step was better than the start" if best == 0 else f"of step {best}, the best, no checkpoint is left"
+            )
+            self.say(f"{why}, on {stop.metric}: the last weights are left as they are")
+            return last
+        load_state(folder, self.roles)
+        self.say(f"step {best} was the best on {stop.metric}: its weights are what the run leaves")
+        return best
 
     def check_learning(self, state: TrainerState) -> None:
         """Raises TrainingStopped when many rollouts in a row left nothing to learn from."""

@@ -39,7 +39,7 @@ class ScoreNetwork(Network):
         segments: an encoder is told which tokens are the completion's, where it has token types.
 
     Attributes:
-        temperature: exports divide the logits by it.
+        temperature: the logits of classes are divided by it, here and in exports.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class ScoreNetwork(Network):
     def _classes(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         """[R, L] of the whole sequences, in float32."""
         if not self.tokenwise:
-            return self._pooled(input_ids, attention_mask, positions).float()
+            return self._pooled(input_ids, attention_mask, positions).float() / self.temperature
         last = torch.zeros_like(keep).scatter_(1, keep.sum(1, keepdim=True).clamp(min=1) - 1, True)
-        return self.model.score(self._states(input_ids, attention_mask, positions + 1, last)).float()
+        return self.model.score(self._states(input_ids, attention_mask, positions + 1, last)).float() / self.temperature
 
     def _pooled(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """[R, L] by an encoder's own forward pass."""

@@ -50,6 +50,10 @@ def test_votes_become_a_scorer(tmp_path, model, data, capsys):
     known = json.loads((checkpoint / "config.json").read_text())
     assert known["id2label"] == {"0": "bad", "1": "neutral", "2": "good"} and known["class_weights"] == [-1.0, 0.0, 1.0]
     assert f"temperature {known['fitted_temperature']:.3g}" in capsys.readouterr().err
+    assert after["fitted_temperature"] == known["fitted_temperature"]
+    last, final = records(result.run_dir, "evaluations")[-2:]
+    assert final["step"] == last["step"] == 8 and final["metrics"] == after
+    assert after["held_out/nll"] < last["metrics"]["held_out/nll"]
     rows = examples_for(config, load_tokenizer(config)).step(0, 8)
     (found,) = score_groups(DpmScorer(model=str(checkpoint)).start(), [group(0, "a great film", "awful")], who="s")
     assert found.scores[0] > found.scores[1] + 0.2
@@ -92,8 +96,26 @@ def test_it_stops_when_held_out_rows_get_no_better_and_leaves_the_best_weights(t
     assert steps == sorted([f"step-{best}", f"step-{result.step}"])
     one, other = (result.run_dir / "checkpoints" / name / "model.safetensors" for name in steps)
     assert one.read_bytes() == other.read_bytes()
+    assert records(result.run_dir, "evaluations")[-1]["metrics"] == result.evaluations[result.step].metrics
+    assert nll[result.step] == nll[best]
     again = run_training(config_of(tmp_path, model, data, **changes, **algorithm, resume=True))
     assert again.step == result.step and again.evaluations == result.evaluations
+    changes["train"]["stop"]["patience"] = 3
+    further = run_training(config_of(tmp_path, model, data, **changes, **algorithm, resume=True))
+    whole = run_training(config_of(tmp_path, model, data, **changes, **algorithm, run_dir=str(tmp_path / "whole")))
+    assert further.step == result.step + 2 and further.evaluations == whole.evaluations
+
+
+def test_the_best_weights_may_be_gone(tmp_path, model, data, capsys):
+    """Where a run is told to stop, and to keep them, after its last step."""
+    changes = {"optimizer": {"lr": 0.1, "warmup_steps": 40}, "checkpoint": {"every": 0, "keep": 1}}
+    ended = run_training(config_of(tmp_path, model, data, **changes, train__steps=30, data__held_out=0.1))
+    capsys.readouterr()
+    stop = {"steps": 30, "stop": {"metric": "held_out/nll", "patience": 2}}
+    again = run_training(config_of(tmp_path, model, data, **changes, train=stop, data__held_out=0.1, resume=True))
+    told = capsys.readouterr().err
+    assert "the best, no checkpoint is left, on held_out/nll" in told and again.evaluations == ended.evaluations
+    assert "no temperature was fitted: too few of 12 held-out rows" in told
 
 
 def test_the_best_evaluation_is_the_first_of_equals():

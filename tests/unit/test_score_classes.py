@@ -96,15 +96,16 @@ def test_packed_rows_and_small_micro_batches_are_the_same(tmp_path):
         torch.testing.assert_close(classes_of(made, pairs(4)), want, atol=1e-5, rtol=0)
 
 
-def test_the_temperature_is_in_the_exports_weights_and_nowhere_else(causal, tmp_path):
+def test_the_temperature_is_in_the_exports_weights_and_in_what_is_measured_but_not_in_its_own(causal, tmp_path):
     made = spread_out(learner(causal))
-    before = classes_of(made, pairs(2))
+    before, own = classes_of(made, pairs(2)), {name: tensor.clone() for name, tensor in made.own_tensors()}
     made.temper(2.5)
     batch = collate(pairs(2), pad_id=PAD_ID)
     loaded = exported(made, tmp_path / "tempered")
     want = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.detach()
     torch.testing.assert_close(want, before / 2.5, atol=1e-5, rtol=0)
-    torch.testing.assert_close(classes_of(made, pairs(2)), before)
+    torch.testing.assert_close(classes_of(made, pairs(2)), want, atol=1e-5, rtol=0)
+    assert all(tensor.equal(own[name]) for name, tensor in made.own_tensors())
     assert json.loads((tmp_path / "tempered" / "config.json").read_text())["fitted_temperature"] == 2.5
 
 
