@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayalign.errors import ConfigError
 from rayalign.maths.divergence import kl_k1, kl_k3
 from rayalign.protocols import Algorithm, Roles
-from rayalign.record import Record
+from rayalign.record import Record, Unfit
 from rayalign.registry import did_you_mean
 from rayalign.rollouts import Collector, Progress, group_metrics, sample_seed
 from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling
 from rayalign.types import Sequence as Row
 
 RESAMPLES = 2000  # of the bootstrap
+# Ends of metrics' names → whether more of them is better.
+BETTER = dict.fromkeys(("loss", "nll", "perplexity", "ece"), False)
+BETTER |= dict.fromkeys(("reward", "accuracy", "accuracies", "kendall_tau", "top1", "win_rate"), True)
 
 
 class EvaluationConfig(Record):
@@ -40,10 +44,14 @@ class EarlyStop(Record):
     """When a run ends before its last step: as evaluations get no better. The best one's weights are what it leaves."""
 
     metric: str = Field(
-        "held_out/loss", description="of the evaluations: held_out/… of rows, or reward of samples, say"
+        description="of the evaluations: held_out/… of rows, or reward of samples, say", examples=["held_out/nll"]
     )
     patience: int = Field(3, ge=1, description="evaluations in a row without a better one, after which the run ends")
-    higher_is_better: bool = Field(False, description="of the metric")
+    higher_is_better: bool | None = Field(
+        None,
+        description=f"of the metric; none: true for {', '.join(k for k, v in BETTER.items() if v)}, false for "
+        f"{', '.join(k for k, v in BETTER.items() if not v)}; has to be said of others",
+    )
     min_change: float = Field(0.0, ge=0, description="by which a better one has to be better")
 
     def best(self, evaluations: Mapping[int, Evaluation]) -> int | None:
@@ -56,23 +64,39 @@ class EarlyStop(Record):
 
     def _found(self, evaluations: Mapping[int, Evaluation]) -> tuple[int | None, int]:
         """The best one's step, and how many came after it."""
-        best, held, since = None, 0.0, 0
+        known = sorted({name for each in evaluations.values() for name in each.metrics})
+        if evaluations and self.metric not in known:
+            raise ConfigError(
+                "evaluations have no such metric",
+                where="key train.stop.metric",
+                value=self.metric,
+                rule=f"one of {', '.join(known) or 'none: nothing is held out'}",
+                remedy=did_you_mean(self.metric, known),
+            )
+        best, held, since = None, -math.inf, 0
         for step in sorted(evaluations):
-            value = evaluations[step].metrics.get(self.metric)
-            if value is None:
-                raise ConfigError(
-                    "evaluations have no such metric",
-                    where="key train.stop.metric",
-                    value=self.metric,
-                    rule=f"one of {', '.join(sorted(evaluations[step].metrics)) or 'none: nothing is held out'}",
-                    remedy=did_you_mean(self.metric, evaluations[step].metrics),
-                )
-            lead = value - held if self.higher_is_better else held - value
-            if best is None or lead > self.min_change:
+            value = evaluations[step].metrics.get(self.metric, math.nan)
+            value = value if self._higher else -value
+            if math.isfinite(value) and value - held > self.min_change:
                 best, held, since = step, value, 0
             else:
                 since += 1
         return best, since
+
+    @property
+    def _higher(self) -> bool | None:
+        return BETTER.get(self.metric.rpartition("/")[2]) if self.higher_is_better is None else self.higher_is_better
+
+    @model_validator(mode="after")
+    def _has_a_direction(self) -> EarlyStop:
+        if self._higher is None:
+            raise Unfit(
+                "whether more of this metric is better is not known",
+                key="higher_is_better",
+                rule="true or false, for a metric other than " + ", ".join(BETTER),
+                remedy="set higher_is_better: true where a higher value is a better one, else false",
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.parts import PowerCut, tiny_config
 from tests.scored import group
 
 ALGORITHM = {"name": "disagreement", "classes": ["bad", "neutral", "good"], "smoothing": 0.1}
+STOP = {"metric": "held_out/nll", "patience": 2}
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_it_stops_when_held_out_rows_get_no_better_and_leaves_the_best_weights(t
     """With a rate that rises until it ruins the model."""
     changes = {
         "optimizer": {"lr": 0.1, "warmup_steps": 40},
-        "train": {"steps": 40, "stop": {"metric": "held_out/nll", "patience": 2}},
+        "train": {"steps": 40, "stop": {**STOP}},
     }
     algorithm = {"algorithm": ALGORITHM | {"temperature_scaling": False}, "checkpoint": {"every": 0, "keep": 1}}
     result = run_training(config_of(tmp_path, model, data, **changes, **algorithm))
@@ -111,7 +113,7 @@ def test_the_best_weights_may_be_gone(tmp_path, model, data, capsys):
     changes = {"optimizer": {"lr": 0.1, "warmup_steps": 40}, "checkpoint": {"every": 0, "keep": 1}}
     ended = run_training(config_of(tmp_path, model, data, **changes, train__steps=30, data__held_out=0.1))
     capsys.readouterr()
-    stop = {"steps": 30, "stop": {"metric": "held_out/nll", "patience": 2}}
+    stop = {"steps": 30, "stop": STOP}
     again = run_training(config_of(tmp_path, model, data, **changes, train=stop, data__held_out=0.1, resume=True))
     told = capsys.readouterr().err
     assert "the best, no checkpoint is left, on held_out/nll" in told and again.evaluations == ended.evaluations
@@ -120,20 +122,27 @@ def test_the_best_weights_may_be_gone(tmp_path, model, data, capsys):
 
 def test_the_best_evaluation_is_the_first_of_equals():
     def of(*values, **settings):
-        stop = EarlyStop(metric="m", patience=2, **settings)
-        found = {10 * place: Evaluation(10 * place, (), {"m": value}) for place, value in enumerate(values)}
+        stop = EarlyStop(**{"metric": "held_out/nll", "patience": 2, **settings})
+        found = {10 * place: Evaluation(10 * place, (), {stop.metric: value}) for place, value in enumerate(values)}
         return stop.best(found), stop.due(found)
 
     assert of() == (None, False) and of(3.0) == (0, False)
     assert of(3.0, 2.0, 2.0) == (10, False) and of(3.0, 2.0, 2.0, 2.5) == (10, True)
     assert of(3.0, 2.0, 1.99, 1.98, min_change=0.05) == (10, True)
-    assert of(3.0, 4.0, 3.5, higher_is_better=True) == (10, False)
+    assert of(3.0, 4.0, 3.5, metric="m", higher_is_better=True) == (10, False)
+    assert of(0.0, 0.1, 0.2, 0.3, metric="reward") == (30, False)
+    assert of(math.nan, 4.0, 5.0) == (10, False) and of(math.nan, math.inf, math.nan) == (None, True)
+    some = {0: Evaluation(0, (), {"held_out/nll": 1.0}), 5: Evaluation(5, ())}
+    assert EarlyStop(metric="held_out/nll").best(some) == 0  # of one evaluation it is missing
     with pytest.raises(ConfigError, match="no such metric") as caught:
-        EarlyStop(metric="held_out/los").best({0: Evaluation(0, (), {"held_out/loss": 1.0})})
+        EarlyStop(metric="loss").best({0: Evaluation(0, (), {"held_out/loss": 1.0})})
     assert "held_out/loss" in caught.value.rule
 
 
 def test_a_stop_without_evaluations_is_refused(tmp_path, model, data):
     with pytest.raises(ConfigError, match="nothing of when to stop") as caught:
-        run_training(config_of(tmp_path, model, data, train={"steps": 4, "stop": {}}, evaluation={"prompts": 0}))
+        run_training(config_of(tmp_path, model, data, train={"steps": 4, "stop": STOP}, evaluation={"prompts": 0}))
     assert caught.value.where == "key train.stop"
+    with pytest.raises(ConfigError, match="whether more of this metric is better is not known") as caught:
+        config_of(tmp_path, model, data, train={"stop": {"metric": "spin/gap"}})
+    assert "higher_is_better" in caught.value.where
