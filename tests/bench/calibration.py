@@ -2,7 +2,8 @@
 
 A preference model (d-PM) is trained once on the votes of configs/data/word_votes.jsonl. Each row is then a run of
 `rayalign train` with it as the scorer: SmolLM2-135M writes film reviews, K candidates a prompt, the same number of
-steps on the same number of new prompts. Rows differ only in where candidates come from, and in what is left out:
+steps on the same number of new prompts. "Learned from, of K" counts the candidates that differ, of prompts that have
+two such at least. Rows differ only in where candidates come from, and in what is left out:
 
 - once; every 8, every 2: diverse beam search by the initial policy, or anew by the newest one;
 - once, sampled: ordinary samples of the initial policy in the place of a search;
@@ -17,7 +18,7 @@ the gold answers.
   python tests/bench/calibration.py                     all rows that are not there yet, some minutes each
   python tests/bench/calibration.py --only once         one of them
   python tests/bench/calibration.py --table             what has been measured so far
-  python tests/bench/calibration.py --small             all of it with a tiny random model, in a minute or two
+  python tests/bench/calibration.py --small             all of it with a tiny random model, in --out/small: a minute
 
 Parts are folders of --out: what ended is not run again, a run that was cut short goes on.
 """
@@ -29,15 +30,15 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tests.bench.runs import claim, minutes, run  # noqa: E402
 
 MODEL = "~/.cache/rayalign/models/SmolLM2-135M-Instruct"
 VOTES = str(ROOT / "configs/data/word_votes.jsonl")
@@ -127,39 +128,31 @@ def calibration(name: str, out: Path, arguments: argparse.Namespace) -> dict[str
     }
 
 
-def run(config: dict[str, Any], run_dir: Path, verb: str = "train") -> None:
-    """One run, in a process of its own; goes on where it was cut short."""
-    import yaml
-
-    resume = (run_dir / "config.yaml").is_file()
-    file = run_dir.with_suffix(".yaml")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump({**config, "run_dir": str(run_dir), "resume": resume}))
-    with file.with_suffix(".log").open("a") as log:
-        command = [sys.executable, "-m", "rayalign.cli", verb, str(file)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        sys.exit(f"{run_dir.name} failed, see {file.with_suffix('.log')}")
+def run_or_exit(config: dict[str, Any], run_dir: Path, verb: str = "train") -> None:
+    if not run(config, run_dir, verb):
+        sys.exit(f"{run_dir.name} failed, see {run_dir.with_suffix('.log')}")
 
 
 def newest(run_dir: Path) -> Path:
-    """The checkpoint that a run left. Its optimiser's state is of no use any more, and ten times as large."""
-    found = max(run_dir.glob("checkpoints/step-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    shutil.rmtree(found / "trainer", ignore_errors=True)
-    return found
+    """The checkpoint that a run left."""
+    return max(run_dir.glob("checkpoints/step-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def drop_trainer(run_dir: Path) -> None:
+    """A run that is not gone on with needs no optimiser's state, which is ten times as large as the weights."""
+    shutil.rmtree(newest(run_dir) / "trainer", ignore_errors=True)
 
 
 def prepare(out: Path, arguments: argparse.Namespace) -> None:
     """The preference model, the held-out prompts with gold answers, and their candidates."""
-    begun = time.time()
     if not (out / "annotators.done").is_file():
-        run(annotators(arguments), out / "annotators")
+        run_or_exit(annotators(arguments), out / "annotators")
         (out / "annotators.done").touch()
-        print(f"preference model: {(time.time() - begun) / 60:.1f} min", flush=True)
+        drop_trainer(out / "annotators")
+        print(f"preference model: {minutes(out / 'annotators'):.1f} min", flush=True)
     if not (out / "candidates/labels.jsonl").is_file():
         write_held_out(out, arguments)
-        run(candidates(out, arguments), out / "candidates", "label")
+        run_or_exit(candidates(out, arguments), out / "candidates", "label")
 
 
 def write_held_out(out: Path, arguments: argparse.Namespace) -> None:
@@ -176,12 +169,13 @@ def run_row(name: str, out: Path, arguments: argparse.Namespace) -> None:
     folder = folder_of(out, name)
     if (folder / "ranks.json").is_file():
         return
-    begun = time.time()
-    run(calibration(name, out, arguments), folder)
-    minutes = (time.time() - begun) / 60
-    found = {"minutes": minutes, **ranks(str(newest(folder)), out, arguments)}
+    last = folder / "checkpoints" / f"step-{arguments.steps}"
+    if not last.is_dir() or (last / "trainer").is_dir():
+        run_or_exit(calibration(name, out, arguments), folder)
+    found = {"minutes": minutes(folder), **ranks(str(last), out, arguments)}
     (folder / "ranks.json").write_text(json.dumps(found))
-    print(f"{name}: {minutes:.1f} min", flush=True)
+    drop_trainer(folder)
+    print(f"{name}: {found['minutes']:.1f} min", flush=True)
 
 
 def ranks(model: str, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
@@ -225,7 +219,7 @@ def steps_of(folder: Path) -> list[dict[str, float]]:
 
 def table(out: Path, arguments: argparse.Namespace) -> str:
     head = ["candidates", "Kendall τ", "top-1", *(f"reward, {name}" for name in REWARDS.values())]
-    lines = [_line([*head, "gold perplexity", "distinct of K", "min"]), _line(["---"] * 8)]
+    lines = [_line([*head, "gold perplexity", "learned from, of K", "min"]), _line(["---"] * 8)]
     if (out / "start.json").is_file():
         start = json.loads((out / "start.json").read_text())
         first = next((found for name in ROWS if (found := evaluation(folder_of(out, name), 0))), {})
@@ -272,7 +266,7 @@ def main() -> None:
     usual = {"steps": (32, 4), "candidates": (8, 4), "tokens": (32, 12)}
     for key, (large, small) in usual.items():
         setattr(arguments, key, getattr(arguments, key) or (small if arguments.small else large))
-    out = arguments.out.resolve()
+    out = arguments.out.resolve() / ("small" if arguments.small else "")
     out.mkdir(parents=True, exist_ok=True)
     if arguments.small:
         from tests.tiny_models import build_tiny_llama
@@ -280,6 +274,7 @@ def main() -> None:
         arguments.model = str(out / "tiny")
         if not (out / "tiny" / "config.json").is_file():
             build_tiny_llama(out / "tiny")
+    claim(out, arguments, "model", "steps", "votes_steps", "candidates", "tokens", "margin", "lr")
     if not arguments.table:
         prepare(out, arguments)
         if not (out / "start.json").is_file():

@@ -16,9 +16,14 @@ majority, and expected calibration error (likeliest class against the share of r
   python tests/bench/disagreement.py --whole            the fine-tunings too
   python tests/bench/disagreement.py --only "js" soft   these rows
   python tests/bench/disagreement.py --table            what has been measured so far
-  python tests/bench/disagreement.py --small            a trial with a tiny random model: a minute
+  python tests/bench/disagreement.py --small            a trial with a tiny random model: a minute, in --out/small
 
 Cells are files of --out: what is there is not run again, so that the same command goes on after a stop.
+
+Read with care. Validation has ten raters a word where training has one to five: nobody who has the training's votes
+alone could choose epoch and temperature so well, and which row wins on validation is known by those ten. Cells of all
+batch sizes have the same epochs and rate, so that small batches make many more updates: the row `prior`, whose loss
+looks at no other row, tells what of a difference is that. Whole fine-tunings take their last step, none is chosen.
 """
 
 from __future__ import annotations
@@ -27,7 +32,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 from rayalign.scorers.ratings import read_lexicon  # noqa: E402
 from rayalign.types import Completion, Group, Prompt  # noqa: E402
 from tests.bench.disagreement_heads import NUMBERS, features, metrics_of, train_head, words_of  # noqa: E402
+from tests.bench.runs import claim, minutes, run  # noqa: E402
 from tests.bench.word_votes import CLASSES, prompt_of, rows, thinned, votes_of  # noqa: E402
 
 MODEL = "~/.cache/rayalign/models/SmolLM2-135M-Instruct"
@@ -62,7 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "majority": {"objective": "majority", "temperature_scaling": False},
 }
 SMOOTHINGS = (0.03, 0.1, 0.3, 1.0)
-WHOLE = ("kl_q_r", "kl_r_q", "js", "kl_r_q, detached, ½ prior", "prior", "soft")
+WHOLE = ("kl_q_r", "kl_r_q", "js", "kl_r_q, detached, ½ prior", "prior", "soft", "majority")
 
 
 # The grid
@@ -121,13 +126,11 @@ def load_data(out: Path, arguments: argparse.Namespace) -> Any:
 
 def run_whole(name: str, out: Path, arguments: argparse.Namespace) -> None:
     """One run of `rayalign train` on three raters a word, and its checkpoint on the test's words."""
-    import yaml
-
     folder = out / "whole" / _plain(name)
     if folder.with_suffix(".json").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lexicon, data, begun = read_lexicon(), out / "whole" / "votes.jsonl", time.time()
+    lexicon, data = read_lexicon(), out / "whole" / "votes.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(lexicon, 3, words=200 * arguments.small)), "utf-8")
     settings = {name: value for name, value in ROWS[name].items() if name != "temperature_scaling"}
     config = {
@@ -142,18 +145,14 @@ def run_whole(name: str, out: Path, arguments: argparse.Namespace) -> None:
         "evaluation": {"every": max(1, arguments.steps // 4), "rows": 300},
         "checkpoint": {"every": max(1, arguments.steps // 2), "keep": 1},
         "trackers": [],
-        "run_dir": str(folder),
-        "resume": (folder / "metrics.jsonl").is_file(),
     }
-    folder.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "rayalign.cli", "train", str(folder.with_suffix(".yaml"))]
-    log, environment = folder.with_suffix(".log").open("a"), {**os.environ, "PYTHONPATH": str(ROOT)}
-    if subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode:
-        print(f"{name}: failed, see {log.name}", flush=True)
+    if not run(config, folder):
+        print(f"{name}: failed, see {folder.with_suffix('.log')}", flush=True)
         return
     words = words_of(lexicon, arguments.small)["test"]
     found = metrics_of(scored(folder / "checkpoints" / f"step-{arguments.steps}", words), _votes(lexicon, words))
-    found["minutes"] = (time.time() - begun) / 60
+    found["minutes"] = minutes(folder)
+    found["passes"] = arguments.steps * 64 / sum(1 for _ in data.open(encoding="utf-8"))
     folder.with_suffix(".json").write_text(json.dumps(found))
     print(f"whole, {name}: nll {found['nll']:.3f}, {found['minutes']:.1f} min", flush=True)
 
@@ -201,32 +200,34 @@ def table(out: Path, arguments: argparse.Namespace) -> str:
     """Each cell: NLL / JS / accuracy / ECE at the epoch that validation chose; then with a fitted temperature."""
     seeds, lines = arguments.seeds, []
     for raters in RATERS:
-        lines += [f"\n{raters} rater{'s' * (raters > 1)} a word, batch 256, smoothing .1, {seeds} seeds"]
-        lines += ["| objective | NLL | JS | accuracy | ECE | NLL, tempered | NLL, last epoch | validation NLL |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += [f"\n{raters} rater{'s' * (raters > 1)} a word, batch 256, smoothing .1"]
+        lines += [
+            "| objective | seeds | NLL | JS | accuracy | ECE | NLL, tempered | NLL, last epoch | validation NLL |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
         for name in ROWS:
             if found := read(out, name, raters, seeds):
                 numbers = [mean(found, "best", number) for number in NUMBERS]
                 numbers += [mean(found, "tempered", "nll"), mean(found, "last", "nll")]
                 chosen = float(np.mean([cell["validation"] for cell in found]))
-                lines.append(f"| {name} | {' | '.join(numbers)} | {chosen:.4f} |")
+                lines.append(f"| {name} | {len(found)} of {seeds} | {' | '.join(numbers)} | {chosen:.4f} |")
     for title, key, values in (("smoothing", "smoothing", SMOOTHINGS), ("batch size", "batch", BATCHES)):
         lines += [f"\n2 raters a word, NLL at the chosen epoch / the last one, by {title}"]
         lines += [f"| objective | {' | '.join(map(str, values))} |", "|---" * (len(values) + 1) + "|"]
         for name in ROWS:
             found = {value: read(out, name, 2, seeds, **{key: value}) for value in values}
-            if all(found.values()):
+            if all(len(each) == seeds for each in found.values()):
                 parts = (f"{mean(c, 'best', 'nll')} / {mean(c, 'last', 'nll')}" for c in found.values())
                 lines.append(f"| {name} | {' | '.join(parts)} |")
     whole = {name: out / "whole" / f"{_plain(name)}.json" for name in WHOLE}
     if any(file.is_file() for file in whole.values()):
-        lines += ["\nwhole fine-tunings, 3 raters a word", "| objective | NLL | JS | accuracy | ECE | min |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += ["\nwhole fine-tunings, 3 raters a word", "| objective | NLL | JS | accuracy | ECE | passes | min |"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for name, file in whole.items():
             if file.is_file():
                 found = json.loads(file.read_text())
                 numbers = " | ".join(f"{found[number]:.3f}" for number in NUMBERS)
-                lines.append(f"| {name} | {numbers} | {found['minutes']:.1f} |")
+                lines.append(f"| {name} | {numbers} | {found['passes']:.1f} | {found['minutes']:.1f} |")
     return "\n".join(lines)
 
 
@@ -264,14 +265,14 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30, help="of a head")
-    parser.add_argument("--steps", type=int, default=60, help="of a whole fine-tuning, 64 words each")
+    parser.add_argument("--steps", type=int, default=60, help="of a whole fine-tuning, 64 words each; 94 are one pass")
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(ROWS), help="these rows")
     parser.add_argument("--whole", action="store_true", help="fine-tune all of the model, too")
     parser.add_argument("--small", action="store_true", help="a tiny random model and 200 words, to try it all")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    (out / "cells").mkdir(parents=True, exist_ok=True)
+    out = arguments.out.resolve() / ("small" if arguments.small else "")
+    out.mkdir(parents=True, exist_ok=True)
     if arguments.small:
         from tests.tiny_models import build_tiny_llama
 
@@ -279,6 +280,9 @@ def main() -> None:
         arguments.steps = 2
         if not (out / "tiny" / "config.json").is_file():
             build_tiny_llama(out / "tiny")
+    claim(out / "cells", arguments, "model", "epochs")
+    if arguments.whole:
+        claim(out / "whole", arguments, "model", "steps")
     if not arguments.table:
         data = load_data(out, arguments)
         for cell in cells(arguments):

@@ -35,8 +35,10 @@ def words_of(lexicon: dict[str, Any], small: bool) -> dict[str, list[str]]:
 def features(words: list[str], out: Path, model_path: str) -> dict[str, torch.Tensor]:
     """Word → the last hidden state at the end of it, after the prompt, in float32; computed once."""
     file = out / "features.pt"
-    if file.is_file() and (known := torch.load(file, weights_only=True))["words"] == words:
-        return dict(zip(words, known["features"], strict=True))
+    if file.is_file():
+        known = torch.load(file, weights_only=True)
+        if known["words"] == words and known.get("model") == model_path:
+            return dict(zip(words, known["features"], strict=True))
     from transformers import AutoModel, AutoTokenizer
 
     from rayalign.data.tokens import Turns
@@ -57,7 +59,7 @@ def features(words: list[str], out: Path, model_path: str) -> dict[str, torch.Te
             hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         found.append(hidden[torch.arange(len(rows)), mask.sum(1) - 1].float())
     stacked = torch.cat(found)
-    torch.save({"words": words, "features": stacked}, file)
+    torch.save({"words": words, "model": model_path, "features": stacked}, file)
     print(f"features of {len(words):,} words: {(time.time() - begun) / 60:.1f} min", flush=True)
     return dict(zip(words, stacked, strict=True))
 
