@@ -2,7 +2,8 @@
 
 Eight prompts, ten completions of each, 48 tokens each (no end token before that, so that all ways make as many):
 
-- plain sampling, ten requests a prompt
+- plain sampling, ten requests a prompt, as rayalign asks: each with a seed, a least length and log-probs
+- vLLM alone: n=10, without any of these
 - groups = beams: one pass of the engine
 - groups < beams: requests that go on greedily, and new ones where the search takes another token
 
@@ -33,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MODEL = "~/.cache/rayalign/models/SmolLM2-135M-Instruct"
 PROMPTS = ROOT / "configs/prompts/film_reviews.jsonl"
 PENALTY = 4.0
+VLLM_ALONE = "vLLM alone"
 
 
 def prompts_of(model: str, count: int) -> list[tuple[int, ...]]:
@@ -69,6 +71,7 @@ def measure(engine: Any, prompts: list[tuple[int, ...]], way: tuple[int, Any], l
     from rayalign.types import Request
 
     each, sampling = way
+    engine._drop_prefix_cache()  # a search is the same each time: it would find its own keys and values again
     requests = [
         Request(f"{label}/{p}/{k}", prompt, sampling, seed=100 * p + k)
         for p, prompt in enumerate(prompts)
@@ -81,6 +84,18 @@ def measure(engine: Any, prompts: list[tuple[int, ...]], way: tuple[int, Any], l
         for completion in engine.poll():
             done += 1
             tokens += sum(len(each.token_ids) for each in completion.candidates or (completion,))
+    return tokens / (time.perf_counter() - begun)
+
+
+def alone(engine: Any, prompts: list[tuple[int, ...]], arguments: argparse.Namespace) -> float:
+    """Tokens a second of vLLM's own n completions, which look for no end token and keep no log-prob."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(n=arguments.beams, max_tokens=arguments.tokens, ignore_eos=True, detokenize=False)
+    engine._drop_prefix_cache()
+    begun = time.perf_counter()
+    found = engine._llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
+    tokens = sum(len(each.token_ids) for output in found for each in output.outputs)
     return tokens / (time.perf_counter() - begun)
 
 
@@ -173,7 +188,7 @@ def main() -> None:
         threads=arguments.threads,
     )
     engine = config.build(model=model)
-    found: dict[str, list[float]] = {name: [] for name in ways(arguments)}
+    found: dict[str, list[float]] = {name: [] for name in (*ways(arguments), VLLM_ALONE)}
     for number in range(-1, arguments.repeats):  # the first round is thrown away
         for name, way in ways(arguments).items():
             if number < 0 and not arguments.small:
@@ -181,16 +196,18 @@ def main() -> None:
             elif number >= 0:
                 found[name].append(measure(engine, prompts, way, f"round-{number}"))
                 print(f"{name}: {found[name][-1]:.0f} tokens/s", file=sys.stderr, flush=True)
+        if number >= 0:
+            found[VLLM_ALONE].append(alone(engine, prompts, arguments))
     engine.close()
     speeds = {name: statistics.median(each) for name, each in found.items()}
     if arguments.oracle:
         for at_once, speed in of_4_55(arguments, model, prompts).items():
             speeds[f"transformers 4.55, group beam search, {at_once} prompts a batch"] = speed
-    plain = next(iter(speeds.values()))
+    plain, bare = next(iter(speeds.values())), speeds[VLLM_ALONE]
     print(f"{len(prompts)} prompts × {arguments.beams} completions × {arguments.tokens} tokens, {arguments.dtype}\n")
-    print("| way | tokens/s | of plain sampling |\n|---|---|---|")
+    print("| way | tokens/s | of plain sampling | of vLLM alone |\n|---|---|---|---|")
     for name, speed in speeds.items():
-        print(f"| {name} | {speed:.0f} | {speed / plain:.2f} |")
+        print(f"| {name} | {speed:.0f} | {speed / plain:.2f} | {speed / bare:.2f} |")
     print(f"\nmedian of {arguments.repeats}; {arguments.threads} threads, {os.cpu_count()} cores, {cpu()}")
     print(", ".join(f"{name} {number}" for name, number in versions().items()))
 
