@@ -88,7 +88,7 @@ def read_columns(found: Sequence[str], given: Mapping[str, str], kinds: Sequence
     """
     _check_given(found, given, where)
     names = _named(found, given)
-    forms = _possible({role for role, here in names.items() if here}, given)
+    forms = _possible({role for role, here in names.items() if here}, given, kinds)
     wanted = [form for form in forms if form.kind in kinds]
     if len(wanted) > 1:
         raise _ambiguous(found, wanted, names, where)
@@ -125,14 +125,16 @@ def _named(found: Sequence[str], given: Mapping[str, str]) -> dict[str, list[str
     return names
 
 
-def _possible(there: set[str], given: Mapping[str, str]) -> list[Form]:
+def _possible(there: set[str], given: Mapping[str, str], kinds: Sequence[str]) -> list[Form]:
     forms = [form for form in FORMS if set(form.needs) <= there]
     forms = [form for form in forms if given.keys() <= {*form.needs, *form.may}]
     settled = [form for form in forms if set(form.needs) <= given.keys()]
     if settled:
         most = max(len(form.needs) for form in settled)
         return [form for form in settled if len(form.needs) == most]
-    return [form for form in forms if not any(set(form.needs) < set(other.needs) for other in forms)]
+    # A rating beside an answer is common: it stands in nobody's way who does not learn from votes.
+    larger = [form for form in forms if form.kind != "votes" or "votes" in kinds]
+    return [form for form in forms if not any(set(form.needs) < set(other.needs) for other in larger)]
 
 
 def _check_given(found: Sequence[str], given: Mapping[str, str], where: str) -> None:

@@ -184,6 +184,7 @@ def test_columns_that_cannot_be_read_are_listed_with_what_settles_it(
         (PAIR | {"good": "g"}, KINDS, {"chosen": "good"}, ("g", "y")),
         (PAIR | {"votes": [1, 0], "probability": 1}, KINDS, {"votes": "votes"}, ("x", "y")),
         (SAID | {"label": 1}, ("completion",), {"completion": "completion"}, ("x",)),
+        (SAID | {"rating": 4}, ("completion",), {}, ("x",)),
         ({"q": "q", "up": "a", "down": "b"}, KINDS, {"prompt": "q", "chosen": "up", "rejected": "down"}, ("a", "b")),
         ({"question": "q", "instruction": "i", "answer": "x"}, KINDS, {"prompt": "question"}, ("x",)),
     ],
