@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -165,7 +166,8 @@ class Mixing:
 
     def __call__(self, groups: Sequence[Group]) -> list[Judgement]:
         parts = zip(self._config.scorers, self._started, strict=True)
-        judged = [score_groups(score, groups, who=f"scorer {part.called} of the mix") for part, score in parts]
+        bare = [replace(group, metrics={}) for group in groups]  # what is known of them already no part has said
+        judged = [score_groups(score, bare, who=f"scorer {part.called} of the mix") for part, score in parts]
         return [joined(self._config, each) for each in zip(*judged, strict=True)]
 
     def memory_gib(self) -> float:
@@ -196,7 +198,8 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
         before = "" if config.only_judge(part) else f"{part.called}/"
         metrics |= {f"{before}{name}": number for name, number in group.metrics.items()}
         metrics[f"scores/{part.called}"] = math.fsum(row) / len(row)
-    contested = tuple(map(any, zip(*(group.contested for group in given if group.contested), strict=True)))
+    says = [group.contested for part, group in zip(config.scorers, given, strict=True) if part.weight]
+    contested = tuple(map(any, zip(*filter(None, says), strict=True)))
     return Judgement(scores, _preferences(given, weights), metrics, contested)
 
 

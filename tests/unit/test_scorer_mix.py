@@ -75,6 +75,22 @@ def test_metrics_of_the_parts_are_told_apart_by_the_config_whatever_each_says_of
     assert joined(Mix.model_validate({"scorers": [rule, judges[0]]}), [silent, said]).metrics["judge/ties"] == 0.25
 
 
+def test_what_is_known_of_a_group_before_is_said_once():
+    score = Mix(scorers=(part(1.0, "a", scores=(1, 0)), part(1.0, "b", scores=(1, 0), metrics={"x": 1}))).start()
+    (found,) = score_groups(score, [replace(group(0, "a", "b"), metrics={"candidates/distinct": 2.0})], who="s")
+    assert found.metrics.keys() == {"candidates/distinct", "b/x", "scores/a", "scores/b"}
+
+
+def test_a_part_that_is_only_reported_takes_no_answer_out():
+    first, second = (
+        replace(group(0, "a", "b"), scores=(1.0, 0.0), contested=c) for c in ((True, False), (False, True))
+    )
+    mixes = {w: Mix(scorers=(part(w, "a", scores=(1, 0)), part(1.0, "b", scores=(1, 0)))) for w in (0.0, -1.0)}
+    assert joined(mixes[0.0], [first, second]).contested == (False, True)
+    assert joined(mixes[-1.0], [first, second]).contested == (True, True)
+    assert joined(mixes[0.0], [first, replace(second, contested=())]).contested == ()
+
+
 def test_a_rule_that_a_judge_reports_is_no_label_of_another():
     ask = {"name": "server", "url": "http://127.0.0.1:9/v1", "model": "m"}
     rule = {"scorer": {"name": "rules", "rule": "vader"}}
