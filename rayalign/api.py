@@ -56,6 +56,7 @@ class Data:
         prompts, parts = self.prompts, [self.examples.describe()] if self.examples else []
         if prompts.training or prompts.held_out:
             skipped = f", {prompts.skipped} skipped as too long" if prompts.skipped else ""
+            skipped += f", {prompts.cut} reference answers cut" if prompts.cut else ""
             count = f"{len(prompts.training)} training prompts, " if prompts.training else "prompts: "
             parts.append(f"{count}{len(prompts.held_out)} held out{skipped}")
         return "; ".join(parts)

@@ -159,13 +159,19 @@ def prompts_for(config: Config, tokenizer: Any) -> PromptSet:
         return PromptSet((), (), 0)
     room = config.engine.max_context - config.sampling.max_tokens
     gold = getattr(config.algorithm, "takes_gold", False)
-    found = load_prompts(config.data, tokenizer, max_prompt_tokens=room, gold=gold)
+    longest = _longest_row(config) if gold else None
+    found = load_prompts(config.data, tokenizer, max_prompt_tokens=room, gold=gold, max_tokens=longest)
     whole = tuple(sorted((*found.training, *found.held_out), key=lambda prompt: prompt.index))
     if getattr(config.algorithm, "unscored", False):  # they are all completed, and nothing is evaluated
-        return PromptSet(whole, (), found.skipped)
+        return replace(found, training=whole, held_out=())
     if config.algorithm.request(config.sampling.sampling()):
         return found
-    return PromptSet((), whole, found.skipped)
+    return replace(found, training=(), held_out=whole)
+
+
+def _longest_row(config: Config) -> int:
+    """Tokens of prompt and answer that the learner takes. Raises ConfigError."""
+    return min(config.data.max_tokens, longest_context(config) or config.data.max_tokens)
 
 
 def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
@@ -176,7 +182,7 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
         config.data,
         tokenizer,
         kinds=config.algorithm.rows,
-        max_tokens=min(config.data.max_tokens, longest_context(config) or config.data.max_tokens),
+        max_tokens=_longest_row(config),
         seed=config.seed,
         processor=lambda: load_processor(config),
         images=getattr(config.algorithm, "images", False),

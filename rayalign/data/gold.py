@@ -16,14 +16,13 @@ COLUMN = "gold"
 
 
 def gold_ids(
-    columns: Mapping[str, Any], messages: Sequence[dict[str, Any]], turns: Turns, room: int, where: str
+    columns: Mapping[str, Any], messages: Sequence[dict[str, Any]], turns: Turns, where: str
 ) -> tuple[int, ...]:
     """A row's reference answer as the answers of a data set become tokens; empty where it has none.
 
     Args:
         columns: of the row.
         messages: that it answers.
-        room: tokens; what is longer is cut.
 
     Raises:
         DataError: it is neither a text nor messages.
@@ -39,4 +38,4 @@ def gold_ids(
             rule=f"a text in the column {COLUMN}, or nothing where there is no such answer",
             remedy="correct the row, or call the column otherwise if it is something else than an answer",
         )
-    return turns.answer(messages, behind_prompt(found, messages, where), where)[: max(room, 0)]
+    return turns.answer(messages, behind_prompt(found, messages, where), where)

@@ -82,7 +82,7 @@ class Tokeniser:
             for k, (ids, whole, reason) in enumerate(zip(cut, answers, reasons, strict=True))
         )
         extra, room = {**(row.extra or {}), **({REASONS: reasons} if row.cut else {})}, self._max - len(prompt)
-        gold = gold_ids(extra, row.prompt, self.turns, room, where) if self._gold else ()
+        gold = gold_ids(extra, row.prompt, self.turns, where)[:room] if self._gold else ()
         group = Group(
             id,
             Prompt(

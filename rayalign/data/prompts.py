@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,11 +22,13 @@ from rayalign.types import Prompt
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in file order, apart for training and for evaluation; `skipped` were too long."""
+    """Prompts in file order, apart for training and for evaluation; `skipped` were too long, and of `cut` ones the
+    reference answer was."""
 
     training: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     skipped: int
+    cut: int = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -38,12 +40,15 @@ class PromptSet:
         return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
 
 
-def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, gold: bool = False) -> PromptSet:
+def load_prompts(
+    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, gold: bool = False, max_tokens: int | None = None
+) -> PromptSet:
     """Read, check, template and tokenise.
 
     Args:
         max_prompt_tokens: what the engine's context leaves beside the longest completion.
         gold: whether reference answers, where a row has one, become tokens; see `data.gold`.
+        max_tokens: of a prompt with its reference answer, which is cut to it. Default: data.max_tokens.
 
     Raises:
         DataError: with file, row, value, rule and remedy.
@@ -59,7 +64,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, 
             remedy=f'write rows such as {{"{config.prompt_column}": "…"}}',
         )
     turns = Turns(tokenizer, chat_template=config.chat_template)
-    prompts, skipped = [], 0
+    prompts, skipped, cut, room = [], 0, 0, max_tokens or config.max_tokens
     for index, row in enumerate(rows):
         where = f"{source}, row {index + 1}"
         _check_column(row, config.prompt_column, where)
@@ -77,7 +82,9 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, 
             skipped += 1
             continue
         extra = {key: value for key, value in row.items() if key != config.prompt_column}
-        answer = gold_ids(extra, messages, turns, config.max_tokens - len(token_ids), where) if gold else ()
+        whole = gold_ids(extra, messages, turns, where) if gold else ()
+        answer = whole[: max(room - len(token_ids), 0)]
+        cut += answer != whole
         prompts.append(
             Prompt(index, messages[-1]["content"], token_ids, extra, messages=tuple(messages), gold_ids=answer)
         )
@@ -89,7 +96,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, 
             rule=f"at most {max_prompt_tokens} tokens (engine.max_context − sampling.max_tokens)",
             remedy="raise engine.max_context or lower sampling.max_tokens",
         )
-    return _split(prompts, config.held_out, config.shuffle_seed, skipped)
+    return replace(_split(prompts, config.held_out, config.shuffle_seed, skipped), cut=cut)
 
 
 def _check_column(row: dict[str, Any], column: str, where: str) -> None:

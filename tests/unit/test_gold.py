@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from rayalign.build import load_tokenizer, longest_context, prompts_for
+from rayalign.config import parse_config
 from rayalign.data.config import DataConfig
 from rayalign.data.examples import load_examples
 from rayalign.data.labels import record_of, rows_of
 from rayalign.data.prompts import load_prompts
 from rayalign.errors import DataError
 from rayalign.types import Completion, Group, Prompt
-from tests.tiny_models import EOS_ID, build_tokenizer
+from tests.tiny_models import EOS_ID, build_tiny_llama, build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,25 @@ def test_a_long_one_is_cut(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "film", "gold": "good " * 50}])
     (prompt,) = prompts_of(tokenizer, path, max_tokens=20)
     assert len(prompt.token_ids) + len(prompt.gold_ids) == 20
+
+
+def test_it_is_cut_to_the_context_of_the_model_too_and_counted(tmp_path):
+    """GPT-2 has no position beyond its context: a row that is longer would end the run, or worse."""
+    path = write(tmp_path / "p.jsonl", [{"prompt": "film", "gold": "good " * 900}, {"prompt": "film", "gold": "good"}])
+    model = str(build_tiny_llama(tmp_path / "model"))
+    config = parse_config(
+        {
+            "model": {"path": model},
+            "engine": {"name": "transformers", "max_context": 64},
+            "data": {"prompts": path, "held_out": 0.0, "max_tokens": 10_000},
+            "algorithm": {"name": "dpm_calibration", "samples": 2},
+            "sampling": {"max_tokens": 8},
+            "scorer": {"name": "ratings"},
+        }
+    )
+    found = prompts_for(config, load_tokenizer(config))
+    longest = max(len(prompt.token_ids) + len(prompt.gold_ids) for prompt in found.training)
+    assert (longest, found.cut) == (longest_context(config), 1)
 
 
 def test_other_reference_answers_are_other_data(tokenizer, tmp_path):
