@@ -182,7 +182,8 @@ class Algorithm(Protocol):
     # A second stage of them, None or a function of (batch, columns, the sums so far): d-PM's gradient through its
     # batch's label mass, which is known only then.
     further_statistics: Callable[[Batch, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None
-    # Names of statistics that are moving averages over steps → the decay of what was. The learner keeps them.
+    # Names of statistics whose means over rows (NAME/rows is their number) are averaged over steps → the decay of what
+    # was. The learner keeps them.
     carries: Mapping[str, float]
     # Rows of an example that the loss looks at; those behind them are the statistics' alone, and no gradient goes
     # through them. None: all rows, for both.

@@ -73,8 +73,8 @@ class Disagreement(Offline):
     )
     mass: Literal["batch", "moving_average", "votes"] = Field(
         "batch",
-        description="how common each class is: Σ q of the step's rows; its moving average over steps; or the rows' "
-        "priors",
+        description="how common each class is: Σ q of the step's rows; the moving average over steps of q's mean; or "
+        "the rows' priors",
     )
     mass_decay: float = Field(0.9, ge=0, lt=1, description="of the moving average: what a step leaves of those before")
     temperature_scaling: bool = Field(
@@ -141,7 +141,8 @@ class Disagreement(Offline):
         """Σ_j q(l|x_j), or of the priors: [L]."""
         if self.mass == "votes":
             return {"mass": self._prior(_counts(batch)).sum(0)}
-        return {"mass": _log_q(columns).exp().sum(0)}
+        q = _log_q(columns).exp()
+        return {"mass": q.sum(0)} | ({"mass/rows": q.new_tensor(len(q))} if self.carries else {})
 
     def _pull(self, batch: Batch, columns: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the gradient through the mass needs: Σ_i ∂D_i/∂log mass, [L]."""

@@ -24,8 +24,8 @@ def statistics(
 ) -> dict[str, Tensor]:
     """The algorithm's sums over the whole step: all micro-batches, all ranks. Empty where no row is for them.
 
-    What the algorithm carries is mixed with what the learner has kept of it; `NAME/fresh` is then the share of this
-    step in it. Further statistics see all of that, and the columns as they were: there is no second forward pass.
+    What the algorithm carries is the mean over rows, mixed with what the learner has kept of it. Further statistics
+    see all of that, and the columns as they were: there is no second forward pass.
 
     Args:
         learning: whether the learner keeps what is carried.
@@ -40,7 +40,7 @@ def statistics(
             yield part
 
     found = _summed(learner, (_counted(part, algorithm.statistics(*part[1:])) for part in parts()))
-    found |= _carried(learner, found, getattr(algorithm, "carries", {}), learning=learning)
+    found |= moving_means(learner, found, getattr(algorithm, "carries", {}), learning=learning)
     if further is not None:
         found |= _summed(learner, (_counted(part, further(*part[1:], found)) for part in seen))
     return found
@@ -69,18 +69,25 @@ def _summed(learner: RankLearner, parts: Iterator[Mapping[str, Tensor]]) -> dict
     return {name: learner.total_tensor(value) for name, value in sums.items()}
 
 
-def _carried(
+def moving_means(
     learner: RankLearner, sums: Mapping[str, Tensor], decays: Mapping[str, float], *, learning: bool
 ) -> dict[str, Tensor]:
-    """Moving averages of sums over steps; the first step's are its own."""
+    """Moving averages over steps of means over rows, so that a step of few rows does not count as one of none. The
+    first step's are its own; where nothing is learned they are what was kept. `NAME/fresh` is their derivative by the
+    step's sum.
+
+    Args:
+        sums: with `NAME/rows`, the number of rows in the sum.
+    """
     found = {}
     for name, decay in decays.items():
         if name not in sums:
             continue
         before = learner.carried.get(name)
-        fresh = 1.0 if before is None else 1.0 - decay
-        found[name] = fresh * sums[name] + (0.0 if before is None else decay * before.to(sums[name]))
-        found[f"{name}/fresh"] = torch.full_like(sums[name], fresh)
+        share = 1.0 if before is None else 1.0 - decay if learning else 0.0
+        fresh = share / sums[f"{name}/rows"]
+        found[name] = fresh * sums[name] + (0.0 if before is None else (1.0 - share) * before.to(sums[name]))
+        found[f"{name}/fresh"] = fresh.expand_as(sums[name])
         if learning:
             learner.carried[name] = found[name]
     return found

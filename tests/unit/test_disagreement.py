@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rayalign.algorithms.disagreement import Disagreement
 from rayalign.algorithms.votes import BINS
 from rayalign.collate import collate
 from rayalign.errors import DataError
+from rayalign.learners.statistics import moving_means
 from rayalign.maths.disagreement import dpm_loss, fit_temperature, vote_prior
 from tests.unit.algorithm_cases import group
 
@@ -52,10 +54,8 @@ def step(wanted, scores, parts, carried=None):
 
     if wanted.statistics is not None:
         known |= add(wanted.statistics)
-        for name, decay in wanted.carries.items():
-            fresh = 1.0 if carried is None else 1.0 - decay
-            known[name] = fresh * known[name] + (0.0 if carried is None else decay * carried)
-            known[f"{name}/fresh"] = torch.full_like(known[name], fresh)
+        learner = SimpleNamespace(carried={} if carried is None else {"mass": carried})
+        known |= moving_means(learner, known, wanted.carries, learning=True)
         if wanted.further_statistics is not None:
             known |= add(wanted.further_statistics, dict(known))
     total = sum(wanted.loss(batch, columns, known).loss.sum() for batch, columns in batches)
@@ -90,14 +90,25 @@ def test_the_mass_may_be_a_moving_average_with_the_gradient_of_what_is_fresh_in_
     wanted = algorithm(objective="kl_r_q", detach_posterior=False, mass="moving_average", mass_decay=0.75)
     first, scores = logits(1), logits(2)
     _, _, before = step(wanted, first, parts)
-    torch.testing.assert_close(before, first.softmax(-1).sum(0))
+    torch.testing.assert_close(before, first.softmax(-1).mean(0))
     total, found, _ = step(wanted, scores, parts, before)
     log_q = scores.log_softmax(-1)
-    mass = 0.25 * log_q.exp().sum(0) + 0.75 * before.detach()
+    mass = 0.25 * log_q.exp().mean(0) + 0.75 * before.detach()
     log_r = (log_q - mass.log() + prior().log()).log_softmax(-1)
     want = (log_r.exp() * (log_r - log_q)).sum()
     torch.testing.assert_close(total, want)
     torch.testing.assert_close(found, torch.autograd.grad(want, scores)[0])
+
+
+def test_held_out_rows_are_measured_with_the_mass_that_was_kept_however_many_they_are():
+    kept = torch.tensor([0.6, 0.3, 0.1])
+    learner = SimpleNamespace(carried={"mass": kept})
+    sums = {"mass": torch.tensor([30.0, 120.0, 150.0]), "mass/rows": torch.tensor(300.0)}
+    found = moving_means(learner, sums, {"mass": 0.9}, learning=False)
+    assert found["mass"].equal(kept) and found["mass/fresh"].equal(torch.zeros(3)) and learner.carried["mass"] is kept
+    found = moving_means(learner, sums, {"mass": 0.9}, learning=True)
+    torch.testing.assert_close(found["mass"], 0.9 * kept + 0.1 * torch.tensor([0.1, 0.4, 0.5]))
+    assert learner.carried["mass"] is found["mass"]
 
 
 def test_the_mass_may_be_that_of_the_votes():
