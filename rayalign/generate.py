@@ -1,6 +1,6 @@
 """`rayalign generate`: each prompt's completions, sampled or searched, one JSON line a prompt. Nothing is scored.
 
-run_dir/completions.jsonl   in the order of the prompts, written as they come
+run_dir/completions.jsonl   written as they come; in the order of the prompts at the end
 run_dir/generate.json       how many of what, how long they are, how many differ, tokens a second
 """
 
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-
-import numpy as np
 
 from rayalign.algorithms.generate import Generate
 from rayalign.api import quiet_libraries
@@ -51,7 +49,7 @@ class Generated:
 
 
 def run_generation(config: Config, *, model: str | None = None, name: str = "generate") -> Generated:
-    """Complete every prompt of data.prompts, held out or not, in the order of the file.
+    """Complete every prompt of data.prompts, held out or not.
 
     Args:
         config: of the algorithm `generate`; of another one, as many completions as it asks for, and where it asks for
@@ -60,7 +58,7 @@ def run_generation(config: Config, *, model: str | None = None, name: str = "gen
         name: of the run directory, when the config gives none.
 
     Raises:
-        RayalignError: see rayalign.errors; the lines that were written stay.
+        RayalignError: see rayalign.errors; the lines that were written stay, in the order in which they came.
     """
     quiet_libraries()
     config = generating(config)
@@ -106,7 +104,7 @@ def generating(config: Config) -> Config:
 def _generate(
     config: Config, tokenizer: Any, prompts: Sequence[Prompt], run_dir: Path, console: Console, model: str | None
 ) -> Generated:
-    file, interrupt, lines = run_dir / LINES, Interrupt(), []
+    file, interrupt, totals = run_dir / LINES, Interrupt(), _Totals()
     policy = model_path(model) if model else None
     with (
         start_parts(config, tokenizer, run_dir, console, policy=policy) as parts,
@@ -116,20 +114,40 @@ def _generate(
     ):
         began = perf_counter()
         asking = Asking(parts.engine, config.algorithm.request(config.sampling.sampling()), config.seed)
+        at_once = 2 * config.engine.count * config.engine.max_running
         for prompt, completions in asking.all(
-            prompts, at_once=config.algorithm.shard, progress=console.sampled, stop=lambda: interrupt.requested
+            prompts, at_once=at_once, progress=console.sampled, stop=lambda: interrupt.requested
         ):
-            lines.append(line_of(prompt, completions, decoder(tokenizer)))
-            out.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
+            line = line_of(prompt, completions, decoder(tokenizer))
+            totals.add(line)
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
             out.flush()
         seconds = perf_counter() - began
-    metrics = summary_of(lines, seconds)
-    record = {"prompts": len(lines), "completions": sum(len(line["completions"]) for line in lines), "metrics": metrics}
+    _sort(file)
+    metrics = totals.metrics(seconds)
+    record = {"prompts": totals.prompts, "completions": totals.completions, "metrics": metrics}
     (run_dir / SUMMARY).write_text(json.dumps(record, indent=1))
-    stopped = len(lines) < len(prompts)
-    told = f"{record['completions']:,} completions of {len(lines):,} prompts"
+    stopped = totals.prompts < len(prompts)
+    told = f"{totals.completions:,} completions of {totals.prompts:,} prompts"
     console.say(f"{'stopped' if stopped else 'done'}: {told}, {metrics.get('tokens_per_s', 0.0):.0f} tokens/s: {file}")
-    return Generated(run_dir, file, len(lines), metrics, stopped)
+    return Generated(run_dir, file, totals.prompts, metrics, stopped)
+
+
+def _sort(file: Path) -> None:
+    """Lines into the order of the prompts; of all lines only their places are held in memory."""
+    with file.open("rb") as lines:
+        places, place = [], 0
+        for line in lines:
+            places.append((json.loads(line)["prompt_index"], place))
+            place += len(line)
+        if places == sorted(places):
+            return
+        sorting = file.with_name(f".{file.name}.sorting")
+        with sorting.open("wb") as out:
+            for _, place in sorted(places):
+                lines.seek(place)
+                out.write(lines.readline())
+    sorting.replace(file)
 
 
 class Asking:
@@ -152,24 +170,29 @@ class Asking:
         progress: Callable[[int, int], None],
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[Prompt, list[Completion]]]:
-        """Each prompt with what it was completed by, in their order, as soon as those before it are there; `at_once`
-        prompts are open, or wait for an earlier one. What is open is given up once `stop` says so."""
-        given = ended = 0
-        finished = 0
-        while ended < len(prompts) and not stop():
-            room = min(len(prompts), ended + at_once)
-            self._engine.submit([one for place in range(given, room) for one in self._requests(place, prompts[place])])
-            given = max(given, room)
+        """Each prompt with what it was completed by, as soon as that is there. New prompts are asked for while fewer
+        than `at_once` completions are open. What is open is given up once `stop` says so."""
+        given = finished = 0
+        unfinished: set[int] = set()
+        while (given < len(prompts) or unfinished) and not stop():
+            asked: list[Request] = []
+            while given < len(prompts) and given * self._asked - finished < at_once:
+                asked += self._requests(given, prompts[given])
+                unfinished.add(given)
+                given += 1
+            if asked:
+                self._engine.submit(asked)
             for completion in self._engine.poll():
                 place, number = map(int, completion.request_id.split("/")[1:])
-                self._done.setdefault(place, {})[number] = completion
+                found = self._done.setdefault(place, {})
+                found[number] = completion
                 finished += self._asked // len(self._sampling)
                 progress(finished, len(prompts) * self._asked)
-            while len(self._done.get(ended, ())) == len(self._sampling):
-                found = self._done.pop(ended)
-                yield prompts[ended], [found[number] for number in range(len(self._sampling))]
-                ended += 1
-        self._engine.abort([one.id for place in range(ended, given) for one in self._requests(place, prompts[place])])
+                if len(found) == len(self._sampling):
+                    unfinished.remove(place)
+                    del self._done[place]
+                    yield prompts[place], [found[number] for number in range(len(self._sampling))]
+        self._engine.abort([one.id for place in unfinished for one in self._requests(place, prompts[place])])
 
     def _requests(self, place: int, prompt: Prompt) -> list[Request]:
         return [
@@ -203,17 +226,35 @@ def line_of(prompt: Prompt, completions: Sequence[Completion], decode: Callable[
     }
 
 
-def summary_of(lines: Sequence[Line], seconds: float) -> Metrics:
-    """Of all completions; empty where there is none."""
-    all_of_them = [each for line in lines for each in line["completions"]]
-    if not all_of_them:
-        return {}
-    lengths = np.array([len(each["token_ids"]) for each in all_of_them])
-    return {
-        "completion/length_mean": float(lengths.mean()),
-        "completion/truncated": float(np.mean([each["finish_reason"] == "length" for each in all_of_them])),
-        "completion/mean_logp": float(np.mean([each["mean_logp"] for each in all_of_them])),
-        "candidates/distinct": float(np.mean([line["distinct"] for line in lines])),
-        "candidates/same": float(np.mean([len(line["completions"]) - line["distinct"] for line in lines])),
-        "tokens_per_s": float(lengths.sum() / max(seconds, 1e-9)),
-    }
+@dataclass
+class _Totals:
+    """Sums over all lines, which are not kept."""
+
+    prompts: int = 0
+    completions: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    distinct: int = 0
+    mean_logps: float = 0.0
+
+    def add(self, line: Line) -> None:
+        written = line["completions"]
+        self.prompts += 1
+        self.completions += len(written)
+        self.tokens += sum(len(each["token_ids"]) for each in written)
+        self.truncated += sum(each["finish_reason"] == "length" for each in written)
+        self.distinct += line["distinct"]
+        self.mean_logps += sum(each["mean_logp"] for each in written)
+
+    def metrics(self, seconds: float) -> Metrics:
+        """Of all completions; empty where there is none."""
+        if not self.completions:
+            return {}
+        return {
+            "completion/length_mean": self.tokens / self.completions,
+            "completion/truncated": self.truncated / self.completions,
+            "completion/mean_logp": self.mean_logps / self.completions,
+            "candidates/distinct": self.distinct / self.prompts,
+            "candidates/same": (self.completions - self.distinct) / self.prompts,
+            "tokens_per_s": self.tokens / max(seconds, 1e-9),
+        }

@@ -25,7 +25,6 @@ class Generate(Offline):
     samples: int | None = Field(
         None, ge=1, description="K, completions of each prompt; default 1, or the beams of a search"
     )
-    shard: int = Field(64, ge=1, description="prompts that the engines are asked for at a time")
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return [sampling] * (self.samples or (sampling.search.beams if sampling.search else 1))

@@ -9,10 +9,11 @@ from rayalign.schema import Config
 
 
 def count_shards(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
-    """A step is a shard; no examples, no optimiser, no push and no checkpoint."""
+    """A step is a shard, of a generation all of it; no examples, no optimiser, no push and no checkpoint."""
     label = config.algorithm
     of = lengths if lengths.rows is None else lengths.rows
-    shard, there = label.shard, of.training  # type: ignore[attr-defined]
+    there = of.training
+    shard = getattr(label, "shard", there or 1)
     asked = len(label.request(config.sampling.sampling()))  # type: ignore[attr-defined]
     size = shard if there is None else min(shard, there)
     shards = 0 if there is None else math.ceil(there / shard)

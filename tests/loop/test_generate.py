@@ -10,8 +10,9 @@ import pytest
 from rayalign.api import run_training
 from rayalign.config import load_config
 from rayalign.errors import ConfigError
-from rayalign.generate import run_generation
+from rayalign.generate import Asking, run_generation
 from rayalign.label import run_labelling
+from rayalign.types import Completion, Prompt, Sampling
 from tests.loop.conftest import records
 from tests.loop.test_label import lines
 
@@ -20,9 +21,7 @@ SEARCH = {"name": "diverse_beam", "beams": 4, "groups": 2, "penalty": 1.0, "max_
 
 @pytest.fixture
 def generate(make):
-    return lambda **changes: run_generation(
-        make(**{"algorithm": {"name": "generate", "shard": 3}, "scorer": None, **changes})
-    )
+    return lambda **changes: run_generation(make(**{"algorithm": {"name": "generate"}, "scorer": None, **changes}))
 
 
 def test_candidates_of_every_prompt_in_the_order_of_the_file(generate) -> None:
@@ -53,9 +52,10 @@ def test_candidates_of_every_prompt_in_the_order_of_the_file(generate) -> None:
 
 
 def test_samples_are_written_too_and_seeds_decide_them(generate, tmp_path) -> None:
-    algorithm = {"name": "generate", "samples": 3, "shard": 2}
+    algorithm = {"name": "generate", "samples": 3}
     first = generate(algorithm=algorithm)
-    again = generate(algorithm={**algorithm, "shard": 50}, run_dir=str(tmp_path / "again"))
+    few = {"name": "transformers", "max_context": 64, "max_running": 1}  # two are open at a time
+    again = generate(algorithm=algorithm, engine=few, run_dir=str(tmp_path / "again"))
     other = generate(algorithm=algorithm, seed=1, run_dir=str(tmp_path / "other"))
     drawn = [[[c["token_ids"] for c in e["completions"]] for e in lines(g.file)] for g in (first, again, other)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -65,6 +65,31 @@ def test_samples_are_written_too_and_seeds_decide_them(generate, tmp_path) -> No
 def test_the_config_of_a_training_generates_as_it_would_sample(make) -> None:
     found = run_generation(make(), model=make().model.path)
     assert {len(line["completions"]) for line in lines(found.file)} == {4} and found.prompts == 20
+
+
+@pytest.mark.parametrize(("last", "ended", "given_up"), [(9, [2, 3, 1, 0], []), (2, [2, 3], [0, 1])])
+def test_what_ends_early_does_not_wait_for_what_comes_before_it(last, ended, given_up) -> None:
+    """Of prompts whose first one is completed last, a stop loses those alone that have no completion yet."""
+
+    class Backwards:
+        def __init__(self):
+            self.open, self.given_up = [], []
+
+        def submit(self, requests):
+            self.open += requests
+
+        def poll(self):
+            return (Completion(self.open.pop().id, (1,), (0.0,), "stop", 0),)
+
+        def abort(self, ids):
+            self.given_up += ids
+
+    prompts = [Prompt(place, f"p{place}", (1,)) for place in range(4)]
+    engine, found = Backwards(), []
+    asking = Asking(engine, [Sampling(max_tokens=1)], seed=0)
+    for prompt, _ in asking.all(prompts, at_once=3, progress=lambda *_: None, stop=lambda: len(found) >= last):
+        found.append(prompt.index)
+    assert (found, sorted(engine.given_up)) == (ended, [f"generate/{place}/0" for place in given_up])
 
 
 def test_what_cannot_be_generated_is_refused(make, generate) -> None:

@@ -8,7 +8,7 @@ from rayalign.generate import run_generation
 from tests.loop.test_label import lines
 from tests.ray.conftest import RAY
 
-GENERATE = {"algorithm": {"name": "generate", "shard": 4}, "scorer": None}
+GENERATE = {"algorithm": {"name": "generate"}, "scorer": None}
 
 
 @pytest.mark.parametrize("groups", [4, 2])
