@@ -18,6 +18,7 @@ from rayalign.data.tokens import Turns
 from rayalign.data.votes import Classes
 from rayalign.errors import ConfigError
 from rayalign.learners.base import LearnerSpec
+from rayalign.learners.models import most_positions
 from rayalign.memory import peak_gib
 from rayalign.protocols import Engine, Roles, Scorer, needs_reference
 from rayalign.reference_cache import cached_reference, fingerprint
@@ -133,7 +134,7 @@ def _nearest_model(folder: Path) -> str:
 
 def longest_context(config: Config) -> int | None:
     """Tokens that the model has positions for; None where its config does not say. Raises ConfigError."""
-    return getattr(_text_config(config), "max_position_embeddings", None)
+    return most_positions(_text_config(config))
 
 
 def vocabulary_size(config: Config) -> int:

@@ -15,7 +15,23 @@ from rayalign.learners.settings import LearnerSpec
 from rayalign.types import AnyColumn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+# Encoders that count positions from the padding id + 1 on, so that some of their embeddings are never used.
+PADDED_POSITIONS = frozenset(
+    "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
+)
+
+
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for; None where its config does not say."""
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if most is None or text.model_type not in PADDED_POSITIONS:
+        return most
+    return most - (text.pad_token_id or 0) - 1
 
 
 def resolve_dtype(spec: LearnerSpec) -> torch.dtype:

@@ -67,7 +67,7 @@ class NetworkScores:
         import torch
         from transformers import AutoConfig, AutoTokenizer
 
-        from rayalign.learners.models import resolve_dtype
+        from rayalign.learners.models import most_positions, resolve_dtype
         from rayalign.learners.score import ScoreNetwork
 
         known: Any = check_checkpoint(config)
@@ -107,7 +107,7 @@ class NetworkScores:
             ) from error
         head_in_float32(self._network)
         self.model_config: Any = self._network.model.config
-        longest = getattr(self._network.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = most_positions(self.model_config)
         self._room = min(config.max_tokens, longest or config.max_tokens)
 
     def __call__(self, groups: Sequence[Group]) -> list[Any]:

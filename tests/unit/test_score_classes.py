@@ -23,11 +23,15 @@ from rayalign.data.readers import Row as DataRow
 from rayalign.data.tokens import Turns
 from rayalign.errors import ConfigError
 from rayalign.learners.lora import part_of
+from rayalign.learners.models import most_positions
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, LoraConfig, OptimizerConfig
 from rayalign.learners.torch import TorchLearner
+from rayalign.scorers.base import score_groups
+from rayalign.scorers.dpm import DpmScorer
 from rayalign.types import Column, Example
 from rayalign.types import Sequence as Row
 from tests.contract.learner_cases import pairs
+from tests.scored import group
 from tests.tiny_models import EOS_ID, PAD_ID, build_tiny_llama
 from tests.unit.test_score_network import ENCODER
 
@@ -193,6 +197,22 @@ def test_an_encoder_has_prompt_and_answer_as_two_segments(tmp_path, kind):
     loss = made.columns(made.batch([Example((rows[0],))], [0]), (Column.CLASSES,))["classes"].sum()
     loss.backward()
     assert all(parameter.grad is not None for _, parameter in made.policy.named_weights())
+
+
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])
+def test_a_row_that_is_too_long_for_an_encoder_is_cut(tmp_path, kind):
+    """Also where padding takes some of its positions."""
+    config = kind(**ENCODER, num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    encoder_tokenizer(kind).save_pretrained(tmp_path)
+    (scores,) = score_groups(DpmScorer(model=str(tmp_path)).start(), [group(0, "a" * 300, "b" * 300)], who="s")
+    assert len(scores.scores) == 2
+    most = most_positions(config)
+    assert most == config.max_position_embeddings - (0 if kind is BertConfig else PAD_ID + 1)
+    model(input_ids=torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, most + 1), 5))
 
 
 def classes_of_without_types(folder, rows):
