@@ -304,7 +304,10 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
 
 
 def learner_temperature(config: Config) -> float:
-    """At which log-probs are taken: the rollouts' where the algorithm learns from its samples, 1 for a data set."""
+    """At which log-probs are taken: the rollouts' where the algorithm learns from its samples, 1 for a data set, and
+    for one that says so."""
+    if getattr(config.algorithm, "untempered", False):
+        return 1.0
     sampling = config.sampling.sampling()
     return sampling.temperature or 1.0 if config.algorithm.request(sampling) else 1.0  # greedy samples have some too
 

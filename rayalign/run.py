@@ -128,7 +128,8 @@ class Run:
         for role, column in self.algorithm.needs:
             examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
-        sampled = rollout.version == step and not self.sampling.truncated
+        another = self.sampling.truncated or (self.sampling.temperature or 1.0) != self.learner_temperature
+        sampled = rollout.version == step and not another
         if self.roles.reference is None or not sampled or not unselected:
             return examples, {}
         k1, k3 = np.array(sequence_kl(unselected, self.roles)).T

@@ -31,6 +31,7 @@ class Offline(Record):
     carries: ClassVar[Mapping[str, float]] = {}
     loss_rows: ClassVar[int | None] = None
     by_row: ClassVar[bool] = False  # whether the rows of an example are the same whatever else its step has
+    untempered: ClassVar[bool] = False  # whether log-probs are those at temperature 1, however samples are drawn
     takes_gold: ClassVar[bool] = False  # whether it looks at reference answers, the column gold of prompts and rows
     measures_samples: ClassVar[bool] = False  # whether it measures samples of held-out prompts, too, see evaluate.py
     self_play: ClassVar[bool] = False  # whether answers of the data meet answers that the policy wrote, see selfplay

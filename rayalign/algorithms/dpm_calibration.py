@@ -39,6 +39,7 @@ class Calibration(Regularised):
     """
 
     paper: ClassVar = "Wang et al. 2023 (d-PM), arXiv:2310.05782, eq. 7 and 8"
+    untempered: ClassVar = True  # no ratios are taken, and reference answers are not the policy's samples
     takes_gold: ClassVar = True
     measures_samples: ClassVar = True
     name: Literal["dpm_calibration"] = "dpm_calibration"

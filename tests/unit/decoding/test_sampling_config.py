@@ -25,6 +25,12 @@ def test_sampling_without_a_name_samples(make) -> None:
     assert make(sampling={}).sampling == make(sampling="sample").sampling == SamplingConfig()
 
 
+def test_log_probs_are_those_of_what_is_sampled_where_the_algorithm_takes_ratios(make) -> None:
+    sampling = {"temperature": 0.7}
+    assert learner_temperature(make(sampling=sampling)) == 0.7
+    assert learner_temperature(make(sampling=sampling, algorithm={"name": "dpm_calibration", "samples": 4})) == 1.0
+
+
 def test_a_search_is_a_way_of_sampling(make) -> None:
     config = make(sampling={**SEARCH, "penalty": 2, "length_penalty": 0.5, "min_tokens": 3})
     assert isinstance(config.sampling, DiverseBeamConfig)
