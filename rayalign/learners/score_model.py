@@ -52,10 +52,11 @@ def start(model: Any, missing: Sequence[str], seed: int) -> None:
     own = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed % 2**63)
     last = last_layer(model, int(model.config.num_labels))
+    norms = {f"{name}.weight" for name, module in model.named_modules() if "Norm" in type(module).__name__}
     for name in missing:
         parameter = own[name]
         if parameter.ndim < 2:
-            parameter.zero_()
+            parameter.fill_(float(name in norms))
             continue
         inputs = parameter.shape[-1]
         # The last layer starts smaller: hidden states have norm √H, so that scores have a spread of 1/√H.

@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     GPT2Config,
+    ModernBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
@@ -24,6 +25,7 @@ from rayalign.data.tokens import Turns
 from rayalign.errors import ConfigError
 from rayalign.learners.lora import part_of
 from rayalign.learners.models import most_positions
+from rayalign.learners.score_model import start
 from rayalign.learners.settings import LearnerSettings, LearnerSpec, LoraConfig, OptimizerConfig
 from rayalign.learners.torch import TorchLearner
 from rayalign.scorers.base import score_groups
@@ -197,6 +199,13 @@ def test_an_encoder_has_prompt_and_answer_as_two_segments(tmp_path, kind):
     loss = made.columns(made.batch([Example((rows[0],))], [0]), (Column.CLASSES,))["classes"].sum()
     loss.backward()
     assert all(parameter.grad is not None for _, parameter in made.policy.named_weights())
+
+
+def test_norms_of_a_new_head_let_its_input_through():
+    sizes = {name: ENCODER[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    model = AutoModelForSequenceClassification.from_config(ModernBertConfig(**sizes, pad_token_id=0, num_labels=3))
+    start(model, [name for name, _ in model.named_parameters() if not name.startswith("model.")], seed=0)
+    assert model.head.norm.weight.eq(1).all() and model.classifier.bias.eq(0).all()
 
 
 @pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])
