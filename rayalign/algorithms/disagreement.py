@@ -66,7 +66,12 @@ class Disagreement(Offline):
     objective: Literal["kl_q_r", "kl_r_q", "js", "majority", "soft", "prior"] = Field(
         "kl_r_q", description="d-PM by divergence of q and r: KL(q‖r), KL(r‖q), Jensen-Shannon; or a baseline"
     )
-    smoothing: float = Field(0.1, ge=0, description="α of the prior: votes that each class has before anybody voted")
+    smoothing: float = Field(
+        0.1,
+        ge=0,
+        description="α of the prior: votes that each class has before anybody voted; 0 takes "
+        "shares as they are, of which a row has one vote in all",
+    )
     detach_posterior: bool = Field(True, description="r is a fixed target; false: the gradient flows through it")
     prior_weight: float = Field(
         0.5, ge=0, le=1, description="share of the cross entropy to the prior in the loss; the divergence has the rest"
@@ -230,8 +235,9 @@ class Disagreement(Offline):
                     rule=f"{len(self.classes)}, one for each of {', '.join(self.classes)}",
                     remedy=f"give {len(self.classes)}, or take {key} out",
                 )
-        taken = [rating for low, high in self.ratings or () for rating in range(low, high + 1)]
-        if any(low > high for low, high in self.ratings or ()) or len(set(taken)) < len(taken):
+        ends = [end for each in sorted(self.ratings or ()) for end in each]
+        twice = any(high == low for high, low in zip(ends[1::2], ends[2::2], strict=False))
+        if twice or ends != sorted(ends):
             raise Unfit(
                 "these ratings are not apart",
                 key="ratings",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -236,7 +237,8 @@ class Reader:
                 rule = f"{count} votes, one for each class: {self._classes.in_words}"
                 raise _bad("these votes do not match the classes", value, rule, where)
             return {"scores": None, "votes": (votes,)}
-        ratings = [_number(each, "a rating", where) for each in _list(value, "ratings", where, one=True)]
+        given = [value] if isinstance(value, str) else _list(value, "ratings", where, one=True)
+        ratings = [_number(_rating(each), "a rating", where) for each in given]
         if any(each != round(each) for each in ratings):
             raise _bad("these are no ratings", value, "whole numbers", where)
         if self._classes.ratings is None:
@@ -279,6 +281,11 @@ def _number(value: Any, what: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise _bad(f"{what} is not a finite number", value, "a number, neither NaN nor infinite", where)
     return float(value)
+
+
+def _rating(value: Any) -> Any:
+    """Some data sets write a rating as a text, "5"."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value.strip()) else value
 
 
 def _list(value: Any, what: str, where: str, *, length: int | None = None, one: bool = False) -> list[Any]:

@@ -202,6 +202,7 @@ def test_the_preset_is_the_published_form_and_keys_beside_it_win():
         ({"ratings": ((1, 2), (3, 5))}, "not as many ratings as classes"),
         ({"ratings": ((1, 2), (2, 3), (4, 5))}, "not apart"),
         ({"ratings": ((2, 1), (3, 3), (4, 5))}, "not apart"),
+        ({"ratings": ((0, 10**12), (10**12, 10**13), (-5, -1))}, "not apart"),
         ({"smoothing": -1.0}, "smoothing"),
         ({"objective": "kl"}, "objective"),
     ],
@@ -209,6 +210,11 @@ def test_the_preset_is_the_published_form_and_keys_beside_it_win():
 def test_settings_that_do_not_fit(settings, what):
     with pytest.raises(ValidationError, match=what):
         Disagreement(**({"classes": CLASSES} | settings))
+
+
+def test_ranges_of_ratings_may_be_wide_and_in_any_order():
+    ranges = ((5, 10**12), (1, 2), (3, 4))
+    assert Disagreement(classes=CLASSES, ratings=ranges).ratings == ranges
 
 
 def test_votes_that_do_not_match_the_classes_name_their_row():

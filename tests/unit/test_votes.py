@@ -58,6 +58,12 @@ def test_shares_of_people_who_agree_are_one_vote_for_two_classes(tokenizer, tmp_
         assert votes_of(tokenizer, tmp_path, {name: share}, TWO) == ((pytest.approx(1 - share), share),)
 
 
+def test_ratings_may_be_texts(tokenizer, tmp_path):
+    """As in ESConv."""
+    assert votes_of(tokenizer, tmp_path, {"rating": "5"}, THREE) == ((0.0, 0.0, 1.0),)
+    assert votes_of(tokenizer, tmp_path, {"ratings": ["1", "5", 3]}, THREE) == ((1.0, 1.0, 1.0),)
+
+
 def test_no_votes_at_all_are_no_fault(tokenizer, tmp_path):
     assert votes_of(tokenizer, tmp_path, {"votes": [0, 0, 0]}, THREE) == ((0.0, 0.0, 0.0),)
     assert votes_of(tokenizer, tmp_path, {"ratings": []}, THREE) == ((0.0, 0.0, 0.0),)
@@ -73,7 +79,8 @@ def test_no_votes_at_all_are_no_fault(tokenizer, tmp_path):
         ({"votes": [1, -2, 0]}, THREE, "these votes cannot be", "at least 0"),
         ({"ratings": [3, 6]}, THREE, "a rating belongs to no class", "1 to 2, 3 to 3, 4 to 5"),
         ({"ratings": [2.5]}, THREE, "these are no ratings", "whole numbers"),
-        ({"ratings": "5"}, THREE, "the ratings are not a list", "a list of numbers"),
+        ({"ratings": {"a": 5}}, THREE, "the ratings are not a list", "a list of numbers"),
+        ({"ratings": "five"}, THREE, "a rating is not a finite number", "a number"),
         ({"agreement": 0.5}, THREE, "these votes do not match the classes", "votes for 3 classes"),
         ({"agreement": -0.1}, TWO, "a share is out of range", "from 0 to 1"),
         ({"agreement": "most"}, TWO, "a share is not a finite number", "a number"),
