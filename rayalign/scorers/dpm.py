@@ -71,6 +71,14 @@ class DpmScorer(NetworkScorer):
                 rule=f"{len(names)}, for {', '.join(names)}",
                 remedy="give a weight for each class, or take weights out",
             )
+        if len(set(weights)) == 1:
+            raise ConfigError(
+                "all classes are worth the same",
+                where="key scorer.weights",
+                value=list(weights),
+                rule="weights that differ, so that answers can be ranked",
+                remedy="take weights out: they are then as in the model's training, or go from −1 to 1",
+            )
         return tuple(float(weight) for weight in weights)
 
     def start(self) -> ScoreFunction:

@@ -133,6 +133,7 @@ def test_what_it_refuses(checkpoint, tmp_path, model):
     assert check(model, tmp_path, model, name="dpm").what == "this is no preference model"
     error = check_weights(checkpoint, (1.0, 0.0))
     assert error.where == "key scorer.weights" and "bad, neutral, good" in error.rule
+    assert check_weights(checkpoint, (0.0, 0.0, 0.0)).what == "all classes are worth the same"
     config = AutoConfig.from_pretrained(model)
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
