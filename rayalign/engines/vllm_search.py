@@ -13,7 +13,7 @@ from rayalign.types import Candidate, Request
 
 Add = Callable[[str, Sequence[int], Any], None]  # request id, prompt, SamplingParams
 Ask = Callable[..., list[Any]]  # a method of the workers, and its arguments
-MOST_LOGPROBS = 2048  # of one token; what a search of 256 beams ranks, at most
+MOST_LOGPROBS = 4096  # of one token; what a group of 256 beams ranks with 15 end tokens
 Found = tuple[Candidate, ...]
 
 
