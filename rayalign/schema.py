@@ -105,7 +105,7 @@ class Config(Record):
             )
         if self.data.prompts and self.algorithm.network != "causal":
             raise Unfit(
-                "a model with a scalar head writes no completions",
+                "a model that gives scores or classes writes no completions",
                 key="data.prompts",
                 rule=f"{name} is evaluated on held-out rows of data.examples",
                 remedy="take data.prompts out",

@@ -47,7 +47,8 @@ class DiverseBeamConfig(_Lengths):
 
     It draws nothing: the same weights give the same candidates, whatever the seed. Their log-probs are the model's at
     temperature 1, without penalty. Evaluations of a policy sample ordinarily all the same, at temperature 1 and up to
-    max_tokens. Candidates of different groups may come out the same: candidates/distinct counts those that differ.
+    max_tokens, whatever min_tokens. Candidates of different groups may come out the same: candidates/distinct counts
+    those that differ.
     """
 
     paper: ClassVar = "Vijayakumar et al. 2016, arXiv:1610.02424"
