@@ -243,7 +243,7 @@ def _start_here(
     learners = config.learner.build(specs, rank=0, world_size=1, address=("127.0.0.1", 0)) if specs else {}
     for learner in learners.values():
         stack.callback(learner.close)
-    roles = Roles(learners.get("policy"), learners.get("reference"))
+    roles = Roles(**{role: learners.get(role) for role in ("policy", "reference", "critic")})
     started = scorer = None
     if config.samples:
         started = engine.build(name="engine-0", cores=None, **arguments)

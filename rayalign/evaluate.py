@@ -162,7 +162,7 @@ def measure(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> Metric
     if examples:
         for role, column in algorithm.needs:
             examples = roles[role].annotate(examples, (column,))
-        metrics |= algorithm.summarise(roles.policy.measure(algorithm.credit(examples), algorithm))
+        metrics |= algorithm.summarise(roles.policy.measure(algorithm.credit(examples)[0], algorithm))
     return {f"held_out/{name}": value for name, value in metrics.items()}
 
 

@@ -123,7 +123,7 @@ class Run:
         on samples of older weights its estimators estimate something else, and k1 may well be negative."""
         if self.turns and self.collector is not None:
             self.collector.engine.sleep()
-        for role, column in self.algorithm.needs:
+        for role, column in self.algorithm.before_update(self.training.epochs * self.training.minibatches):
             examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
         sampled = rollout.version == step and not self.sampling.truncated
@@ -132,12 +132,29 @@ class Run:
         k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
         return examples, {"kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
 
-    def update(self, examples: Sequence[Example], step: int) -> Metrics:
-        """The optimiser steps of one training step."""
-        algorithm, training = self.algorithm.at(step), self.training
+    def credit(self, examples: Sequence[Example], state: TrainerState) -> tuple[Sequence[Example], Metrics]:
+        """What each example is worth, as the algorithm works it out of the whole step."""
+        return self._algorithm(state).credit(examples)
+
+    def update(self, examples: Sequence[Example], state: TrainerState) -> Metrics:
+        """The optimiser steps of one training step: of the critic where there is one, and of the policy. What led to
+        numbers that are not finite is kept for inspection."""
+        algorithm, training, step, metrics = self._algorithm(state), self.training, state.step, {}
         stretch = algorithm.stretch(step)
         plan = UpdatePlan(step, training.epochs, training.minibatches, seed=self.seed + step, stretch=stretch)
-        return algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))
+        try:
+            if algorithm.critic_algorithm is not None:
+                found = self.roles.critic.update(examples, algorithm.critic_algorithm, plan)
+                metrics = {f"critic/{name}": value for name, value in found.items()}
+            if algorithm.trains_policy(step):
+                metrics |= algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))
+        except TrainingStopped as error:
+            raise self.checkpoints.with_examples(error, step + 1, examples) from error
+        return metrics
+
+    def _algorithm(self, state: TrainerState) -> Algorithm:
+        """As it is in the step after this state."""
+        return self.algorithm.at(state.step).adapted(state.adaptive)
 
     def refresh(self, step: int) -> None:
         """The reference follows the policy when the algorithm says so."""
@@ -201,11 +218,12 @@ class Run:
     def _whole(self, state: TrainerState) -> TrainerState:
         return replace(state, rollouts=tuple(self.rollouts.state()))
 
-    def after(self, state: TrainerState, learned: bool) -> TrainerState:
+    def after(self, state: TrainerState, metrics: Metrics, learned: bool) -> TrainerState:
         """The state one step on. A rollout without an example counts once, however often it is used, if another will
         be sampled."""
         fresh = self.rollouts.fresh(state.step) or self.rollout.resample_every == "never"
-        return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh)
+        adaptive = self._algorithm(state).adapt(state.adaptive, metrics) if learned else state.adaptive
+        return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh, adaptive=adaptive)
 
     def halted(self, step: int) -> bool:
         """Whether the run was asked to stop while the samples of this step came, before all of them were there."""

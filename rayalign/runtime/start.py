@@ -58,7 +58,7 @@ def start_actors(
         pool.ready()
     if learners is not None:
         learners.ready()
-    roles = Roles(*(learners.role(spec.role) for spec in specs)) if learners is not None else Roles(None)
+    roles = Roles(**{spec.role: learners.role(spec.role) for spec in specs}) if learners is not None else Roles(None)
     takes_turns = config.placement.colocate and config.rollout.depth == 0
     turns = takes_turns and any(place.gpus > 0 for place in kinds["engine"])
 

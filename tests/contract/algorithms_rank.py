@@ -81,7 +81,7 @@ def two_steps(roles: Any, algorithm: Any, groups: list[Group], *, everywhere: An
     examples, _ = algorithm.examples(groups)
     for role, column in algorithm.needs:
         examples = merge_annotations(examples, everywhere(roles[role].annotate_shard(examples, (column,))))
-    examples: list[Example] = algorithm.credit(examples)
+    examples: list[Example] = list(algorithm.credit(examples)[0])
     found = [
         merge_metrics(everywhere(roles["policy"].update_shard(examples, algorithm, UpdatePlan(step=step))))
         for step in (1, 2)
