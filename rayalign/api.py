@@ -144,7 +144,7 @@ def _train(
         roles = with_cached_reference(config, roles, data.examples, console.say)
     before = {r["step"]: Evaluation.from_record(r) for r in read_records(run_dir / "evaluations.jsonl")}
     run = Run(
-        algorithm=config.algorithm,
+        algorithm=config.algorithm.planned(config.train.epochs * config.train.minibatches),
         collector=collector,
         rollouts=rollouts,
         roles=roles,
@@ -231,6 +231,8 @@ def _rollouts(
         resample_every=config.rollout.resample_every,
         at_once=config.rollout.set_size(len(data.prompts.training), config.train.steps),
         progress=console.sampled,
+        useful=config.algorithm.useful,
+        refill=getattr(config.algorithm, "refill", 0),
     )
 
 

@@ -203,8 +203,9 @@ class Algorithm(Protocol):
         """Whether a scored group leaves anything to learn; another prompt may be sampled in place of one that does
         not."""
 
-    def before_update(self, updates: int) -> Sequence[tuple[str, AnyColumn]]:
-        """`needs` of examples that the policy makes so many optimiser steps with."""
+    def planned(self, updates: int) -> Algorithm:
+        """The algorithm for updates of so many optimiser steps: of several, the later ones are by another policy than
+        the samples."""
 
     def credit(self, examples: Sequence[Example]) -> tuple[Sequence[Example], Metrics]:
         """Annotated examples of the whole step → the same with advantages or weights, and what is to be said of

@@ -123,7 +123,7 @@ class Run:
         on samples of older weights its estimators estimate something else, and k1 may well be negative."""
         if self.turns and self.collector is not None:
             self.collector.engine.sleep()
-        for role, column in self.algorithm.before_update(self.training.epochs * self.training.minibatches):
+        for role, column in self.algorithm.needs:
             examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
         sampled = rollout.version == step and not self.sampling.truncated

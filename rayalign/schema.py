@@ -184,6 +184,36 @@ class Config(Record):
         return self
 
     @model_validator(mode="after")
+    def _ratios(self) -> Config:
+        """Of policy gradients: ratios are of whole distributions, and of the policy that sampled."""
+        if not getattr(self.algorithm, "whole_distribution", False):
+            return self
+        name, sampling, rollout = self.algorithm.name, self.sampling.sampling(), self.rollout
+        if sampling.truncated:
+            raise Unfit(
+                f"{name} takes ratios of probabilities, and these samples are not of the whole distribution",
+                key="sampling",
+                rule="temperature above 0, and no top_p, top_k, min_tokens or search",
+                remedy="take them out of sampling",
+            )
+        if (rollout.depth or rollout.resample_every != 1) and self.algorithm.importance_cap is None:
+            raise Unfit(
+                "samples of older weights would count as the policy's own",
+                key="algorithm.importance_cap",
+                rule="set with rollout.depth above 0, or samples that are used for several steps",
+                remedy="set algorithm.importance_cap=2.0",
+            )
+        answers, parts = rollout.prompts * self.algorithm.samples, self.train.minibatches
+        if answers % parts:
+            raise Unfit(
+                "the minibatches do not divide the rollout",
+                key="train.minibatches",
+                rule=f"a divisor of rollout.prompts × algorithm.samples = {answers}",
+                remedy=f"set train.minibatches={next(n for n in range(parts, 0, -1) if answers % n == 0)}",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _course(self) -> Config:
         """Of self-play: the rows can be counted, and the run is as long as its iterations."""
         if not self.self_play:

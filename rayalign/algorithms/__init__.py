@@ -9,6 +9,7 @@ ALGORITHMS = {
     "label": "rayalign.algorithms.label:Label",
     "mdpo": "rayalign.algorithms.mdpo:MDPO",
     "online_preference": "rayalign.algorithms.online_preference:OnlinePreference",
+    "policy_gradient": "rayalign.algorithms.policy_gradient:PolicyGradient",
     "preference": "rayalign.algorithms.preference:Preference",
     "rejection_sampling": "rayalign.algorithms.rejection_sampling:RejectionSampling",
     "reward_model": "rayalign.algorithms.reward_model:RewardModel",

@@ -44,8 +44,8 @@ class Offline(Record):
     def useful(self, group: Group) -> bool:
         return True
 
-    def before_update(self, updates: int) -> Sequence[tuple[str, AnyColumn]]:
-        return self.needs
+    def planned(self, updates: int) -> Self:
+        return self
 
     def credit(self, examples: Sequence[Example]) -> tuple[Sequence[Example], Metrics]:
         return examples, {}

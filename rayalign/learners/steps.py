@@ -53,8 +53,9 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
     Returns:
         (summed, same): this rank's part of the loss and of the algorithm's metrics, already divided by global
         counts and averaged over the optimiser steps that were taken (after any of them the algorithm may say that it
-        is enough), each weighing as many examples as it has, so that the sum over ranks is the mean; and lr, grad_norm (the largest of the optimiser steps, before clipping) and padding (the
-        share of padding in all positions of all ranks' micro-batches), the same on all ranks.
+        is enough), each weighing as many examples as it has, so that the sum over ranks is the mean; and lr,
+        grad_norm (the largest of the optimiser steps, before clipping) and padding (the share of padding in all
+        positions of all ranks' micro-batches), the same on all ranks.
 
     Raises:
         TrainingStopped: a loss or a gradient that is not finite, on every rank alike.
