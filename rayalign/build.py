@@ -293,6 +293,10 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     ]
     if reference:
         specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, shares=shares, **shared))
+    critic = getattr(config.algorithm, "critic", None)
+    if critic is not None and train:
+        from_model, optimizer = model_path(critic.model) if critic.model else initial, config.critic_optimizer()
+        specs.append(LearnerSpec("critic", from_model, dtype=dtype, optimizer=optimizer, network="score", **shared))
     return specs
 
 
