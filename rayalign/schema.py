@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from rayalign.algorithms import ALGORITHMS
@@ -203,6 +203,18 @@ class Config(Record):
                 rule="set with rollout.depth above 0, or samples that are used for several steps",
                 remedy="set algorithm.importance_cap=2.0",
             )
+        critic = getattr(self.algorithm, "critic", None)
+        if critic is not None:
+            try:
+                self.critic_optimizer()
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise Unfit(
+                    f"the critic's optimizer cannot be made: {first['loc'][0] if first['loc'] else ''}: {first['msg']}",
+                    key="algorithm.critic.optimizer",
+                    rule="keys of optimizer, with values that they take",
+                    remedy="set algorithm.critic.optimizer: {lr: 1.0e-5}, say",
+                ) from error
         answers, parts = rollout.prompts * self.algorithm.samples, self.train.minibatches
         if answers % parts:
             raise Unfit(
@@ -286,6 +298,10 @@ class Config(Record):
                 remedy="use such a loss, or give the judge an engine: ask: {name: engine, model: …}",
             )
         return self
+
+    def critic_optimizer(self) -> OptimizerConfig:
+        """The policy's, but for what the algorithm says of its critic's."""
+        return OptimizerConfig(**{**self.optimizer.model_dump(), **self.algorithm.critic.optimizer})
 
     @property
     def samples(self) -> bool:

@@ -67,7 +67,7 @@ class Divergence(Record):
 
 
 class Rewards(Record):
-    """What is done to scores before anything is worked out of them: the penalty first, then the scale, then the clip."""
+    """What is done to scores first: the penalty, then the scale, then the clip."""
 
     no_end_penalty: float = Field(0.0, ge=0, description="taken off the score of an answer without an end token")
     normalise: bool = Field(
@@ -141,12 +141,12 @@ class Rows:
                 found[at] = (leave_one_out_advantage(own) if loo else group_advantage(own, scale=how))[0]
         return found
 
-    def rewards(self, score: Tensor, kl: Tensor, coef: float) -> Tensor:
+    def rewards(self, score: Tensor, kl: Tensor, *, coef: float, penalty: float) -> Tensor:
         """[N, T] of each token: its own score where the scorer gave one, else the answer's at its last token; less
-        coef·kl."""
+        coef·kl, and of an answer that was cut less `penalty` at its last token (it is in `score` already)."""
         if not self.has(TOKEN_SCORES):
             return token_rewards(score, kl, self.mask, kl_coef=coef)
-        return (self.column(TOKEN_SCORES) - coef * kl) * self.mask
+        return self.column(TOKEN_SCORES) + token_rewards(-penalty * self.value("cut"), kl, self.mask, kl_coef=coef)
 
     def whitened(self, advantages: Tensor) -> Tensor:
         """[N, T] mean 0 and spread 1 over all tokens that are trained on."""

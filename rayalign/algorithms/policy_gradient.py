@@ -68,7 +68,7 @@ class PolicyGradient(PolicyLoss):
 
     def advantages(self, rows: Rows, score: Tensor, kl: Tensor) -> tuple[dict[str, Tensor], Metrics]:
         if self.advantage == "reinforce_pp":
-            found = rows.whitened(later_sums(rows.rewards(score, kl, self._coef)))
+            found = rows.whitened(later_sums(self._rewards(rows, score, kl)))
         else:
             total = score - self._coef * kl.sum(1)
             if self.advantage == "remax":

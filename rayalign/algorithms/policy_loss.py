@@ -156,6 +156,10 @@ class PolicyLoss(Offline):
         """[N] scores and [N, T] KL (0 where it is not in the reward) → columns [N, T], advantages among them."""
         raise TypeError(f"{type(self).__name__} defines no advantages")
 
+    def _rewards(self, rows: Rows, score: Tensor, kl: Tensor) -> Tensor:
+        """[N, T] of each token."""
+        return rows.rewards(score, kl, coef=self._coef, penalty=self.reward.no_end_penalty)
+
     # The loss.
 
     def denominator(self, examples: Sequence[Example]) -> float:
