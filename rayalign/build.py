@@ -255,12 +255,16 @@ def _start_here(
 
 
 def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: bool) -> list[LearnerSpec]:
-    """One for each role that the algorithm needs, the policy first."""
+    """One for each role that the algorithm needs, the policy first, each with its own settings.
+
+    Args:
+        tokenizer: None for a plan, which builds nothing: padding and segments of an encoder are then not known.
+    """
     shared = {
         "settings": config.learner,
         "temperature": learner_temperature(config),
         "total_steps": config.train.steps,
-        "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        "pad_id": _pad_id(tokenizer),
         "trust_remote_code": config.model.trust_remote_code,
         "seed": config.seed,
     }
@@ -272,8 +276,9 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     reference = reference or (config.samples and (config.evaluation.reference or not train))  # for the KL to it
     lora = config.model.lora if train else None  # a checkpoint that is evaluated has it merged
     # With adapters, the initial policy is in the policy's model already.
-    shares = "policy" if lora and reference and start == initial else None
-    follows = any(config.algorithm.refresh(step) is not None for step in range(1, config.train.steps + 1))
+    beside = not config.learner.is_apart("reference")
+    shares = "policy" if lora and reference and beside and start == initial else None
+    follows = shares and any(config.algorithm.refresh(step) is not None for step in range(1, config.train.steps + 1))
     specs = [
         LearnerSpec(
             "policy",
@@ -285,9 +290,10 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
             classes=tuple(getattr(config.algorithm, "classes", ())),
             class_weights=tuple(getattr(config.algorithm, "class_weights", ())),
             segments=config.algorithm.network == "score"
+            and tokenizer is not None
             and Turns(tokenizer, chat_template=config.data.chat_template, segments=True).segments,
             lora=lora,
-            adapters=("reference",) if shares and follows else (),
+            adapters=("reference",) if follows else (),
             **shared,
         )
     ]
@@ -297,7 +303,14 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     if critic is not None and train:
         from_model, optimizer = model_path(critic.model) if critic.model else initial, config.critic_optimizer()
         specs.append(LearnerSpec("critic", from_model, dtype=dtype, optimizer=optimizer, network="score", **shared))
-    return specs
+    return [replace(spec, settings=config.learner.of_role(spec.role)) for spec in specs]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Of the tokenizer, or any other token."""
+    if tokenizer is None:
+        return 0
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def learner_temperature(config: Config) -> float:
