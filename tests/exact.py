@@ -135,7 +135,7 @@ def run(folder: Path, model: Path, algorithm: dict[str, Any], *, length: int, **
     """Train; the policy's answers [A], and the metrics of each step."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": "a b"}) + "\n" for _ in range(16)))
+    prompts.write_text("".join(json.dumps({"prompt": "a b"}) + "\n" for _ in range(64)))
     config = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"prompts": str(prompts), "held_out": 0.0},

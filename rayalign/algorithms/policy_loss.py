@@ -135,6 +135,8 @@ class PolicyLoss(Offline):
     # What it is worth.
 
     def credit(self, examples: Sequence[Example]) -> tuple[Sequence[Example], Metrics]:
+        if not examples:
+            return examples, {}
         rows = Rows(examples)
         score, metrics = self.reward.of(rows.value("score"), rows.value("cut"), self._state)
         kl = torch.zeros_like(rows.mask)
