@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from rayalign.errors import EngineLost
 from rayalign.protocols import Engine, Scorer
 from rayalign.record import Record, Unfit
-from rayalign.types import Completion, Group, Metrics, Prompt, Request, Sampling
+from rayalign.types import FAILED, Completion, Group, Metrics, Prompt, Request, Sampling
 
 Progress = Callable[[int, int], None]  # completions done, completions asked for
 Often = Annotated[int, Field(ge=1)] | Literal["never"]
@@ -133,12 +133,16 @@ class Rollout:
 
 
 def group_metrics(groups: Sequence[Group]) -> Metrics:
-    """What the scorer says of groups besides their scores: the mean of each number over the groups that have it."""
+    """What the scorer says of groups besides their scores: the mean of each number over the groups that have it, and
+    of completions that it failed on their number."""
     found: dict[str, list[float]] = {}
     for group in groups:
         for name, value in group.metrics.items():
             found.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+    return {
+        name: float(np.sum(values) if name.endswith(FAILED) else np.mean(values))
+        for name, values in sorted(found.items())
+    }
 
 
 def searched(sampling: Sequence[Sampling]) -> bool:

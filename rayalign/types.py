@@ -179,6 +179,9 @@ class Completion:
         return cls(request_id, best.token_ids, best.logps, best.finish_reason, version, engine, candidates=found)
 
 
+FAILED = "scores/failed"  # metric of groups: completions that their scorer could not score; counts are added up
+
+
 @dataclass(frozen=True)
 class Group:
     """One prompt with its K completions, and their scores once a scorer has seen them (higher is better).
