@@ -20,6 +20,7 @@ from rayalign.build import (
     model_path,
     prompts_for,
     start_parts,
+    texts_for,
     with_cached_reference,
 )
 from rayalign.checkpoint import Checkpoints
@@ -171,6 +172,7 @@ def _train(
         evaluations=before,
         interrupt=interrupt,
         contest=contest,
+        texts=texts_for(config, tokenizer),
     )
     counts = data.examples.counts if data.examples else {}
     try:

@@ -13,6 +13,7 @@ import torch
 
 from rayalign.console import Console
 from rayalign.data.examples import ExampleSet, load_examples
+from rayalign.data.plain import PlainText
 from rayalign.data.prompts import PromptSet, load_prompts
 from rayalign.data.tokens import Turns
 from rayalign.data.votes import Classes
@@ -187,6 +188,14 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
     )
 
 
+def texts_for(config: Config, tokenizer: Any) -> PlainText | None:
+    """The plain texts that the algorithm mixes into its updates, if it does. Raises DataError."""
+    ptx = getattr(config.algorithm, "ptx", None)
+    if ptx is None:
+        return None
+    return PlainText(ptx.path, tokenizer, column=ptx.column, tokens=ptx.tokens, count=ptx.count, seed=config.seed)
+
+
 def decoder(tokenizer: Any) -> Callable[[Any], str]:
     """Token ids → the text that a scorer sees: without special tokens."""
     return lambda token_ids: tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
@@ -279,6 +288,7 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     beside = not config.learner.is_apart("reference")
     shares = "policy" if lora and reference and beside and start == initial else None
     follows = shares and any(config.algorithm.refresh(step) is not None for step in range(1, config.train.steps + 1))
+    critic = getattr(config.algorithm, "critic", None)
     specs = [
         LearnerSpec(
             "policy",
@@ -293,14 +303,14 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
             and tokenizer is not None
             and Turns(tokenizer, chat_template=config.data.chat_template, segments=True).segments,
             lora=lora,
+            value_head=bool(train and critic is not None and critic.shared),
             adapters=("reference",) if follows else (),
             **shared,
         )
     ]
     if reference:
         specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, shares=shares, **shared))
-    critic = getattr(config.algorithm, "critic", None)
-    if critic is not None and train:
+    if critic is not None and not critic.shared and train:
         from_model, optimizer = model_path(critic.model) if critic.model else initial, config.critic_optimizer()
         specs.append(LearnerSpec("critic", from_model, dtype=dtype, optimizer=optimizer, network="score", **shared))
     return [replace(spec, settings=config.learner.of_role(spec.role)) for spec in specs]

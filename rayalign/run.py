@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from rayalign.checkpoint import CheckpointConfig, Checkpoints, TrainerState, load_state
+from rayalign.data.plain import PlainText
 from rayalign.errors import TrainingStopped
 from rayalign.evaluate import (
     EarlyStop,
@@ -62,6 +63,7 @@ class Run:
         say, advance: show one line; show the number of steps done and their metrics.
         evaluations: by step; on resume, those that were made before.
         contest: of self-play: the policy against the model that it began with, and the data.
+        texts: plain ones that the algorithm mixes into each update.
     """
 
     algorithm: Algorithm
@@ -91,6 +93,7 @@ class Run:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     interrupt: Interrupt = field(default_factory=Interrupt)
     contest: Contest | None = None
+    texts: PlainText | None = None
     peak_gib: float = 0.0
 
     def restore(self) -> TrainerState:
@@ -147,6 +150,8 @@ class Run:
                 found = self.roles.critic.update(examples, algorithm.critic_algorithm, plan)
                 metrics = {f"critic/{name}": value for name, value in found.items()}
             if algorithm.trains_policy(step):
+                if self.texts is not None:
+                    examples = algorithm.mixed(examples, self.texts.of_step(step))
                 metrics |= algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))
         except TrainingStopped as error:
             raise self.checkpoints.with_examples(error, step + 1, examples) from error

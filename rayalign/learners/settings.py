@@ -159,6 +159,8 @@ class LearnerSpec:
         segments: whether a prompt and its answer are two segments of an encoder, see data.tokens.Turns.
         lora: train an adapter instead of the weights.
         adapters: roles that get an adapter of their own beside this role's, in the same model.
+        value_head: of a language model: a scalar head beside its own, for STATE_VALUES. It is trained, saved and
+            restored with the learner, and neither pushed nor exported.
         shares: the role, built before this one, whose model is this one's too: with the adapter that it has for this
             role, or else without any.
     """
@@ -180,6 +182,7 @@ class LearnerSpec:
     seed: int = 0
     lora: LoraConfig | None = None
     adapters: tuple[str, ...] = ()
+    value_head: bool = False
     shares: str | None = None
 
     def __post_init__(self) -> None:

@@ -72,6 +72,7 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
         for epoch in range(plan.epochs)
         for part in minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch)
     ]
+    watched = getattr(algorithm, "watched", ())
     largest, summed, positions, taken, done = 0.0, {}, [0, 0], 0, 0
     for part in parts:
         chosen = [examples[index] for index in part]
@@ -82,12 +83,10 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
         seen = with_rows(chosen, slice(algorithm.loss_rows))
         for place, count in enumerate(learner.positions(seen, learner.split(seen, learner.world_size))):
             positions[place] += count
-        if algorithm.watched:
-            whole = {name: learner.total(numbers.get(name, 0.0)) for name in algorithm.watched}
-            if algorithm.enough(whole):
-                break
+        if watched and algorithm.enough({name: learner.total(numbers.get(name, 0.0)) for name in watched}):
+            break
     same = {"lr": rate, "grad_norm": largest, "padding": 1.0 - positions[0] / positions[1]}
-    if algorithm.watched:
+    if watched:
         same |= {"updates/done": float(done), "updates/planned": float(len(parts))}
     return {name: value / taken for name, value in summed.items()}, same
 

@@ -127,7 +127,7 @@ class TorchLearner(RankLearner):
         marker = {"learner": "torch", "role": self.spec.role, "weights": changed, "lora": settings_of(self.spec)}
         (path / MARKER).write_text(json.dumps(marker))
         if changed:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self.own_tensors()}, path / WEIGHTS)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in self._saved_tensors()}, path / WEIGHTS)
         if self._optimizer is not None:
             state = {
                 "optimizer": self._optimizer.state_dict(),
@@ -145,7 +145,7 @@ class TorchLearner(RankLearner):
         self.refreshed = marker["weights"] and not self.spec.trainable
         if marker["weights"]:
             weights = load_file(path / WEIGHTS)
-            own = dict(self.own_tensors())
+            own = dict(self._saved_tensors())
             check_names(
                 path / WEIGHTS,
                 {name: tuple(t.shape) for name, t in weights.items()},
@@ -160,6 +160,10 @@ class TorchLearner(RankLearner):
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def _saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.own_tensors()
+        yield from ((name, parameter.detach()) for name, parameter in self.policy.extra_weights())
 
     def close(self) -> None:
         super().close()

@@ -319,7 +319,9 @@ def test_terms_over_the_denominator_are_the_aggregate(mode):
     algorithm = PolicyGradient(kl=NO_KL, aggregate=mode, clip_low=1.0, clip_high=9.0, **more).planned(2)
     terms, batch, count = of_tokens(algorithm, np.log([[0.9, 1.5, 2.0], [0.7, 1.0, 1.0]]) - 1.0, [3, 1])
     plain = torch.tensor([[-0.9, -1.5, -2.0], [1.4, 0.0, 0.0]])
-    assert float(terms.loss.detach().sum() / count) == pytest.approx(float(aggregate(plain, batch.mask, mode=mode, **more)))
+    assert float(terms.loss.detach().sum() / count) == pytest.approx(
+        float(aggregate(plain, batch.mask, mode=mode, **more))
+    )
 
 
 def test_the_truncated_importance_weight_multiplies_the_loss():
