@@ -21,6 +21,7 @@ def notes_of(config: Config, cache: EngineCache | None, nodes: Sequence[Node], l
     """
     return (
         *_of_engine(config, cache, nodes),
+        *_of_roles(config),
         *_of_search(config),
         *notes_of_scorers(config),
         *_of_nodes(nodes),
@@ -38,6 +39,14 @@ def _of_engine(config: Config, cache: EngineCache | None, nodes: Sequence[Node])
         )
     if shares_gpus(config) and any(node.gpus for node in nodes):
         yield "engine and learner are added up: a learner keeps what it reserved while the engine is awake"
+
+
+def _of_roles(config: Config) -> Iterator[str]:
+    """Which memory is counted once."""
+    if not config.learns or getattr(config.algorithm, "critic_algorithm", None) is None:
+        return
+    if not config.learner.is_apart("critic"):
+        yield "policy and critic are trained one after the other: activations stand with the one that needs more"
 
 
 def _of_search(config: Config) -> Iterator[str]:
