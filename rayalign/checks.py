@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from rayalign.build import learner_specs, load_tokenizer, longest_context, model_path, vocabulary_size
+from rayalign.config.rounds import STAGE
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.decoding.diverse_beam import check_search
@@ -32,7 +33,6 @@ def check_training(config: Config) -> None:
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"set rollout.prompts={value}, or lower {key}",
             )
-    _check_critic(config)
     check_roles(config)
     if config.train.stop is not None and not config.evaluation.every:
         raise ConfigError(
@@ -60,10 +60,11 @@ def check_training(config: Config) -> None:
         )
 
 
-def _check_critic(config: Config) -> None:
-    """Whether a critic of another checkpoint reads the same tokens."""
+def check_critic(config: Config) -> None:
+    """Whether a critic of another checkpoint reads the same tokens: a run's check, as a plan needs no tokenizer. Raises
+    ConfigError."""
     path = getattr(getattr(config.algorithm, "critic", None), "model", None)
-    if path is None:
+    if path is None or path.startswith(STAGE):  # what a stage will train is trained from the policy's own tokens
         return
     own, other = load_tokenizer(config), load_tokenizer(config, path)
     if own.get_vocab() != other.get_vocab():

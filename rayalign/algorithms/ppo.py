@@ -92,9 +92,9 @@ def value_terms(batch: Batch, value: Tensor, role: str, limit: float | None) -> 
 
 
 class PPO(PolicyLoss):
-    """PPO (Schulman et al. 2017) as Ziegler 2019, Stiennon 2020 and Ouyang 2022 use it: a critic beside the policy,
-    reward and KL token by token, generalised advantages.
+    """PPO as published RLHF uses it: a critic beside the policy, reward and KL by token, generalised advantages.
 
+    Schulman et al. 2017; Ziegler et al. 2019, Stiennon et al. 2020 and Ouyang et al. 2022 for language models.
     The score stands at an answer's last token, unless the scorer gives each token its own; rewards of tokens are
     neither normalised nor clipped. After its last token an answer is worth nothing more, also one that was cut. Passes
     and optimiser steps over one rollout are train.epochs and train.minibatches.

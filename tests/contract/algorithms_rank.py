@@ -35,7 +35,7 @@ SAMPLED = [
     replace(each, completions=tuple(replace(c, logps=(-4.0,) * len(c.token_ids)) for c in each.completions))
     for each in random_groups(3, (1.0, 0.0, 2.5), seed=9)
 ]
-K1, K3 = ({"in": where, "estimator": name, "coef": 0.1} for where, name in (("reward", "k1"), ("loss", "k3")))
+K1, K2 = ({"in": where, "estimator": name, "coef": 0.02} for where, name in (("reward", "k1"), ("loss", "k2")))
 MIX = {"name": "mix", "losses": ["ipo", {"name": "slic_hf", "target": "best"}], "weights": [1.0, 0.5]}
 CASES: dict[str, tuple[Any, list[Group]]] = {
     "sft": (SFT(token_accuracy=True), RANKED),
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[Any, list[Group]]] = {
     "calibration": (Calibration(margin=0.1, kl_weight=0.1), [*SOME_GOLD, *random_groups(2, (1.0, 3.0, 3.0, 2.0))]),
     "bradley-terry": (RewardModel(), RANKED),
     "plackett-luce": (RewardModel(loss="plackett_luce"), RANKED),
-    "grpo": (PolicyGradient(samples=3, kl=K3, aggregate="sequence_mean", entropy_weight=0.01).planned(2), SAMPLED),
+    "grpo": (PolicyGradient(samples=3, kl=K2, aggregate="sequence_mean", entropy_weight=0.01).planned(2), SAMPLED),
     "reinforce_pp": (PolicyGradient(samples=3, kl=K1, advantage="reinforce_pp", importance_cap=2.0), SAMPLED),
     "ppo": (PPO(samples=3, kl=K1).planned(2), SAMPLED),
     "d-PM as published": (Disagreement(classes=CLASSES, preset="published"), VOTED),
@@ -100,7 +100,8 @@ def two_steps(roles: Any, algorithm: Any, groups: list[Group], *, everywhere: An
         metrics = merge_metrics(everywhere(roles["policy"].update_shard(examples, algorithm, plan)))
         if "critic" in roles:
             of_critic = roles["critic"].update_shard(examples, algorithm.critic_algorithm, plan)
-            metrics |= {f"critic/{name}": value for name, value in merge_metrics(everywhere(of_critic)).items()}
+            found_there = merge_metrics(everywhere(of_critic))
+            metrics |= {f"critic/{name}": value for name, value in found_there.items() if name != "padding"}
         found.append(metrics)
     return [*found, merge_metrics(everywhere(roles["policy"].measure_shard(examples, algorithm)))]
 

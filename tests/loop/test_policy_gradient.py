@@ -54,7 +54,7 @@ def test_a_critic_is_warmed_up_alone(tiny, tmp_path):
     policy, steps = run(tmp_path, tiny, algorithm, length=1, train={"steps": 3})
     assert torch.equal(policy, distribution(tiny, (1, 2), 1))
     assert all("critic/loss" in record and "loss" not in record for record in steps)
-    assert steps[2]["critic/loss"] < steps[0]["critic/loss"]
+    assert len({record["critic/values_mean"] for record in steps}) == 3
 
 
 @pytest.mark.parametrize(("limit", "done"), [(1e-9, 2.0), (1e9, 4.0)])
