@@ -24,7 +24,7 @@ from rayalign.build import (
     with_cached_reference,
 )
 from rayalign.checkpoint import Checkpoints
-from rayalign.checks import check_parts, check_rollouts, check_scorer, check_training
+from rayalign.checks import check_critic, check_parts, check_rollouts, check_scorer, check_training
 from rayalign.console import Console, logged, print_before_after, print_evaluation
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
@@ -98,6 +98,7 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     quiet_libraries()
     tokenizer = load_tokenizer(config)
     check_training(config)
+    check_critic(config)
     check_scorer(config)
     prompts = prompts_for(config, tokenizer)
     examples = examples_for(config, tokenizer)
