@@ -24,7 +24,7 @@ from rayalign.evaluate import (
     sequence_kl,
 )
 from rayalign.interrupt import Interrupt
-from rayalign.metrics import Recorder
+from rayalign.metrics import Recorder, timed
 from rayalign.protocols import Algorithm, Roles, UpdatePlan
 from rayalign.reading import Reading
 from rayalign.record import Record
@@ -123,17 +123,21 @@ class Run:
 
     def annotate(self, examples: list[Example], rollout: Rollout, step: int) -> tuple[list[Example], Metrics]:
         """The columns that the algorithm needs, and KL on completions that no score has selected, where they are new:
-        on samples of older weights its estimators estimate something else, and k1 may well be negative."""
+        on samples of older weights its estimators estimate something else, and k1 may well be negative. The seconds
+        of each role are metrics, time/annotate_s/ROLE."""
         if self.turns and self.collector is not None:
             self.collector.engine.sleep()
+        metrics: Metrics = {}
         for role, column in self.algorithm.needs:
-            examples = self.roles[role].annotate(examples, (column,))
+            with timed(metrics, f"time/annotate_s/{role}"):
+                examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
         sampled = rollout.version == step and not self.sampling.truncated
         if self.roles.reference is None or not sampled or not unselected:
-            return examples, {}
-        k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
-        return examples, {"kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
+            return examples, metrics
+        with timed(metrics, "time/annotate_s/kl"):
+            k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
+        return examples, {**metrics, "kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
 
     def credit(self, examples: Sequence[Example], state: TrainerState) -> tuple[Sequence[Example], Metrics]:
         """What each example is worth, as the algorithm works it out of the whole step."""
@@ -147,8 +151,9 @@ class Run:
         plan = UpdatePlan(step, training.epochs, training.minibatches, seed=self.seed + step, stretch=stretch)
         try:
             if algorithm.critic_algorithm is not None:
-                found = self.roles.critic.update(examples, algorithm.critic_algorithm, plan)
-                metrics = {f"critic/{name}": value for name, value in found.items()}
+                with timed(metrics, "time/update_s/critic"):
+                    found = self.roles.critic.update(examples, algorithm.critic_algorithm, plan)
+                metrics |= {f"critic/{name}": value for name, value in found.items()}
             if algorithm.trains_policy(step):
                 if self.texts is not None:
                     examples = algorithm.mixed(examples, self.texts.of_step(step))
