@@ -48,7 +48,12 @@ CASES: dict[str, tuple[Any, list[Group]]] = {
     "calibration": (Calibration(margin=0.1, kl_weight=0.1), [*SOME_GOLD, *random_groups(2, (1.0, 3.0, 3.0, 2.0))]),
     "bradley-terry": (RewardModel(), RANKED),
     "plackett-luce": (RewardModel(loss="plackett_luce"), RANKED),
-    "grpo": (PolicyGradient(samples=3, kl=K2, aggregate="sequence_mean", entropy_weight=0.01).planned(2), SAMPLED),
+    "grpo": (
+        PolicyGradient(
+            samples=3, kl={**K2, "coef": 1e-3}, aggregate="sequence_mean", entropy_weight=0.01, clip_low=1, clip_high=9
+        ).planned(2),
+        SAMPLED,
+    ),
     "reinforce_pp": (PolicyGradient(samples=3, kl=K1, advantage="reinforce_pp", importance_cap=2.0), SAMPLED),
     "ppo": (PPO(samples=3, kl=K1).planned(2), SAMPLED),
     "d-PM as published": (Disagreement(classes=CLASSES, preset="published"), VOTED),
