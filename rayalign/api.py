@@ -20,10 +20,11 @@ from rayalign.build import (
     model_path,
     prompts_for,
     start_parts,
+    texts_for,
     with_cached_reference,
 )
 from rayalign.checkpoint import Checkpoints
-from rayalign.checks import check_parts, check_rollouts, check_scorer, check_training
+from rayalign.checks import check_critic, check_parts, check_rollouts, check_scorer, check_training
 from rayalign.console import Console, logged, print_before_after, print_evaluation
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
@@ -98,6 +99,7 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     quiet_libraries()
     tokenizer = load_tokenizer(config)
     check_training(config)
+    check_critic(config)
     check_scorer(config)
     prompts = prompts_for(config, tokenizer)
     examples = examples_for(config, tokenizer)
@@ -145,7 +147,7 @@ def _train(
         roles = with_cached_reference(config, roles, data.examples, console.say)
     before = {r["step"]: Evaluation.from_record(r) for r in read_records(run_dir / "evaluations.jsonl")}
     run = Run(
-        algorithm=config.algorithm,
+        algorithm=config.algorithm.planned(config.train.epochs * config.train.minibatches),
         collector=collector,
         rollouts=rollouts,
         roles=roles,
@@ -172,6 +174,7 @@ def _train(
         evaluations=before,
         interrupt=interrupt,
         contest=contest,
+        texts=texts_for(config, tokenizer),
     )
     counts = data.examples.counts if data.examples else {}
     try:
@@ -231,6 +234,8 @@ def _rollouts(
         resample_every=config.rollout.resample_every,
         at_once=config.rollout.set_size(len(data.prompts.training), config.train.steps),
         progress=console.sampled,
+        useful=config.algorithm.useful,
+        refill=getattr(config.algorithm, "refill", 0),
     )
 
 

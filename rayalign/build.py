@@ -13,6 +13,7 @@ import torch
 
 from rayalign.console import Console
 from rayalign.data.examples import ExampleSet, load_examples
+from rayalign.data.plain import PlainText
 from rayalign.data.prompts import PromptSet, load_prompts
 from rayalign.data.tokens import Turns
 from rayalign.data.votes import Classes
@@ -194,6 +195,14 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
     )
 
 
+def texts_for(config: Config, tokenizer: Any) -> PlainText | None:
+    """The plain texts that the algorithm mixes into its updates, if it does. Raises DataError."""
+    ptx = getattr(config.algorithm, "ptx", None)
+    if ptx is None:
+        return None
+    return PlainText(ptx.path, tokenizer, column=ptx.column, tokens=ptx.tokens, count=ptx.count, seed=config.seed)
+
+
 def decoder(tokenizer: Any) -> Callable[[Any], str]:
     """Token ids → the text that a scorer sees: without special tokens."""
     return lambda token_ids: tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
@@ -250,7 +259,7 @@ def _start_here(
     learners = config.learner.build(specs, rank=0, world_size=1, address=("127.0.0.1", 0)) if specs else {}
     for learner in learners.values():
         stack.callback(learner.close)
-    roles = Roles(learners.get("policy"), learners.get("reference"))
+    roles = Roles(**{role: learners.get(role) for role in ("policy", "reference", "critic")})
     started = scorer = None
     if config.samples:
         started = engine.build(name="engine-0", cores=None, **arguments)
@@ -262,12 +271,16 @@ def _start_here(
 
 
 def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: bool) -> list[LearnerSpec]:
-    """One for each role that the algorithm needs, the policy first."""
+    """One for each role that the algorithm needs, the policy first, each with its own settings.
+
+    Args:
+        tokenizer: None for a plan, which builds nothing: padding and segments of an encoder are then not known.
+    """
     shared = {
         "settings": config.learner,
         "temperature": learner_temperature(config),
         "total_steps": config.train.steps,
-        "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        "pad_id": _pad_id(tokenizer),
         "trust_remote_code": config.model.trust_remote_code,
         "seed": config.seed,
     }
@@ -279,8 +292,10 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     reference = reference or (config.samples and (config.evaluation.reference or not train))  # for the KL to it
     lora = config.model.lora if train else None  # a checkpoint that is evaluated has it merged
     # With adapters, the initial policy is in the policy's model already.
-    shares = "policy" if lora and reference and start == initial else None
-    follows = any(config.algorithm.refresh(step) is not None for step in range(1, config.train.steps + 1))
+    beside = not config.learner.is_apart("reference")
+    shares = "policy" if lora and reference and beside and start == initial else None
+    follows = shares and any(config.algorithm.refresh(step) is not None for step in range(1, config.train.steps + 1))
+    critic = getattr(config.algorithm, "critic", None)
     specs = [
         LearnerSpec(
             "policy",
@@ -292,15 +307,27 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
             classes=tuple(getattr(config.algorithm, "classes", ())),
             class_weights=tuple(getattr(config.algorithm, "class_weights", ())),
             segments=config.algorithm.network == "score"
+            and tokenizer is not None
             and Turns(tokenizer, chat_template=config.data.chat_template, segments=True).segments,
             lora=lora,
-            adapters=("reference",) if shares and follows else (),
+            value_head=bool(train and critic is not None and critic.shared),
+            adapters=("reference",) if follows else (),
             **shared,
         )
     ]
     if reference:
         specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, shares=shares, **shared))
-    return specs
+    if critic is not None and not critic.shared and train:
+        from_model, optimizer = model_path(critic.model) if critic.model else initial, config.critic_optimizer()
+        specs.append(LearnerSpec("critic", from_model, dtype=dtype, optimizer=optimizer, network="score", **shared))
+    return [replace(spec, settings=config.learner.of_role(spec.role)) for spec in specs]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Of the tokenizer, or any other token."""
+    if tokenizer is None:
+        return 0
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def learner_temperature(config: Config) -> float:

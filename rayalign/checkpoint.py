@@ -13,18 +13,20 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
-from rayalign.errors import CheckpointError, RayalignError
+from rayalign.errors import CheckpointError, RayalignError, TrainingStopped
 from rayalign.protocols import Roles
 from rayalign.record import Record
 from rayalign.rollouts import Rollout
+from rayalign.types import Example
 
 
 class CheckpointConfig(Record):
@@ -36,12 +38,13 @@ class CheckpointConfig(Record):
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What the loop itself has to remember: steps done, rollouts in a row without an example, and the
-    rollouts that were drawn but not used up."""
+    """What the loop itself has to remember: steps done, rollouts in a row without an example, the rollouts that were
+    drawn but not used up, and an algorithm's numbers that follow the training (a KL coefficient, say)."""
 
     step: int
     empty_rollouts: int = 0
     rollouts: tuple[Rollout, ...] = ()
+    adaptive: Mapping[str, float] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -109,8 +112,18 @@ class Checkpoints:
             (trainer / name).mkdir()
             learner.save(trainer / name)
         (trainer / "rollouts.pkl").write_bytes(pickle.dumps(state.rollouts))
-        (trainer / "state.json").write_text(json.dumps({"step": state.step, "empty_rollouts": state.empty_rollouts}))
+        own = {"step": state.step, "empty_rollouts": state.empty_rollouts, "adaptive": dict(state.adaptive)}
+        (trainer / "state.json").write_text(json.dumps(own))
         _flush(folder)
+
+    def with_examples(self, error: TrainingStopped, step: int, examples: Sequence[Example]) -> TrainingStopped:
+        """The error, with where the examples of the step that it is about were written: RUN/failed/step-N.pt, which
+        torch.load(…, weights_only=False) reads as plain data, a dict for each example."""
+        path = self._folder.parent / "failed" / f"step-{step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"step": step, "error": str(error), "examples": [asdict(example) for example in examples]}, path)
+        value = f"{error.value}; the step's examples are in {path}"
+        return TrainingStopped(error.what, where=error.where, value=value, rule=error.rule, remedy=error.remedy)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
@@ -154,7 +167,7 @@ def load_state(path: Path, roles: Roles) -> TrainerState:
         ) from error
     for name, learner in roles.items():
         learner.restore(trainer / name)
-    return TrainerState(state["step"], state["empty_rollouts"], tuple(rollouts))
+    return TrainerState(state["step"], state["empty_rollouts"], tuple(rollouts), state.get("adaptive", {}))
 
 
 def _flush(folder: Path) -> None:

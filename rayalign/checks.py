@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 
-from rayalign.build import longest_context, model_path, vocabulary_size
+from rayalign.build import learner_specs, load_tokenizer, longest_context, model_path, vocabulary_size
+from rayalign.config.rounds import STAGE
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.decoding.diverse_beam import check_search
 from rayalign.engines.common import end_token_ids
 from rayalign.errors import ConfigError
+from rayalign.learners.settings import LearnerSettings
 from rayalign.schema import Config
 from rayalign.scorers.connection import Connection, key_of_server
 from rayalign.scorers.mix import parts_of
+from rayalign.types import Column
 
 
 def check_training(config: Config) -> None:
@@ -30,6 +33,7 @@ def check_training(config: Config) -> None:
                 rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
                 remedy=f"set rollout.prompts={value}, or lower {key}",
             )
+    check_roles(config)
     if config.train.stop is not None and not config.evaluation.every:
         raise ConfigError(
             "evaluations before and after say nothing of when to stop",
@@ -53,6 +57,81 @@ def check_training(config: Config) -> None:
             value=0,
             rule="above 0 when an algorithm learns from its own samples",
             remedy="set sampling.temperature=1.0",
+        )
+
+
+def check_critic(config: Config) -> None:
+    """Whether a critic of another checkpoint reads the same tokens: a run's check, as a plan needs no tokenizer. Raises
+    ConfigError."""
+    path = getattr(getattr(config.algorithm, "critic", None), "model", None)
+    if path is None or path.startswith(STAGE):  # what a stage will train is trained from the policy's own tokens
+        return
+    own, other = load_tokenizer(config), load_tokenizer(config, path)
+    if own.get_vocab() != other.get_vocab():
+        raise ConfigError(
+            "the critic reads other tokens than the policy writes",
+            where="key algorithm.critic.model",
+            value=f"{path}: {len(other)} tokens, the policy's {len(own)}, of which others stand for the same numbers",
+            rule="a model with the policy's tokenizer",
+            remedy="start it as the policy (take algorithm.critic.model out), or as a reward model trained from it",
+        )
+
+
+def check_roles(config: Config) -> None:
+    """Whether roles that have settings of their own are there, and can have them. Raises ConfigError."""
+    learner, roles = config.learner, getattr(config.learner, "roles", {})
+    specs = {spec.role: spec for spec in learner_specs(config, None, policy=None, train=True)} if roles else {}
+    for role, own in roles.items():
+        key, spec = f"learner.roles.{role}", specs.get(role)
+        if spec is None:
+            raise ConfigError(
+                f"this run has no {role}",
+                where=f"key {key}",
+                value=f"settings for a {role}",
+                rule=f"roles that {config.algorithm.name} needs as it is set here, the policy apart: "
+                + (", ".join(sorted(set(specs) - {"policy"})) or "none"),
+                remedy=f"take {key} out",
+            )
+        for name in ("gradient_checkpointing", "offload") if not spec.trainable else ():
+            if getattr(own, name, None) not in (None, False, "none"):
+                raise ConfigError(
+                    f"the {role} is not trained: it has no gradients and no optimiser",
+                    where=f"key {key}.{name}",
+                    value=getattr(own, name),
+                    rule=f"zero_stage, micro_batch_tokens, logprob_chunk, ranks and apart for the {role}",
+                    remedy=f"take it out; zero_stage=3 shares the {role} out over the ranks",
+                )
+        if learner.is_apart(role):
+            _check_apart(config, role, spec.settings)
+
+
+def _check_apart(config: Config, role: str, settings: LearnerSettings) -> None:
+    """A role in actors of its own: there are actors, it has work for all of them, and nothing needs it beside the
+    policy."""
+    if config.placement.name == "local":
+        raise ConfigError(
+            "all roles live in this process",
+            where=f"key learner.roles.{role}",
+            value="apart, or with ranks of its own",
+            rule="beside the policy with placement: local",
+            remedy=f"set placement=ray, or take apart and ranks out of learner.roles.{role}",
+        )
+    ranks = getattr(settings, "ranks", 1)
+    if ranks > config.rollout.prompts:
+        raise ConfigError(
+            "the batch cannot be split so far",
+            where=f"key learner.roles.{role}.ranks",
+            value=ranks,
+            rule=f"at most rollout.prompts={config.rollout.prompts}, so that each part has an example",
+            remedy=f"set rollout.prompts={ranks}, or lower learner.roles.{role}.ranks",
+        )
+    if role == "reference" and Column.REFERENCE_KL in config.algorithm.columns:
+        raise ConfigError(
+            "the loss has the exact KL to the reference in it, over the whole vocabulary",
+            where="key learner.roles.reference",
+            value="a reference in actors of its own",
+            rule="a reference beside the policy, which has its logits at each position",
+            remedy="take apart and ranks out of learner.roles.reference, or the KL out of the loss",
         )
 
 

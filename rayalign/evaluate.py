@@ -186,7 +186,7 @@ def measure(rows: Sequence[Group], algorithm: Algorithm, roles: Roles) -> Metric
     if examples:
         for role, column in algorithm.needs:
             examples = roles[role].annotate(examples, (column,))
-        metrics |= algorithm.summarise(roles.policy.measure(algorithm.credit(examples), algorithm))
+        metrics |= algorithm.summarise(roles.policy.measure(algorithm.credit(examples)[0], algorithm))
     return {f"held_out/{name}": value for name, value in metrics.items()}
 
 
@@ -218,18 +218,20 @@ def fitted_temperature(
 def sequence_kl(groups: Sequence[Group], roles: Roles, *, truncated: bool = False) -> list[tuple[Any, Any]]:
     """(k1, k3) of KL(policy‖reference) for each completion: sums over its tokens, in nats, both from the
     learners' log-probs, so that engine and learner rounding apart does not look like divergence. None without a
-    reference, and for samples of a truncated distribution, which these log-probs do not describe."""
+    reference, and for samples of a truncated distribution, which these log-probs do not describe; 0 for an answer
+    without a token."""
     rows = [Row(g.prompt.token_ids, c.token_ids, c.logps) for g in groups for c in g.completions]
     if roles.reference is None or truncated:
         return [(None, None)] * len(rows)
-    examples = [Example((row,)) for row in rows]
+    there = [place for place, row in enumerate(rows) if row.completion_ids]
+    examples = [Example((rows[place],)) for place in there]
     for learner in (roles.policy, roles.reference):
         examples = learner.annotate(examples, (Column.LOGPS,))
-    sums = []
-    for example in examples:
+    sums = [(0.0, 0.0)] * len(rows)
+    for place, example in zip(there, examples, strict=True):
         columns = example.sequences[0].columns
         policy, reference = (torch.from_numpy(columns[f"{role}/logps"]).double() for role in ("policy", "reference"))
-        sums.append((kl_k1(policy, reference).sum().item(), kl_k3(policy, reference).sum().item()))
+        sums[place] = (kl_k1(policy, reference).sum().item(), kl_k3(policy, reference).sum().item())
     return sums
 
 

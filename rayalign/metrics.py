@@ -16,6 +16,16 @@ from rayalign.types import Group, Metrics
 FINAL = "final"  # marks a run's last evaluation, where it is of other weights than the last step's as they are
 
 
+@contextmanager
+def timed(metrics: Metrics, key: str) -> Iterator[None]:
+    """Adds the seconds that the block takes to the metric."""
+    begun = perf_counter()
+    try:
+        yield
+    finally:
+        metrics[key] = metrics.get(key, 0.0) + perf_counter() - begun
+
+
 class Clock:
     """Seconds by name: `with clock("update"): …` adds to time/update_s."""
 
@@ -25,12 +35,8 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        begun = perf_counter()
-        try:
+        with timed(self.metrics, f"time/{name}_s"):
             yield
-        finally:
-            key = f"time/{name}_s"
-            self.metrics[key] = self.metrics.get(key, 0.0) + perf_counter() - begun
 
     def stop(self) -> Metrics:
         return {**self.metrics, "time/step_s": perf_counter() - self._started}

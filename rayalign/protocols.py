@@ -195,8 +195,35 @@ class Algorithm(Protocol):
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
         """Scored groups → training examples, and what was dropped, as metrics."""
 
-    def credit(self, examples: Sequence[Example]) -> list[Example]:
-        """Annotated examples → examples with advantages or weights. Most pair losses need nothing."""
+    # Names of metrics of `update` that `enough` is asked about after each optimiser step, as sums over all ranks.
+    watched: Sequence[str]
+    # What trains the role critic on the same examples, before the policy's update; None: there is no such role.
+    critic_algorithm: Algorithm | None
+
+    def useful(self, group: Group) -> bool:
+        """Whether a scored group leaves anything to learn; another prompt may be sampled in place of one that does
+        not."""
+
+    def planned(self, updates: int) -> Algorithm:
+        """The algorithm for updates of so many optimiser steps: of several, the later ones are by another policy than
+        the samples."""
+
+    def credit(self, examples: Sequence[Example]) -> tuple[Sequence[Example], Metrics]:
+        """Annotated examples of the whole step → the same with advantages or weights, and what is to be said of
+        them. Most pair losses need nothing. All that spans examples is worked out here, before they are dealt to
+        ranks and micro-batches."""
+
+    def enough(self, metrics: Metrics) -> bool:
+        """Whether the update ends after this optimiser step, as the watched metrics say."""
+
+    def adapted(self, state: Mapping[str, float]) -> Algorithm:
+        """The algorithm with numbers that follow the training, as `adapt` gave them; {} before the first step."""
+
+    def adapt(self, state: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
+        """These numbers after a step with these metrics; they are kept in checkpoints."""
+
+    def trains_policy(self, step: int) -> bool:
+        """Whether this step (counted from 0) trains the policy, or its critic alone."""
 
     def denominator(self, examples: Sequence[Example]) -> float:
         """What the summed loss of all these examples is divided by, over all ranks and micro-batches."""
@@ -237,14 +264,15 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Roles:
-    """The learners of a run by name. `reference` is None where the algorithm needs none; `policy` where nothing is
-    trained, as data are labelled."""
+    """The learners of a run by name. `reference` and `critic` are None where the algorithm needs none; `policy` where
+    nothing is trained, as data are labelled."""
 
     policy: Learner | None
     reference: Learner | None = None
+    critic: Learner | None = None
 
     def items(self) -> list[tuple[str, Learner]]:
-        named = [("policy", self.policy), ("reference", self.reference)]
+        named = [("policy", self.policy), ("reference", self.reference), ("critic", self.critic)]
         return [(name, learner) for name, learner in named if learner is not None]
 
     def __getitem__(self, role: str) -> Learner:

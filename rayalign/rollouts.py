@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from rayalign.errors import EngineLost
 from rayalign.protocols import Engine, Scorer
 from rayalign.record import Record, Unfit
-from rayalign.types import Completion, Group, Metrics, Prompt, Request, Sampling
+from rayalign.types import FAILED, Completion, Group, Metrics, Prompt, Request, Sampling
 
 Progress = Callable[[int, int], None]  # completions done, completions asked for
 Often = Annotated[int, Field(ge=1)] | Literal["never"]
@@ -92,6 +92,7 @@ class Rollout:
         rollout_s: seconds until the last completion, scoring in between not counted; or those of reading.
         score_s: seconds spent in, or waiting for, the scorer.
         age: training steps since the set that it belongs to was taken into use.
+        refill: of dynamic sampling: how many groups left nothing to learn from, and how many were sampled besides.
     """
 
     index: int
@@ -100,6 +101,7 @@ class Rollout:
     rollout_s: float
     score_s: float
     age: int = 0
+    refill: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self, *, first_use: bool = True) -> Metrics:
         """Of the samples; and, in the step that uses them first, of the time they took."""
@@ -117,6 +119,7 @@ class Rollout:
             "reward/mean": float(scores.mean()),
             "reward/std": float(scores.std()),
             **group_metrics(self.groups),
+            **self.refill,
             "rollout/version": float(self.version),
             **(self._speed(float(lengths.sum())) if first_use else {}),
         }
@@ -130,12 +133,16 @@ class Rollout:
 
 
 def group_metrics(groups: Sequence[Group]) -> Metrics:
-    """What the scorer says of groups besides their scores: the mean of each number over the groups that have it."""
+    """What the scorer says of groups besides their scores: the mean of each number over the groups that have it, and
+    of completions that it failed on their number."""
     found: dict[str, list[float]] = {}
     for group in groups:
         for name, value in group.metrics.items():
             found.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+    return {
+        name: float(np.sum(values) if name.endswith(FAILED) else np.mean(values))
+        for name, values in sorted(found.items())
+    }
 
 
 def searched(sampling: Sequence[Sampling]) -> bool:
@@ -242,6 +249,8 @@ class Rollouts:
         depth: sets that are sampled ahead of the one in use.
         resample_every: training steps that use one set, or "never".
         at_once: rollouts of a set.
+        useful: whether a scored group leaves something to learn.
+        refill: prompts of a rollout that may be sampled besides, in place of those that leave nothing.
     """
 
     def __init__(
@@ -256,8 +265,11 @@ class Rollouts:
         resample_every: int | str,
         at_once: int = 1,
         progress: Progress | None = None,
+        useful: Callable[[Group], bool] = lambda group: True,
+        refill: int = 0,
     ):
         self._collector, self._prompts, self._sampling = collector, prompts, sampling
+        self._useful, self._refill = useful, refill
         self._seed, self._count, self._depth = seed, count, depth
         self._every, self._at_once = resample_every, at_once
         self.progress = progress
@@ -332,14 +344,38 @@ class Rollouts:
         return future
 
     def _draw(self, index: int, version: int) -> Rollout:
-        groups, rollout_s, score_s = self._collector.collect(
-            self._prompts_of(index),
+        prompts = self._prompts_of(index)
+        groups, rollout_s, score_s = self._collect(index, prompts, f"rollout-{index}")
+        if not self._refill:
+            return Rollout(index, version, groups, rollout_s, score_s)
+        filled, besides = list(groups), self._others(index, prompts)
+        useless = [place for place, group in enumerate(filled) if not self._useful(group)]
+        counts = {"groups/useless": float(len(useless)), "groups/refilled": 0.0, "groups/sampled_besides": 0.0}
+        while useless and besides:
+            taken, besides = besides[: len(useless)], besides[len(useless) :]
+            counts["groups/sampled_besides"] += len(taken)
+            more, sampling_s, scoring_s = self._collect(index, taken, f"rollout-{index}-refill-{len(besides)}")
+            rollout_s, score_s = rollout_s + sampling_s, score_s + scoring_s
+            for group in filter(self._useful, more):
+                filled[useless.pop(0)] = group
+                counts["groups/refilled"] += 1
+        return Rollout(index, version, tuple(filled), rollout_s, score_s, refill=counts)
+
+    def _collect(self, index: int, prompts: Sequence[Prompt], label: str) -> tuple[tuple[Group, ...], float, float]:
+        return self._collector.collect(
+            prompts,
             self._sampling,
             lambda prompt, k: sample_seed(self._seed, index, prompt, k),
-            label=f"rollout-{index}",
+            label=label,
             progress=self.progress,
         )
-        return Rollout(index, version, groups, rollout_s, score_s)
+
+    def _others(self, index: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """As many as may be sampled besides these, in an order of this rollout's own: a function of seed and index."""
+        taken = {prompt.index for prompt in prompts}
+        order = np.random.default_rng((self._seed, index, 1)).permutation(len(self._prompts))
+        others = [self._prompts[i] for i in order if self._prompts[i].index not in taken]
+        return others[: self._refill]
 
     def _prompts_of(self, index: int) -> list[Prompt]:
         """Prompts in a new random order every epoch: a function of seed and index alone. What does not fill a

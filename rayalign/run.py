@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from rayalign.checkpoint import CheckpointConfig, Checkpoints, TrainerState, load_state
+from rayalign.data.plain import PlainText
 from rayalign.errors import TrainingStopped
 from rayalign.evaluate import (
     EarlyStop,
@@ -23,7 +24,7 @@ from rayalign.evaluate import (
     sequence_kl,
 )
 from rayalign.interrupt import Interrupt
-from rayalign.metrics import FINAL, Recorder
+from rayalign.metrics import FINAL, Recorder, timed
 from rayalign.protocols import Algorithm, Roles, UpdatePlan
 from rayalign.reading import Reading
 from rayalign.record import Record
@@ -63,6 +64,7 @@ class Run:
         evaluations: by step; on resume, those that were made before.
         final: of the weights that the run leaves, where they are not the last step's as they are.
         contest: of self-play: the policy against the model that it began with, and the data.
+        texts: plain ones that the algorithm mixes into each update.
     """
 
     algorithm: Algorithm
@@ -93,6 +95,7 @@ class Run:
     final: Evaluation | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
     contest: Contest | None = None
+    texts: PlainText | None = None
     peak_gib: float = 0.0
 
     def restore(self) -> TrainerState:
@@ -122,25 +125,49 @@ class Run:
 
     def annotate(self, examples: list[Example], rollout: Rollout, step: int) -> tuple[list[Example], Metrics]:
         """The columns that the algorithm needs, and KL on completions that no score has selected, where they are new:
-        on samples of older weights its estimators estimate something else, and k1 may well be negative."""
+        on samples of older weights its estimators estimate something else, and k1 may well be negative. The seconds
+        of each role are metrics, time/annotate_s/ROLE."""
         if self.turns and self.collector is not None:
             self.collector.engine.sleep()
+        metrics: Metrics = {}
         for role, column in self.algorithm.needs:
-            examples = self.roles[role].annotate(examples, (column,))
+            with timed(metrics, f"time/annotate_s/{role}"):
+                examples = self.roles[role].annotate(examples, (column,))
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
         another = self.sampling.truncated or (self.sampling.temperature or 1.0) != self.learner_temperature
         sampled = rollout.version == step and not another
         if self.roles.reference is None or not sampled or not unselected:
-            return examples, {}
-        k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
-        return examples, {"kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
+            return examples, metrics
+        with timed(metrics, "time/annotate_s/kl"):
+            k1, k3 = np.array(sequence_kl(unselected, self.roles)).T
+        return examples, {**metrics, "kl/k1": float(k1.mean()), "kl/k3": float(k3.mean())}
 
-    def update(self, examples: Sequence[Example], step: int) -> Metrics:
-        """The optimiser steps of one training step."""
-        algorithm, training = self.algorithm.at(step), self.training
+    def credit(self, examples: Sequence[Example], state: TrainerState) -> tuple[Sequence[Example], Metrics]:
+        """What each example is worth, as the algorithm works it out of the whole step."""
+        return self._algorithm(state).credit(examples)
+
+    def update(self, examples: Sequence[Example], state: TrainerState) -> Metrics:
+        """The optimiser steps of one training step: of the critic where there is one, and of the policy. What led to
+        numbers that are not finite is kept for inspection."""
+        algorithm, training, step, metrics = self._algorithm(state), self.training, state.step, {}
         stretch = algorithm.stretch(step)
         plan = UpdatePlan(step, training.epochs, training.minibatches, seed=self.seed + step, stretch=stretch)
-        return algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))
+        try:
+            if algorithm.critic_algorithm is not None:
+                with timed(metrics, "time/update_s/critic"):
+                    found = self.roles.critic.update(examples, algorithm.critic_algorithm, plan)
+                metrics |= {f"critic/{name}": value for name, value in found.items()}
+            if algorithm.trains_policy(step):
+                if self.texts is not None:
+                    examples = algorithm.mixed(examples, self.texts.of_step(step))
+                metrics |= algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))
+        except TrainingStopped as error:
+            raise self.checkpoints.with_examples(error, step + 1, examples) from error
+        return metrics
+
+    def _algorithm(self, state: TrainerState) -> Algorithm:
+        """As it is in the step after this state."""
+        return self.algorithm.at(state.step).adapted(state.adaptive)
 
     def refresh(self, step: int) -> None:
         """The reference follows the policy when the algorithm says so."""
@@ -204,11 +231,12 @@ class Run:
     def _whole(self, state: TrainerState) -> TrainerState:
         return replace(state, rollouts=tuple(self.rollouts.state()))
 
-    def after(self, state: TrainerState, learned: bool) -> TrainerState:
+    def after(self, state: TrainerState, metrics: Metrics, learned: bool) -> TrainerState:
         """The state one step on. A rollout without an example counts once, however often it is used, if another will
         be sampled."""
         fresh = self.rollouts.fresh(state.step) or self.rollout.resample_every == "never"
-        return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh)
+        adaptive = self._algorithm(state).adapt(state.adaptive, metrics) if learned else state.adaptive
+        return TrainerState(state.step + 1, 0 if learned else state.empty_rollouts + fresh, adaptive=adaptive)
 
     def halted(self, step: int) -> bool:
         """Whether the run was asked to stop while the samples of this step came, before all of them were there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from rayalign.algorithms import ALGORITHMS
@@ -184,6 +184,48 @@ class Config(Record):
         return self
 
     @model_validator(mode="after")
+    def _ratios(self) -> Config:
+        """Of policy gradients: ratios are of whole distributions, and of the policy that sampled."""
+        if not getattr(self.algorithm, "whole_distribution", False):
+            return self
+        name, sampling, rollout = self.algorithm.name, self.sampling.sampling(), self.rollout
+        if sampling.truncated:
+            raise Unfit(
+                f"{name} takes ratios of probabilities, and these samples are not of the whole distribution",
+                key="sampling",
+                rule="temperature above 0, and no top_p, top_k, min_tokens or search",
+                remedy="take them out of sampling",
+            )
+        if (rollout.depth or rollout.resample_every != 1) and self.algorithm.importance_cap is None:
+            raise Unfit(
+                "samples of older weights would count as the policy's own",
+                key="algorithm.importance_cap",
+                rule="set with rollout.depth above 0, or samples that are used for several steps",
+                remedy="set algorithm.importance_cap=2.0",
+            )
+        critic = getattr(self.algorithm, "critic", None)
+        if critic is not None:
+            try:
+                self.critic_optimizer()
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise Unfit(
+                    f"the critic's optimizer cannot be made: {first['loc'][0] if first['loc'] else ''}: {first['msg']}",
+                    key="algorithm.critic.optimizer",
+                    rule="keys of optimizer, with values that they take",
+                    remedy="set algorithm.critic.optimizer: {lr: 1.0e-5}, say",
+                ) from error
+        answers, parts = rollout.prompts * self.algorithm.samples, self.train.minibatches
+        if answers % parts:
+            raise Unfit(
+                "the minibatches do not divide the rollout",
+                key="train.minibatches",
+                rule=f"a divisor of rollout.prompts × algorithm.samples = {answers}",
+                remedy=f"set train.minibatches={next(n for n in range(parts, 0, -1) if answers % n == 0)}",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _course(self) -> Config:
         """Of self-play: the rows can be counted, and the run is as long as its iterations."""
         if not self.self_play:
@@ -256,6 +298,10 @@ class Config(Record):
                 remedy="use such a loss, or give the judge an engine: ask: {name: engine, model: …}",
             )
         return self
+
+    def critic_optimizer(self) -> OptimizerConfig:
+        """The policy's, but for what the algorithm says of its critic's."""
+        return OptimizerConfig(**{**self.optimizer.model_dump(), **self.algorithm.critic.optimizer})
 
     @property
     def samples(self) -> bool:

@@ -8,7 +8,7 @@ from rayalign.run import Run
 
 
 def train(run: Run) -> TrainerState:
-    """Sample, score, pair, annotate, update, push; until the last step, or until asked to stop."""
+    """Sample, score, pair, annotate, credit, update, push; until the last step, or until asked to stop."""
     state = run.restore()
     run.push(state.step)
     run.evaluate_when_due(state.step)
@@ -23,10 +23,10 @@ def train(run: Run) -> TrainerState:
         if examples:
             with clock("annotate"):
                 examples, divergence = run.annotate(examples, rollout, state.step)
-            examples = run.algorithm.credit(examples)
+            examples, credited = run.credit(examples, state)
             with clock("update"):
-                metrics |= divergence | run.update(examples, state.step)
-        state = run.after(state, learned=bool(examples))
+                metrics |= divergence | credited | run.update(examples, state)
+        state = run.after(state, metrics, learned=bool(examples))
         run.refresh(state.step)
         if run.needs_push(state.step):
             run.rollouts.settle()

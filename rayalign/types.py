@@ -179,6 +179,9 @@ class Completion:
         return cls(request_id, best.token_ids, best.logps, best.finish_reason, version, engine, candidates=found)
 
 
+FAILED = "scores/failed"  # metric of groups: completions that their scorer could not score; counts are added up
+
+
 @dataclass(frozen=True)
 class Group:
     """One prompt with its K completions, and their scores once a scorer has seen them (higher is better).
@@ -194,6 +197,7 @@ class Group:
         votes: of a data set, for each completion the annotators' votes: counts by class.
         metrics: what the scorer says of this group besides, averaged over the groups of a step or an evaluation.
         seed: of what an algorithm draws of this group: a function of run, step and prompt where it was sampled.
+        token_scores: of each completion a reward for each of its tokens, where the scorer gives them; empty: none.
     """
 
     id: str
@@ -206,6 +210,7 @@ class Group:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     contested: tuple[bool, ...] = ()
+    token_scores: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,12 +222,15 @@ class Judgement:
         preferences: K×K, P(i ≻ j), P(i ≻ j) + P(j ≻ i) = 1; None: only the scores are known.
         metrics: by name, of this group; they are averaged over the groups of a rollout that have them.
         contested: for each completion whether nothing is to be learned from it; empty: from all.
+        token_scores: for each completion a reward for each of its tokens, for methods that take them (ppo, and
+            policy_gradient with reinforce_pp) instead of the score at its last; empty: the scores alone.
     """
 
     scores: tuple[float, ...]
     preferences: tuple[tuple[float, ...], ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     contested: tuple[bool, ...] = ()
+    token_scores: tuple[tuple[float, ...], ...] = ()
 
 
 class Column(enum.Enum):
@@ -231,6 +239,7 @@ class Column(enum.Enum):
     LOGPS = "logps"  # log-prob of the token, at the rollout temperature
     ENTROPY = "entropy"  # of the next-token distribution there
     VALUES = "values"  # of a scalar head, once the token is read; a reward model's score is the last token's
+    STATE_VALUES = "state_values"  # of a scalar head, before the token is read: of the state in which it is chosen
     CLASSES = "classes"  # logits of a classifier's L classes for the whole sequence: [R, L], not [R, T]
     REFERENCE_KL = "reference_kl"  # exact KL(π_ref‖π) of the next-token distributions; the reference is a peer
 

@@ -9,6 +9,8 @@ ALGORITHMS = {
     "label": "rayalign.algorithms.label:Label",
     "mdpo": "rayalign.algorithms.mdpo:MDPO",
     "online_preference": "rayalign.algorithms.online_preference:OnlinePreference",
+    "policy_gradient": "rayalign.algorithms.policy_gradient:PolicyGradient",
+    "ppo": "rayalign.algorithms.ppo:PPO",
     "preference": "rayalign.algorithms.preference:Preference",
     "rejection_sampling": "rayalign.algorithms.rejection_sampling:RejectionSampling",
     "reward_model": "rayalign.algorithms.reward_model:RewardModel",

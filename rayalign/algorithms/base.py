@@ -12,7 +12,7 @@ from rayalign.algorithms.reference import Reference
 from rayalign.maths.logprobs import sequence_logprob
 from rayalign.protocols import Stretch
 from rayalign.record import Record, Unfit
-from rayalign.types import AnyColumn, Batch, Column, Example, Metrics, Sampling, Terms
+from rayalign.types import AnyColumn, Batch, Column, Example, Group, Metrics, Sampling, Terms
 
 
 class Offline(Record):
@@ -34,13 +34,34 @@ class Offline(Record):
     untempered: ClassVar[bool] = False  # whether log-probs are those at temperature 1, however samples are drawn
     takes_gold: ClassVar[bool] = False  # whether it looks at reference answers, the column gold of prompts and rows
     measures_samples: ClassVar[bool] = False  # whether it measures samples of held-out prompts, too, see evaluate.py
+    watched: ClassVar[Sequence[str]] = ()
+    critic_algorithm: ClassVar[Offline | None] = None
+    whole_distribution: ClassVar[bool] = False  # whether top-p and the like would make its ratios wrong
     self_play: ClassVar[bool] = False  # whether answers of the data meet answers that the policy wrote, see selfplay
 
     def request(self, sampling: Sampling) -> list[Sampling]:
         return []
 
-    def credit(self, examples: Sequence[Example]) -> Sequence[Example]:
-        return examples
+    def useful(self, group: Group) -> bool:
+        return True
+
+    def planned(self, updates: int) -> Self:
+        return self
+
+    def credit(self, examples: Sequence[Example]) -> tuple[Sequence[Example], Metrics]:
+        return examples, {}
+
+    def enough(self, metrics: Metrics) -> bool:
+        return False
+
+    def adapted(self, state: Mapping[str, float]) -> Self:
+        return self
+
+    def adapt(self, state: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
+        return dict(state)
+
+    def trains_policy(self, step: int) -> bool:
+        return True
 
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))

@@ -26,9 +26,10 @@ def place_of(group: Group) -> str:
 
 
 def scored(group: Group) -> list[int]:
-    """The completions whose score is a finite number, without contested ones."""
+    """The completions whose score is a finite number, without contested ones and those without a token."""
     left_out = group.contested or (False,) * len(group.completions)
-    return [index for index, score in enumerate(group.scores or ()) if math.isfinite(score) and not left_out[index]]
+    there = [bool(each.token_ids) and not left for each, left in zip(group.completions, left_out, strict=True)]
+    return [index for index, score in enumerate(group.scores or ()) if math.isfinite(score) and there[index]]
 
 
 def distinct(group: Group) -> list[int]:

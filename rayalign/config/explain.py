@@ -50,7 +50,7 @@ def _as_written(problem: Mapping[str, Any], source: Source) -> Path:
         there = part in value if isinstance(value, Mapping) else isinstance(value, list | tuple)
         if isinstance(part, int) and not there:
             continue
-        known = isinstance(part, int) or part in _names(_owner((*path, part), source.data))
+        known = there or isinstance(part, int) or part in _names(_owner((*path, part), source.data))
         if path and not known and _kind(problem) == "wrong":
             break
         path = (*path, part)
@@ -259,7 +259,8 @@ def _keys(record: type[BaseModel], data: Any, prefix: str = "") -> Iterator[str]
         value = _get(data, key, field)
         yield f"{prefix}{key}"
         below = _below(field.annotation, field.metadata, value)
-        if below is not None:
+        named = get_origin(field.annotation) is Mapping  # what stands below has names of the user's
+        if below is not None and not named:
             yield from _keys(below, value, f"{prefix}{key}.")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rayalign.collate import collate
 from rayalign.errors import ConfigError
-from rayalign.learners import steps
+from rayalign.learners import following, steps
 from rayalign.learners.columns import Teacher
 from rayalign.learners.lora import Part, export_adapter
 from rayalign.learners.merge import Annotation, StepMetrics, merge_annotations, merge_metrics, weighted_sum
@@ -108,8 +108,16 @@ class RankLearner(ABC):
         """While it lasts, these parameters are whole. Every rank of the role has to enter."""
 
     @abstractmethod
-    def _blend(self, source: RankLearner, decay: float) -> None:
-        """own ← decay·own + (1−decay)·source, all ranks together."""
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of each tensor that is this role's own."""
+
+    @abstractmethod
+    def shares_of(self, whole: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, in the order of `shares`, as this rank would hold them."""
+
+    @abstractmethod
+    def _blend(self, shares: Iterator[tuple[str, Tensor]], decay: float) -> None:
+        """own ← decay·own + (1−decay)·shares, of a role with the same tensors; all ranks together."""
 
     @abstractmethod
     def save(self, path: Path) -> None: ...
@@ -272,43 +280,28 @@ class RankLearner(ABC):
         """The dtype of pushed and exported weights."""
         return self.dtype
 
-    def push(self, version: int) -> WeightPush:
-        """See protocols.Learner. Ranks other than the first walk along and give an empty push."""
+    def push(self, version: int, *, exact: bool = False) -> WeightPush:
+        """See protocols.Learner. Ranks other than the first walk along and give an empty push.
+
+        Args:
+            exact: each tensor in the dtype that it is held in, for a role elsewhere that follows this one.
+        """
         from rayalign.sync.flat import pack
 
         if self.rank:
             for _ in self.full_tensors():
                 pass
             return WeightPush(version, {}, ())
-        return pack(self.full_tensors(), version, dtype=self.push_dtype, wrap=self.wrap_chunk)
+        dtype = None if exact else self.push_dtype
+        return pack(self.full_tensors(), version, dtype=dtype, wrap=self.wrap_chunk)
 
     def refresh(self, source: str, *, decay: float = 0.0) -> None:
-        """own ← decay·own + (1−decay)·source.
+        """own ← decay·own + (1−decay)·source. See following.refresh."""
+        following.refresh(self, source, decay)
 
-        Raises:
-            ConfigError: no such role beside this one, or this role is trained.
-            ValueError: decay outside [0, 1).
-        """
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
-        if self.spec.shares is not None and next(self.part.own(), None) is None:
-            raise ConfigError(
-                f"the {self.spec.role} learner has no weights of its own",
-                where=self.spec.role,
-                value=source,
-                rule=f"a role that follows another has an adapter of its own in the model of the {self.spec.shares}",
-                remedy=f"build the {self.spec.shares} with adapters=({self.spec.role!r},)",
-            )
-        if source not in self.peers or self.spec.trainable:
-            raise ConfigError(
-                f"the {self.spec.role} learner cannot take over weights",
-                where=self.spec.role,
-                value=source,
-                rule="a frozen role follows a role that is built beside it: "
-                + ", ".join(sorted(set(self.peers) - {self.spec.role})),
-            )
-        self._blend(self.peers[source], decay)
-        self.refreshed = True
+    def take(self, push: WeightPush, *, decay: float = 0.0) -> None:
+        """own ← decay·own + (1−decay)·what was pushed. See following.take."""
+        following.take(self, push, decay)
 
     def export(self, path: Path) -> None:
         """See protocols.Learner. The first rank writes."""

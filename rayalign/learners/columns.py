@@ -110,8 +110,8 @@ def refused(what: str, column: AnyColumn) -> ConfigError:
     return ConfigError(
         f"{what} has no such column",
         value=column.value,
-        rule="values and classes come from a score network; logps, entropy, top_logits and reference_kl from a "
-        "language model",
+        rule="values, state_values and classes come from a score network (state_values also from a language model with "
+        "a value head); logps, entropy, top_logits and reference_kl from a language model",
         remedy="set the network of the algorithm to the kind that has it",
     )
 

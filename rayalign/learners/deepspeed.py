@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from rayalign.learners import deepspeed_state as state
 from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
 from rayalign.learners.deepspeed_config import OWNED, engine_config, init_process
 from rayalign.learners.lora import load_adapted, part_of
+from rayalign.learners.roles import DeepSpeedRole
 from rayalign.record import Unfit
 
 __all__ = ["DeepSpeedLearner", "DeepSpeedLearnerConfig", "init_process"]
@@ -32,6 +33,11 @@ class DeepSpeedLearnerConfig(LearnerSettings):
         2, description="what the ranks share out: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters"
     )
     offload: Literal["none", "cpu"] = Field("none", description="where optimiser state lives (stages 1 to 3)")
+    roles: Mapping[str, DeepSpeedRole] = Field(
+        {},
+        description="by role (critic, reference): in what it differs from the policy, and whether it lives apart",
+        examples=[{"critic": {"ranks": 2, "zero_stage": 3}}],
+    )
     config: dict[str, Any] = Field({}, description="merged into DeepSpeed's own config, for what is not said here")
 
     @field_validator("config")
@@ -170,13 +176,21 @@ class DeepSpeedLearner(RankLearner):
             else:
                 yield name, parameter.data
 
+    def shares_of(self, whole: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for (name, parameter), (_, tensor) in zip(self.part.own(), whole, strict=True):
+            if self.stage == 3:
+                size = parameter.ds_tensor.numel()  # the last rank's may end in padding
+                tensor = tensor.reshape(-1)[self.rank * size : (self.rank + 1) * size]
+            yield name, tensor
+
     @torch.no_grad()
-    def _blend(self, source: RankLearner, decay: float) -> None:
-        # Both roles have the same model, stage and ranks, so that shares match and nothing has to be gathered.
+    def _blend(self, shares: Iterator[tuple[str, Tensor]], decay: float) -> None:
         keep_master = decay > 0.0 and self.dtype is not torch.float32
         if not keep_master:
             self.master = {}
-        for (name, own), (_, other) in zip(self.shares(), source.shares(), strict=True):
+        for (name, own), (_, other) in zip(self.shares(), shares, strict=True):
+            if own.shape != other.shape:
+                own = own[: other.numel()]  # without padding
             if decay == 0.0:
                 own.copy_(other)
             elif keep_master:

@@ -136,6 +136,8 @@ def load_adapted(spec: LearnerSpec, dtype: torch.dtype) -> Network:
         )
     if spec.lora is not None:
         attach(network, spec)
+    if spec.value_head:
+        network.add_value_head()
     return network
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from rayalign.errors import ConfigError
 from rayalign.learners.columns import ColumnHead, Teacher, scattered
 from rayalign.learners.network import Images, Network, load_pretrained
 from rayalign.learners.settings import LearnerSpec
-from rayalign.types import AnyColumn
+from rayalign.types import AnyColumn, Column
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -73,6 +73,7 @@ class CausalPolicy(Network):
             raise _unknown_head(model)
         self._vocabulary = head.out_features
         self.head = ColumnHead(head, _logit_scaling(model.config.get_text_config()))
+        self.value_head: nn.Linear | None = None
         self.eval()
         self._check_head()
         self._check_packing()
@@ -114,11 +115,28 @@ class CausalPolicy(Network):
         """See Network.forward. `teaching` gives "hidden" [N, H], "weight" [V, H] and "bias" [V] or none."""
         keep = mask.bool()
         hidden, flat = self._states(input_ids, attention_mask, positions, keep, images), labels[keep]  # [N, H], [N]
+        if Column.STATE_VALUES in columns and self.value_head is not None:
+            others = tuple(column for column in columns if column is not Column.STATE_VALUES)
+            values = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+            numbers = self.head(hidden, flat, others, temperature, chunk, teacher, False) if others else ()
+            named = [column.value for column in (*others, Column.STATE_VALUES)]
+            return dict(zip(named, scattered(keep, [*numbers, values]), strict=True))
         found = self.head(hidden, flat, tuple(columns), temperature, chunk, teacher, teaching)
         if teaching:
             weight, bias = found
             return {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
         return dict(zip([column.value for column in columns], scattered(keep, found), strict=True))
+
+    def add_value_head(self) -> None:
+        """All zeros: every state is worth nothing until it has learned."""
+        head = self.head.weight
+        self.value_head = nn.Linear(head.shape[1], 1, device=head.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def extra_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        if self.value_head is not None:
+            yield from self.value_head.named_parameters("value_head")
 
     @torch.no_grad()
     def _check_head(self) -> None:

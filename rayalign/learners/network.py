@@ -130,6 +130,19 @@ class Network(nn.Module):
         """Parameters under their Hugging Face names, tied ones once."""
         return self.model.named_parameters()
 
+    def extra_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters beside the model's own, which are neither pushed nor exported."""
+        yield from ()
+
+    def add_value_head(self) -> None:
+        """A scalar head for STATE_VALUES, where there is none. Raises ConfigError for a network that can have none."""
+        raise ConfigError(
+            "this network takes no value head",
+            value=type(self.model).__name__,
+            rule="a language model, which shares its trunk with the critic",
+            remedy="set algorithm.critic.shared=false",
+        )
+
     def export(self, path: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Write `state` (all of `named_weights`, full tensors) as a checkpoint in `dtype`."""
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}

@@ -126,23 +126,25 @@ class ScoreNetwork(Network):
         teacher: Teacher | None = None,
         teaching: bool = False,
     ) -> dict[str, Tensor]:
-        """See Network.forward. The only column is VALUES, in the unit of the score, or with several labels CLASSES;
-        the temperature plays no part."""
-        own = Column.VALUES if self.labels == 1 else Column.CLASSES
-        wrong = [column for column in columns if column is not own]
+        """See Network.forward. The columns are VALUES and, of a decoder, STATE_VALUES, in the unit of the score; or
+        with several labels CLASSES. The temperature plays no part."""
+        own = (Column.VALUES, Column.STATE_VALUES) if self.labels == 1 else (Column.CLASSES,)
+        wrong = [column for column in columns if column not in own or not (self.tokenwise or column is own[0])]
         if wrong or teaching:
             raise refused("a score network", wrong[0] if wrong else Column.REFERENCE_KL)
         keep = mask.bool()
-        if own is Column.CLASSES:
-            return {own.value: self._classes(input_ids, attention_mask, positions, keep)}
-        if self.tokenwise:
-            # `positions` predict the labels; the value is that of having read the label, one further on.
-            hidden = self._states(input_ids, attention_mask, positions + 1, keep)
-            values = self.model.score(hidden)[:, 0]
-        else:
+        if Column.CLASSES in own:
+            return {Column.CLASSES.value: self._classes(input_ids, attention_mask, positions, keep)}
+        if not self.tokenwise:
             scores = self._pooled(input_ids, attention_mask, positions)[:, 0]
-            values = scores.unsqueeze(1).expand(keep.shape)[keep]
-        return {Column.VALUES.value: scattered(keep, [values])[0]}
+            return {Column.VALUES.value: scattered(keep, [scores.unsqueeze(1).expand(keep.shape)[keep]])[0]}
+        found = {}
+        for column in columns:
+            # `positions` predict the labels; the value of having read the label is one further on.
+            at = positions + 1 if column is Column.VALUES else positions
+            values = self.model.score(self._states(input_ids, attention_mask, at, keep))[:, 0]
+            found[column.value] = scattered(keep, [values])[0]
+        return found
 
     def _classes(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         """[R, L] of the whole sequences, in float32."""

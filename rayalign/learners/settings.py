@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayalign.learners.roles import RoleSettings
 from rayalign.record import Record, Unfit
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -101,6 +102,31 @@ class LearnerSettings(Record):
     train_vision: bool = Field(False, description="of a model that sees images: train the part that sees them as well")
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: its share")
     deadline_s: float = Field(1800.0, gt=0, description="seconds after which a call to this learner counts as lost")
+    roles: Mapping[str, RoleSettings] = Field(
+        {},
+        description="by role (critic, reference): in what it differs from the policy, and whether it lives apart",
+        examples=[{"critic": {"ranks": 2}}],
+    )
+
+    def of_role(self, role: str) -> Self:
+        """These settings with what the role has of its own."""
+        own = self.roles.get(role)
+        return self.model_copy(update={**(own.changes() if own is not None else {}), "roles": {}})
+
+    def is_apart(self, role: str) -> bool:
+        """Whether the role lives in a group of actors of its own."""
+        return role in self.roles and self.roles[role].lives_apart
+
+    @model_validator(mode="after")
+    def _policys_own(self) -> Self:
+        if "policy" in self.roles:
+            raise Unfit(
+                "the policy's settings are the learner's",
+                key="roles",
+                rule="roles other than the policy: critic, reference",
+                remedy="write its settings under learner, and take roles.policy out",
+            )
+        return self
 
     @model_validator(mode="after")
     def _packable(self) -> LearnerSettings:
@@ -133,6 +159,8 @@ class LearnerSpec:
         segments: whether a prompt and its answer are two segments of an encoder, see data.tokens.Turns.
         lora: train an adapter instead of the weights.
         adapters: roles that get an adapter of their own beside this role's, in the same model.
+        value_head: of a language model: a scalar head beside its own, for STATE_VALUES. It is trained, saved and
+            restored with the learner, and neither pushed nor exported.
         shares: the role, built before this one, whose model is this one's too: with the adapter that it has for this
             role, or else without any.
     """
@@ -154,6 +182,7 @@ class LearnerSpec:
     seed: int = 0
     lora: LoraConfig | None = None
     adapters: tuple[str, ...] = ()
+    value_head: bool = False
     shares: str | None = None
 
     def __post_init__(self) -> None:
@@ -165,3 +194,18 @@ class LearnerSpec:
             raise ValueError(f"the {self.role} learner cannot share a model: it is trained, or has a head of its own")
         if self.lora is None and self.adapters:
             raise ValueError(f"the {self.role} learner has adapters, but no lora")
+
+
+def by_group(settings: LearnerSettings, specs: Sequence[LearnerSpec]) -> dict[str, list[LearnerSpec]]:
+    """The groups of actors that the roles of a run live in: "learner" has the policy and all roles beside it, and each
+    role apart has one of its name. The settings are the learner's, the specs' own are those of their roles."""
+    found: dict[str, list[LearnerSpec]] = {}
+    for spec in specs:
+        found.setdefault(spec.role if settings.is_apart(spec.role) else "learner", []).append(spec)
+    return found
+
+
+def apart_ranks(settings: LearnerSettings, specs: Sequence[LearnerSpec]) -> dict[str, int]:
+    """The groups of roles apart → their ranks."""
+    groups = {name: inside[0].settings for name, inside in by_group(settings, specs).items() if name != "learner"}
+    return {name: getattr(own, "ranks", 1) for name, own in groups.items()}

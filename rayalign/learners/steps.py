@@ -52,9 +52,10 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
 
     Returns:
         (summed, same): this rank's part of the loss and of the algorithm's metrics, already divided by global
-        counts and averaged over the optimiser steps, each weighing as many examples as it has, so that the sum over
-        ranks is the mean; and lr, grad_norm (the largest of the optimiser steps, before clipping) and padding (the
-        share of padding in all positions of all ranks' micro-batches), the same on all ranks.
+        counts and averaged over the optimiser steps that were taken (after any of them the algorithm may say that it
+        is enough), each weighing as many examples as it has, so that the sum over ranks is the mean; and lr,
+        grad_norm (the largest of the optimiser steps, before clipping) and padding (the share of padding in all
+        positions of all ranks' micro-batches), the same on all ranks.
 
     Raises:
         TrainingStopped: a loss or a gradient that is not finite, on every rank alike.
@@ -66,19 +67,28 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
         raise ConfigError(f"the {role} learner is frozen and cannot be trained", where=role)
     _require(examples, "a training step")
     rate = _rate(learner, plan)
-    largest, summed, positions = 0.0, {}, [0, 0]
-    for epoch in range(plan.epochs):
-        for part in minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch):
-            chosen = [examples[index] for index in part]
-            numbers, norm = _optimizer_step(learner, chosen, algorithm, rate, plan.step)
-            largest, weight = max(largest, norm), len(chosen) / (len(examples) * plan.epochs)
-            for name, value in numbers.items():
-                summed[name] = summed.get(name, 0.0) + value * weight
-            seen = with_rows(chosen, slice(algorithm.loss_rows))
-            for place, count in enumerate(learner.positions(seen, learner.split(seen, learner.world_size))):
-                positions[place] += count
+    parts = [
+        part
+        for epoch in range(plan.epochs)
+        for part in minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch)
+    ]
+    watched = getattr(algorithm, "watched", ())
+    largest, summed, positions, taken, done = 0.0, {}, [0, 0], 0, 0
+    for part in parts:
+        chosen = [examples[index] for index in part]
+        numbers, norm = _optimizer_step(learner, chosen, algorithm, rate, plan.step)
+        largest, taken, done = max(largest, norm), taken + len(chosen), done + 1
+        for name, value in numbers.items():
+            summed[name] = summed.get(name, 0.0) + value * len(chosen)
+        seen = with_rows(chosen, slice(algorithm.loss_rows))
+        for place, count in enumerate(learner.positions(seen, learner.split(seen, learner.world_size))):
+            positions[place] += count
+        if watched and algorithm.enough({name: learner.total(numbers.get(name, 0.0)) for name in watched}):
+            break
     same = {"lr": rate, "grad_norm": largest, "padding": 1.0 - positions[0] / positions[1]}
-    return summed, same
+    if watched:
+        same |= {"updates/done": float(done), "updates/planned": float(len(parts))}
+    return {name: value / taken for name, value in summed.items()}, same
 
 
 def _rate(learner: RankLearner, plan: UpdatePlan) -> float:

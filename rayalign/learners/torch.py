@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from rayalign.errors import CheckpointError
 from rayalign.learners.base import LearnerSettings, LearnerSpec, RankLearner
 from rayalign.learners.lora import load_adapted, part_of, settings_of
 from rayalign.learners.network import Network
+from rayalign.learners.roles import TorchRole
 
 MARKER, WEIGHTS, OPTIMIZER = "learner.json", "weights.safetensors", "optimizer.pt"
 
@@ -26,6 +27,11 @@ class TorchLearnerConfig(LearnerSettings):
 
     name: Literal["torch"] = "torch"
     ranks: Literal[1] = Field(1, description="this learner is one process")
+    roles: Mapping[str, TorchRole] = Field(
+        {},
+        description="by role (critic, reference): in what it differs from the policy, and whether it lives apart",
+        examples=[{"reference": {"apart": True}}],
+    )
 
     def build(
         self, specs: Sequence[LearnerSpec], *, rank: int, world_size: int, address: tuple[str, int]
@@ -103,10 +109,16 @@ class TorchLearner(RankLearner):
     def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
         return nullcontext()
 
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        return self.own_tensors()
+
+    def shares_of(self, whole: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return whole
+
     @torch.no_grad()
-    def _blend(self, source: RankLearner, decay: float) -> None:
-        for (_, own), (_, other) in zip(self.own_tensors(), source.own_tensors(), strict=True):
-            own.copy_(other) if decay == 0.0 else own.lerp_(other.to(own.dtype), 1.0 - decay)
+    def _blend(self, shares: Iterator[tuple[str, Tensor]], decay: float) -> None:
+        for (_, own), (_, other) in zip(self.shares(), shares, strict=True):
+            own.copy_(other) if decay == 0.0 else own.lerp_(other.to(own), 1.0 - decay)
 
     def save(self, path: Path) -> None:
         """Weights, optimiser and random state; of a frozen role that is still the checkpoint's, a marker only."""
@@ -115,7 +127,7 @@ class TorchLearner(RankLearner):
         marker = {"learner": "torch", "role": self.spec.role, "weights": changed, "lora": settings_of(self.spec)}
         (path / MARKER).write_text(json.dumps(marker))
         if changed:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self.own_tensors()}, path / WEIGHTS)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in self._saved_tensors()}, path / WEIGHTS)
         if self._optimizer is not None:
             state = {
                 "optimizer": self._optimizer.state_dict(),
@@ -133,7 +145,7 @@ class TorchLearner(RankLearner):
         self.refreshed = marker["weights"] and not self.spec.trainable
         if marker["weights"]:
             weights = load_file(path / WEIGHTS)
-            own = dict(self.own_tensors())
+            own = dict(self._saved_tensors())
             check_names(
                 path / WEIGHTS,
                 {name: tuple(t.shape) for name, t in weights.items()},
@@ -148,6 +160,10 @@ class TorchLearner(RankLearner):
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def _saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.own_tensors()
+        yield from ((name, parameter.detach()) for name, parameter in self.policy.extra_weights())
 
     def close(self) -> None:
         super().close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from rayalign.build import prompts_for
 from rayalign.data.order import held_out_count
@@ -192,6 +193,30 @@ def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
     )
     in_micro = largest * len(rows) * max((len(row.completion_ids) for row in rows), default=0)
     return batches, Micro(largest * len(rows) * longest, longest, in_micro)
+
+
+def micros_of_roles(config: Config, lengths: Lengths, batches: Batches) -> dict[str, Micro]:
+    """The largest micro-batch of each role with settings of its own, by which it may be another one."""
+    if not getattr(config.learner, "roles", {}):
+        return {}
+    made = max(examples_of_a_prompt(config, lengths), key=lambda example: len(example.sequences), default=None)
+    return {
+        role: _largest_micro(made, batches.minibatch, config.learner.of_role(role)) for role in config.learner.roles
+    }
+
+
+def _largest_micro(made: Example | None, count: int, settings: Any) -> Micro:
+    rows = made.sequences if made is not None else ()
+    plan = split(
+        list(lengths_of([made] if made is not None else [])) * count,
+        ranks=getattr(settings, "ranks", 1),
+        micro_batch_tokens=settings.micro_batch_tokens,
+        packed=settings.packing,
+    )
+    largest = max((len(micro) for rank in plan for micro in rank), default=0)
+    longest = max((len(row) for row in rows), default=0)
+    answer = max((len(row.completion_ids) for row in rows), default=0)
+    return Micro(largest * len(rows) * longest, longest, largest * len(rows) * answer)
 
 
 def _passes(config: Config, rollouts: int, lengths: Lengths) -> float | None:

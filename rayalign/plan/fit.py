@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rayalign.build import learner_specs
 from rayalign.errors import ConfigError
-from rayalign.plan.batches import count_batches
+from rayalign.learners.settings import apart_ranks
+from rayalign.plan.batches import count_batches, micros_of_roles
 from rayalign.plan.engines import engine_memory
 from rayalign.plan.learners import compute_width, learner_memory, push_bytes, shares_gpus
 from rayalign.plan.notes import notes_of
 from rayalign.plan.records import GIB, Fit, Lengths, Load, Problem, RoleMemory
+from rayalign.plan.roles import largest_bytes, planned_roles
 from rayalign.plan.scorers import scorer_memory
 from rayalign.plan.shapes import Shape
 from rayalign.runtime.placement import Node, Place, place
@@ -29,7 +32,11 @@ def evaluate(config: Config, shape: Shape, lengths: Lengths, nodes: Sequence[Nod
     except ConfigError as error:
         places, problems = (), [Problem.of(error)]
     gpu_gib = min((node.gpu_gib for node in nodes if node.gpus), default=0.0)
-    memory, cache, wrong = learner_memory(config, shape, micro, on_gpu=on_gpu) if config.learns else (), None, []
+    memory: tuple[RoleMemory, ...] = ()
+    cache, wrong = None, []
+    if config.learns:
+        micros = micros_of_roles(config, lengths, batches)
+        memory = learner_memory(config, shape, micro, on_gpu=on_gpu, micros=micros)
     if config.samples:
         engine, cache, wrong = engine_memory(config, shape, gpu_gib=gpu_gib, on_gpu=on_gpu)
         memory = (engine, *memory)
@@ -66,18 +73,30 @@ def places_for(config: Config, nodes: Sequence[Node]) -> tuple[Place, ...]:
         scorers=config.scorer_actors,
         scorer_gpus=getattr(config.scorer, "gpus", 0),
         colocate=config.placement.colocate,
+        apart=apart_of(config),
     )
+
+
+def apart_of(config: Config) -> dict[str, int]:
+    """Roles in a group of actors of their own → its ranks."""
+    if not config.learns or not getattr(config.learner, "roles", {}):
+        return {}
+    return apart_ranks(config.learner, learner_specs(config, None, policy=None, train=True))
 
 
 def _kind(actor: str) -> str:
     return actor.rpartition("-")[0]
 
 
+def _kinds(memory: Sequence[RoleMemory]) -> dict[str, None]:
+    """Kinds of actors, in the order of the plan; a role apart is one of its own."""
+    return dict.fromkeys(("engine", "learner", *(each.actor for each in memory if each.actor != "scorer"), "scorer"))
+
+
 def _gpu_loads(config: Config, places: Sequence[Place], memory: Sequence[RoleMemory]) -> tuple[Load, ...]:
     """GPUs that hold the same are one line. Engine and learner that share a GPU are added up: what a learner's
     allocator has reserved in an update it keeps while the engine is awake."""
-    kinds_there = ("engine", "learner", "scorer")
-    needs = {kind: sum(r.device.total for r in memory if r.actor == kind) / GIB for kind in kinds_there}
+    needs = {kind: sum(r.device.total for r in memory if r.actor == kind) / GIB for kind in _kinds(memory)}
     shared = shares_gpus(config)
     found: dict[tuple[tuple[str, ...], float], list[str]] = {}
     on_gpu = [each for each in places if each.gpus > 0]
@@ -98,9 +117,7 @@ def _host_loads(
     config: Config, shape: Shape, nodes: Sequence[Node], places: Sequence[Place], memory: Sequence[RoleMemory]
 ) -> tuple[Load, ...]:
     """Memory of each node: its actors, the driver on the first, and pushed weights where they leave and arrive."""
-    needs = {
-        kind: sum(r.host.total for r in memory if r.actor == kind) / GIB for kind in ("engine", "learner", "scorer")
-    }
+    needs = {kind: sum(r.host.total for r in memory if r.actor == kind) / GIB for kind in _kinds(memory)}
     local = config.placement.name == "local"
     whole = push_bytes(config, shape) / 2 / GIB
     push = 2 * whole if config.samples and config.learns else 0.0
@@ -143,20 +160,21 @@ def _overfull(load: Load) -> Problem:
 
 def cannot_load(config: Config, shape: Shape, nodes: Sequence[Node]) -> bool:
     """Whether one whole model in the learner's dtype is more than a GPU has: no number of ranks changes that."""
-    gpu_gib = min((node.gpu_gib for node in nodes if node.gpus), default=0.0)
-    return bool(gpu_gib) and compute_width(config)[0] * shape.parameters > gpu_gib * GIB
+    return bool(config.learns and _loading_problems(config, shape, nodes))
 
 
 def _loading_problems(config: Config, shape: Shape, nodes: Sequence[Node]) -> list[Problem]:
-    if not cannot_load(config, shape, nodes):
+    gpu_gib = min((node.gpu_gib for node in nodes if node.gpus), default=0.0)
+    whole = largest_bytes(config, planned_roles(config, shape)) / GIB
+    if not gpu_gib or whole <= gpu_gib:
         return []
-    whole = compute_width(config)[0] * shape.parameters / GIB
+    policys = whole == compute_width(config)[0] * shape.parameters / GIB
     return [
         Problem(
             "a learner rank cannot load this model",
-            "key model.path",
+            "key model.path" if policys else "key algorithm.critic.model",
             f"{whole:.1f} GiB of weights, whole on each GPU before ZeRO-3 shares them out",
-            f"at most {min(node.gpu_gib for node in nodes if node.gpus):.1f} GiB",
+            f"at most {gpu_gib:.1f} GiB",
             f"GPUs with more than {whole:.0f} GiB: no number of ranks makes this smaller",
         )
     ]

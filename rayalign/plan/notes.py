@@ -8,6 +8,7 @@ from rayalign.build import has_cached_reference
 from rayalign.plan.learners import shares_gpus
 from rayalign.plan.opponents import notes_of_opponents
 from rayalign.plan.records import EngineCache, Lengths
+from rayalign.plan.roles import critic_is_there
 from rayalign.plan.scorers import notes_of_scorers
 from rayalign.runtime.placement import Node
 from rayalign.schema import Config
@@ -21,6 +22,7 @@ def notes_of(config: Config, cache: EngineCache | None, nodes: Sequence[Node], l
     """
     return (
         *_of_engine(config, cache, nodes),
+        *_of_roles(config),
         *_of_search(config),
         *notes_of_scorers(config),
         *_of_nodes(nodes),
@@ -38,6 +40,16 @@ def _of_engine(config: Config, cache: EngineCache | None, nodes: Sequence[Node])
         )
     if shares_gpus(config) and any(node.gpus for node in nodes):
         yield "engine and learner are added up: a learner keeps what it reserved while the engine is awake"
+
+
+def _of_roles(config: Config) -> Iterator[str]:
+    """Which memory is counted once."""
+    if not config.learns or getattr(config.algorithm, "critic_algorithm", None) is None:
+        return
+    if not critic_is_there(config):
+        yield f"algorithm.critic.model={config.algorithm.critic.model} is not on this machine: planned as the policy's"
+    if not config.learner.is_apart("critic"):
+        yield "policy and critic are trained one after the other: activations stand with the one that needs more"
 
 
 def _of_search(config: Config) -> Iterator[str]:

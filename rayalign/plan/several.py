@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from rayalign.plan.fit import apart_of
 from rayalign.plan.learners import shares_gpus
 from rayalign.plan.records import Change, Fit
 from rayalign.runtime.placement import Node
@@ -101,6 +102,8 @@ def thin_ranks(config: Config, nodes: Sequence[Node], settings: dict[str, Any] |
     taken = 0
     if gpus and config.samples and not shares_gpus(config):
         taken = config.engine.count * parallel + config.scorer_actors * getattr(config.scorer, "gpus", 0)
+    if gpus and not shares_gpus(config):
+        taken += sum(apart_of(config).values())
     room = min((gpus or sum(node.cpus for node in nodes)) - taken, config.rollout.prompts)
     return sorted({now, *(room >> n for n in range(max(room, 0).bit_length()))})
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from rayalign.api import Result, quiet_libraries, run_training
 from rayalign.build import examples_for, load_tokenizer, prompts_for
-from rayalign.checks import check_labelling, check_rollouts, check_scorer, check_training
+from rayalign.checks import check_critic, check_labelling, check_rollouts, check_scorer, check_training
 from rayalign.config import Rounds, Stage, parse_config, save_config
 from rayalign.config.references import renamed
 from rayalign.console import Console
@@ -116,6 +116,7 @@ def _check_stage(rounds: Rounds, stage: Stage) -> None:
     config = rounds.standing(stage)
     if config.learns:
         check_training(config)
+        check_critic(config)
     else:
         check_labelling(config)
     if not any(key.startswith("scorer.") for key in stage.references):

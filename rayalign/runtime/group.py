@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import ray
 
 from rayalign.errors import LearnerLost
 from rayalign.learners.merge import merge_annotations, merge_metrics
+from rayalign.memory import peak_gib
 from rayalign.protocols import Algorithm, UpdatePlan, WeightPush
 from rayalign.runtime.actors import start_actor
 from rayalign.runtime.placement import Place
-from rayalign.runtime.transport import put_chunk
+from rayalign.runtime.transport import put_chunk, resolve_push
 from rayalign.runtime.wait import wait_all
 from rayalign.types import AnyColumn, Example, Metrics
 
@@ -41,6 +42,13 @@ class LearnerHost:
 
     def run(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._roles[role], method)(*args, **kwargs)
+
+    def take(self, role: str, push: WeightPush, decay: float) -> None:
+        """Weights of a role in another group, as handles, into a role of this one."""
+        self._roles[role].take(resolve_push(push), decay=decay)
+
+    def memory_gib(self) -> float:
+        return peak_gib()
 
 
 class LearnerGroup:
@@ -80,13 +88,27 @@ class LearnerGroup:
     def ready(self) -> None:
         self._wait(self._building, "load the model", self._start_deadline_s)
 
-    def role(self, name: str) -> RoleOnRanks:
-        return RoleOnRanks(self, name)
+    def role(self, name: str, others: Mapping[str, LearnerGroup] | None = None) -> RoleOnRanks:
+        """
+        Args:
+            others: groups of actors by the roles in them that this one may follow, other than those of this group.
+        """
+        return RoleOnRanks(self, name, others or {})
 
     def run(self, role: str, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """The answers of all ranks, in order. Raises LearnerLost naming a rank that died or is late."""
         refs = [actor.call.remote("run", role, method, *args, **kwargs) for actor in self.actors]
         return self._wait(refs, f"{method} of the {role}", self._deadline_s)
+
+    def take(self, role: str, push: WeightPush, decay: float) -> None:
+        """Weights of a role in another group into a role of this one, on all ranks."""
+        refs = [actor.call.remote("take", role, push, decay) for actor in self.actors]
+        self._wait(refs, f"the weights that the {role} follows", self._deadline_s)
+
+    def memory_gib(self) -> float:
+        """Peak memory of all ranks' processes."""
+        refs = [actor.call.remote("memory_gib") for actor in self.actors]
+        return sum(self._wait(refs, "memory_gib", self._deadline_s))
 
     def close(self) -> None:
         for actor in self.actors:
@@ -100,8 +122,8 @@ class LearnerGroup:
 class RoleOnRanks:
     """One role of a group, as a `protocols.Learner`."""
 
-    def __init__(self, group: LearnerGroup, role: str):
-        self._group, self._role = group, role
+    def __init__(self, group: LearnerGroup, role: str, others: Mapping[str, LearnerGroup]):
+        self._group, self._role, self._others = group, role, others
 
     def annotate(self, examples: Sequence[Example], columns: Sequence[AnyColumn]) -> list[Example]:
         shards = self._group.run(self._role, "annotate_shard", list(examples), tuple(columns))
@@ -120,7 +142,12 @@ class RoleOnRanks:
         return self._group.run(self._role, "push", version)[0]
 
     def refresh(self, source: str, *, decay: float = 0.0) -> None:
-        self._group.run(self._role, "refresh", source, decay=decay)
+        """From a role in other actors by a push, as it holds its weights: the same numbers arrive as beside it."""
+        if source not in self._others:
+            self._group.run(self._role, "refresh", source, decay=decay)
+            return
+        push = self._others[source].run(source, "push", 0, exact=True)[0]
+        self._group.take(self._role, push, decay)
 
     def temper(self, temperature: float) -> None:
         self._group.run(self._role, "temper", temperature)
@@ -136,7 +163,7 @@ class RoleOnRanks:
 
     def memory_gib(self) -> float:
         """Of all ranks' processes, all roles in them included."""
-        return sum(self._group.run(self._role, "memory_gib"))
+        return self._group.memory_gib()
 
     def close(self) -> None:
         self._group.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from typing import Literal
@@ -61,7 +61,7 @@ class Place:
     """Where one actor lives and what it may use.
 
     Attributes:
-        actor: its name, "engine-0", "learner-1" or "scorer-0".
+        actor: its name, "engine-0", "learner-1" or "scorer-0"; of a role that lives apart, "critic-0".
         cpus, gpus: what Ray reserves; fractions where actors take turns.
         cores: the CPU cores that it computes on.
     """
@@ -82,6 +82,7 @@ def place(
     scorers: int,
     colocate: bool,
     scorer_gpus: int = 0,
+    apart: Mapping[str, int] | None = None,
 ) -> tuple[Place, ...]:
     """Places for all actors, the largest needs first, each kind spread over the nodes.
 
@@ -89,6 +90,10 @@ def place(
     share. On CPU nodes every engine needs that many cores of its own, and so does every learner rank:
     engines and learners take turns on the same cores. A scorer takes `scorer_gpus` of one node where there are
     GPUs, or a part of the shared one; none of them: it computes on its node's cores.
+
+    Args:
+        apart: roles that live in a group of learner actors of their own → its ranks. They take slots as the policy's
+            ranks do, on nodes without other learners where there are such.
 
     Raises:
         ConfigError: the cluster cannot hold them.
@@ -107,24 +112,24 @@ def place(
     slots = {node.id: node.gpus if on_gpu else node.cpus for node in hosts}
     unit = "GPUs" if on_gpu else "CPU cores"
     engine_slots = _spread("engine.count", engines, tensor_parallel, hosts, dict(slots), unit)
-    taken = {node.id: tensor_parallel * engine_slots.count(node) for node in hosts}
     shared = colocate or not on_gpu
-    left = slots if shared else {node.id: slots[node.id] - taken[node.id] for node in hosts}
-    learner_slots = _spread("learner.ranks", learners, 1, hosts, dict(left), unit)
-    share = 0.45 if shared else 1.0  # two kinds take turns, and the scorers fit beside them
+    taken = Counter({node.id: 0 if shared else tensor_parallel * engine_slots.count(node) for node in hosts})
+    groups = {"learner": learners, **(apart or {})}
+    learner_slots = _learner_slots(groups, hosts, slots, taken, unit, shared=shared)
+    kinds = {"engine": (engine_slots, tensor_parallel), **{name: (some, 1) for name, some in learner_slots.items()}}
+    turns = Counter(node.id for some in learner_slots.values() for node in set(some))  # groups of learners there
     places = []
-    for kind, chosen, width in (("engine", engine_slots, tensor_parallel), ("learner", learner_slots, 1)):
+    for kind, (chosen, width) in kinds.items():
         on_nodes, before = Counter(node.id for node in chosen), Counter[str]()
         for index, node in enumerate(chosen):
-            on_node = on_nodes[node.id]
+            on_node, sharing = on_nodes[node.id], 1 if kind == "engine" else turns[node.id]
             cores = _cores(node, before[node.id], on_node)
             before[node.id] += 1
-            gpus = width * share if on_gpu else 0.0
-            cpus = 0.45 * node.cpus / on_node
+            # Two kinds take turns, and the scorers fit beside them.
+            gpus = 0.0 if not on_gpu else width * (0.45 / sharing if shared else 1.0)
+            cpus = 0.45 * node.cpus / on_node / sharing
             places.append(Place(f"{kind}-{index}", node, round(cpus, 3), gpus, cores))
     if on_gpu and scorer_gpus:
-        for node in learner_slots:
-            taken[node.id] += 1
         left = slots if colocate else {node.id: slots[node.id] - taken[node.id] for node in hosts}
         chosen = _spread("scorer.count", scorers, scorer_gpus, hosts, left, unit)
     else:
@@ -134,6 +139,23 @@ def place(
         cpus, gpus = 0.09 * node.cpus / on_nodes[node.id], scorer_gpus * (0.09 if colocate else 1.0)
         places.append(Place(f"scorer-{index}", node, round(cpus, 3), gpus, tuple(range(node.cpus))))
     return tuple(places)
+
+
+def _learner_slots(
+    groups: Mapping[str, int], hosts: Sequence[Node], slots: dict[str, int], taken: Counter, unit: str, *, shared: bool
+) -> dict[str, list[Node]]:
+    """Where the ranks of each group go: none shares a GPU, unless engines and learners do; then, and on CPUs, groups
+    take turns where there are too few nodes for each to have its own. `taken` gets what is not shared."""
+    found, before = {}, Counter[str]()
+    for name, ranks in groups.items():
+        key = "learner.ranks" if name == "learner" else f"learner.roles.{name}.ranks"
+        left = {node.id: slots[node.id] - taken[node.id] for node in hosts}
+        alone = {name: max(0, count - before[name]) for name, count in left.items()}
+        found[name] = _spread(key, ranks, 1, hosts, alone if shared and sum(alone.values()) >= ranks else left, unit)
+        for node in found[name]:
+            before[node.id] += 1
+            taken[node.id] += not shared
+    return found
 
 
 def _check_scorers(nodes: Sequence[Node], scorers: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rayalign.learners.base import LearnerSpec
+from rayalign.learners.settings import LearnerSpec, apart_ranks, by_group
 from rayalign.memory import peak_gib
 from rayalign.protocols import Roles
 from rayalign.runtime import cluster
@@ -44,43 +44,59 @@ def start_actors(
         scorers=config.scorer_actors,
         scorer_gpus=getattr(config.scorer, "gpus", 0),
         colocate=config.placement.colocate,
+        apart=apart_ranks(config.learner, specs),
     )
-    kinds = {kind: [p for p in places if p.actor.startswith(kind)] for kind in ("engine", "scorer", "learner")}
+    kinds: dict[str, list[Place]] = {"engine": [], "scorer": [], "learner": []}
+    for each in places:
+        kinds.setdefault(each.actor.rpartition("-")[0], []).append(each)
     say("starting " + ", ".join(f"{len(some)} {kind}{'s'[: len(some) > 1]}" for kind, some in kinds.items() if some))
     limits = {"start_deadline_s": config.placement.start_deadline_s, "log_dir": log_dir}
-    learners = _learners(config, specs, kinds["learner"], limits, stack) if specs else None
+    groups = _learners(config, specs, kinds, limits, stack)
     engines = _engines(kinds["engine"], engine, arguments, limits, stack) if config.samples else None
     scorers = _scorers(config, kinds["scorer"], limits, stack) if config.scorer_actors else None
     pools = [pool for pool in (engines, scorers) if pool is not None]
-    if learners is not None:
-        learners.start()
+    for group in groups.values():
+        group.start()
     for pool in pools:
         pool.ready()
-    if learners is not None:
-        learners.ready()
-    roles = Roles(*(learners.role(spec.role) for spec in specs)) if learners is not None else Roles(None)
+    for group in groups.values():
+        group.ready()
+    roles = _roles(config, specs, groups)
     takes_turns = config.placement.colocate and config.rollout.depth == 0
     turns = takes_turns and any(place.gpus > 0 for place in kinds["engine"])
 
     def memory() -> float:
-        trained = roles.policy.memory_gib() if roles.policy is not None else 0.0
-        return peak_gib() + sum(pool.memory_gib() for pool in pools) + trained
+        learning = sum(group.memory_gib() for group in groups.values())
+        return peak_gib() + sum(pool.memory_gib() for pool in pools) + learning
 
     return engines, scorers, roles, turns, memory
 
 
 def _learners(
-    config: Any, specs: list[LearnerSpec], places: list[Place], limits: dict[str, Any], stack: ExitStack
-) -> LearnerGroup:
-    learners = LearnerGroup(
-        places,
-        config.learner.build,
-        {"specs": _with_threads(specs, places[0])},
-        deadline_s=config.learner.deadline_s,
-        **limits,
-    )
-    stack.callback(learners.close)
-    return learners
+    config: Any, specs: list[LearnerSpec], places: dict[str, list[Place]], limits: dict[str, Any], stack: ExitStack
+) -> dict[str, LearnerGroup]:
+    """Groups of learner actors by name: "learner" with the policy and all roles beside it, and each role apart."""
+    groups: dict[str, LearnerGroup] = {}
+    for name, inside in by_group(config.learner, specs).items():
+        groups[name] = LearnerGroup(
+            places[name],
+            inside[0].settings.build,
+            {"specs": _with_threads(inside, places[name][0])},
+            deadline_s=config.learner.deadline_s,
+            **limits,
+        )
+        stack.callback(groups[name].close)
+    return groups
+
+
+def _roles(config: Any, specs: Sequence[LearnerSpec], groups: dict[str, LearnerGroup]) -> Roles:
+    """Each knows the groups of the others, whose weights it may have to follow."""
+    home = {spec.role: name for name, inside in by_group(config.learner, specs).items() for spec in inside}
+    roles = {}
+    for role, name in home.items():
+        others = {other: groups[there] for other, there in home.items() if there != name}
+        roles[role] = groups[name].role(role, others)
+    return Roles(**{"policy": None, **roles})
 
 
 def _engines(

@@ -22,7 +22,7 @@ AT_ONCE = 32  # groups that are scored in one call, at most: more would keep oth
 TAKEN = (
     *("reward", "rewards", "length", "truncated", "completion", "rollout", "time", "memory", "kl", "loss", "logps"),
     *("step", "eval", "held_out", "win_rate", "examples", "pairs", "best_of_n", "distinct_1", "distinct_2"),
-    *("ranking", "likelihood", "candidates", "gold"),
+    *("ranking", "likelihood", "candidates", "gold", "groups", "answers", "score", "advantage", "policy", "critic"),
 )
 
 
@@ -151,7 +151,23 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
         )
     metrics = {**group.metrics, **metrics}  # a search has counted its candidates
     scores = _checked(group, found.scores, who)
-    return replace(group, scores=scores, preferences=preferences, metrics=metrics, contested=contested)
+    tokens = _token_scores(group, found.token_scores, who) if found.token_scores else ()
+    more = {"preferences": preferences, "metrics": metrics, "contested": contested, "token_scores": tokens}
+    return replace(group, scores=scores, **more)
+
+
+def _token_scores(group: Group, rows: Sequence[Sequence[float]], who: str) -> tuple[tuple[float, ...], ...]:
+    """One finite number for each token of each completion."""
+    found = tuple(tuple(float(score) for score in row) for row in rows)
+    counts = [len(completion.token_ids) for completion in group.completions]
+    if [len(row) for row in found] != counts or not all(math.isfinite(score) for row in found for score in row):
+        raise ScoreError(
+            "the rewards of tokens do not fit the answers",
+            where=f"{who}, prompt {group.prompt.index}",
+            value=f"{[len(row) for row in found]} numbers",
+            rule=f"one finite number a token: {counts}",
+        )
+    return found
 
 
 def _matrix(group: Group, rows: Sequence[Sequence[float]], who: str) -> tuple[tuple[float, ...], ...]:

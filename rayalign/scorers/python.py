@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import math
 import platform
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rayalign.errors import ConfigError, ScoreError
+from rayalign.errors import ConfigError, ScoreError, ScorerLost
 from rayalign.record import Unfit
 from rayalign.registry import did_you_mean
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
-from rayalign.types import Group
+from rayalign.scorers.failing import Tolerance, TooLate, Worker, judged, named
+from rayalign.types import Group, Judgement
 
+log = logging.getLogger("rayalign")
 TEXTS = ("prompts", "completions")
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
-class Python(ScorerConfig):
+class Python(ScorerConfig, Tolerance):
     """A function of one's own: score(prompts, completions, …) → one number a completion.
 
     It is called by keyword, with lists of the same length: `prompts` and `completions` are texts (a prompt of
     several messages is one, each behind its role), and every other parameter gets the column of the prompt file that
     has its name, or what `arguments` says. A function that takes `**columns` gets all columns. Each scorer actor
-    imports it once, and keeps what its module holds.
+    imports it once, and keeps what its module holds. Where a call fails, or takes longer than `timeout_s`, its groups
+    are scored one by one, and the completions of a group that fails too, so that the one at fault is known.
     """
 
     paper: ClassVar = "Lambert et al. 2024, arXiv:2411.15124 (rewards that are functions)"
@@ -37,6 +44,9 @@ class Python(ScorerConfig):
         examples=["my_pkg.rewards:score"],
     )
     arguments: dict[str, Any] = Field({}, description="more keywords, the same in every call")
+    timeout_s: float | None = Field(
+        None, gt=0, description="seconds after which a call of the function has failed; default a quarter of deadline_s"
+    )
 
     @model_validator(mode="after")
     def _callable(self) -> Python:
@@ -81,29 +91,113 @@ class Python(ScorerConfig):
         except Unfit as error:
             where, value = "key scorer.function", f"{self.function} on {platform.node()}"
             raise ConfigError(error.what, where=where, value=value, rule=error.rule, remedy=error.remedy) from error
-        wanted = _columns(function, self.arguments)
+        return _Calls(self, function)
 
-        def score_groups(groups: Sequence[Group]) -> list[list[float]]:
-            flat = [(group, text) for group in groups for text in group.texts]
-            texts = {"prompts": [g.prompt.conversation for g, _ in flat], "completions": [text for _, text in flat]}
-            found = _numbers(self._called(function, {**texts, **wanted(flat), **self.arguments}), len(flat), self)
-            numbers = iter(found)
-            return [[next(numbers) for _ in group.texts] for group in groups]
+    @model_validator(mode="after")
+    def _time_to_find_out(self) -> Python:
+        if self.timeout_s is not None and self.timeout_s > self.deadline_s / 4:
+            raise Unfit(
+                "there would be no time to find the completion at fault",
+                key="timeout_s",
+                rule=f"at most a quarter of deadline_s={self.deadline_s:g}",
+                remedy=f"set scorer.deadline_s={4 * self.timeout_s:g}, or lower timeout_s",
+            )
+        return self
 
-        return score_groups
 
-    def _called(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+class _Fault(Exception):
+    """A call that gave no scores."""
+
+    def __init__(self, error: ScoreError):
+        super().__init__(error.what)
+        self.error = error
+
+
+class _Calls:
+    """The ScoreFunction: groups → judgements, by as few calls as will do."""
+
+    def __init__(self, config: Python, function: Callable[..., Any]):
+        self._config, self._function = config, function
+        self._columns = _columns(function, config.arguments)
+        self._worker = Worker()
+        self._timeout_s = config.timeout_s or config.deadline_s / 4
+        self._until = 0.0
+
+    def __call__(self, groups: Sequence[Group]) -> list[Sequence[float] | Judgement]:
+        self._until = time.monotonic() + 0.9 * self._config.deadline_s
+        flat: list[float | None]
         try:
-            return function(**arguments)
+            flat = list(self._scores(groups))
+        except _Fault as fault:
+            flat = self._one_by_one(groups, fault.error)
+        if self._config.on_error != "error":
+            return list(judged(groups, flat, self._config.on_error))
+        numbers = iter(flat)
+        return [[next(numbers) for _ in group.texts] for group in groups]  # type: ignore[misc]
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def _one_by_one(self, groups: Sequence[Group], error: ScoreError) -> list[float | None]:
+        """After all of them failed together: None for completions that fail alone. Raises ScoreError where failing
+        ends the run."""
+        found: list[float | None] = []
+        for group in groups:
+            try:
+                found += self._scores([group])
+            except _Fault:
+                found += [self._alone(group, place) for place in range(len(group.texts))]
+        if self._config.on_error == "error":  # none of them fails alone
+            raise error
+        return found
+
+    def _alone(self, group: Group, place: int) -> float | None:
+        one = replace(group, texts=(group.texts[place],), completions=(group.completions[place],))
+        try:
+            return self._scores([one])[0]
+        except _Fault as fault:
+            if self._config.on_error == "error":
+                raise named(fault.error, group, place) from fault.error
+            log.warning("%s", named(fault.error, group, place))
+            return None
+
+    def _scores(self, groups: Sequence[Group]) -> list[float]:
+        """One call. Raises _Fault, and ScoreError where the function cannot be called."""
+        flat = [(group, text) for group in groups for text in group.texts]
+        texts = {"prompts": [g.prompt.conversation for g, _ in flat], "completions": [text for _, text in flat]}
+        arguments = {**texts, **self._columns(flat), **self._config.arguments}
+        where = f"scorer.function {self._config.function}"
+        allowed = min(self._timeout_s, self._until - time.monotonic())
+        try:
+            if allowed <= 0:
+                raise TooLate
+            return _numbers(self._worker(self._function, allowed, **arguments), [text for _, text in flat], where)
+        except TooLate:
+            error = ScoreError(
+                "the scoring function gave nothing within the deadline",
+                where=where,
+                value=f"{max(allowed, 0.0):.3g} s for {len(flat)} completions",
+                rule=f"scorer.timeout_s={self._timeout_s:g}, and all calls for some groups in scorer.deadline_s",
+                remedy="give it a deadline of its own for what it waits for, or raise scorer.deadline_s",
+            )
+            raise _Fault(error) from None
+        except ScorerLost:
+            raise
+        except ScoreError as error:
+            raise _Fault(error) from error.__cause__
         except Exception as error:  # it may fail in any way
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise ScoreError(
-                "the scoring function failed",
-                where=f"scorer.function {self.function}",
-                value=f"{type(error).__name__}: {error}, at {where.filename}:{where.lineno}",
-                rule="a number for every completion, the empty one included",
-                remedy="mend the function; try it on the texts of samples.jsonl",
-            ) from error
+            raise _Fault(_failed(error, where)) from error
+
+
+def _failed(error: Exception, where: str) -> ScoreError:
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return ScoreError(
+        "the scoring function failed",
+        where=where,
+        value=f"{type(error).__name__}: {error}, at {at.filename}:{at.lineno}",
+        rule="a number for every completion, the empty one included",
+        remedy="mend the function; try it on the texts of samples.jsonl; scorer.on_error=skip goes on without it",
+    )
 
 
 def _check(function: Any, config: Python) -> None:
@@ -176,9 +270,10 @@ def _columns(
     return columns
 
 
-def _numbers(given: Any, count: int, config: Python) -> list[float]:
+def _numbers(given: Any, texts: Sequence[str], where: str) -> list[float]:
     """The function's numbers as floats, in its order. Raises ScoreError when they are something else."""
-    where, rule = f"scorer.function {config.function}", f"a list of {count} numbers, one for each completion"
+    count = len(texts)
+    rule = f"a list of {count} numbers, one for each completion"
     given = given.tolist() if hasattr(given, "tolist") else given  # of numpy or torch
     if not isinstance(given, Sequence) or isinstance(given, str):
         remedy = "return a list, in the order of completions; a function of one completion has to loop over all"
@@ -197,6 +292,10 @@ def _numbers(given: Any, count: int, config: Python) -> list[float]:
             remedy = "return a number for it; 0.0, say, where there is nothing to score"
             value = f"{score!r} for completion {place} of the call"
             raise ScoreError("a score is no number", where=where, value=value, rule=rule, remedy=remedy) from None
+        if not math.isfinite(float(score)):
+            remedy = "make it return a finite number for every text, the empty one included"
+            value = f"{float(score)} for {texts[place]!r}"
+            raise ScoreError("a score is not a finite number", where=where, value=value, rule=rule, remedy=remedy)
     return [float(score) for score in given]
 
 

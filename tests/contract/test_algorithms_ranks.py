@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rayalign.learners.torch import TorchLearnerConfig
-from tests.contract.algorithms_rank import CASES, main, specs, two_steps
-from tests.contract.learner_cases import smooth, weights
+from tests.contract.algorithms_rank import CASES, main, specs, trained_weights, two_steps
+from tests.contract.learner_cases import smooth
 from tests.ranks import free_port, spawn
 from tests.tiny_models import build_tiny_llama
 
@@ -34,7 +34,7 @@ def in_one_process(model, name: str, **settings):
     algorithm, groups = CASES[name]
     config = TorchLearnerConfig(dtype="float32", threads=1, **settings)
     roles = config.build(specs(str(model), algorithm, config), rank=0, world_size=1, address=("", 0))
-    return two_steps(roles, algorithm, groups, everywhere=lambda value: [value]), weights(roles["policy"])
+    return two_steps(roles, algorithm, groups, everywhere=lambda value: [value]), trained_weights(roles)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -55,6 +55,8 @@ def columns_of(batch: Batch, policy: Tensor, reference: Tensor, wanted: Sequence
     for column in wanted:
         if column is Column.LOGPS:
             values = logps.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
+        elif column is Column.ENTROPY:
+            values = -(logps.exp() * logps).sum(-1)
         elif column is Column.VALUES:
             values = policy[batch.labels, VOCABULARY]
         elif column is Column.REFERENCE_KL:
@@ -76,7 +78,8 @@ def annotated(examples: Sequence[Example], reference: Tensor) -> list[Example]:
         for row in example.sequences:
             ids = torch.tensor([*row.prompt_ids, *row.completion_ids])
             logps = reference[ids[:-1], :VOCABULARY].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
-            rows.append(replace(row, columns={"reference/logps": logps[len(row.prompt_ids) - 1 :].float().numpy()}))
+            found = {"reference/logps": logps[len(row.prompt_ids) - 1 :].float().numpy()}
+            rows.append(replace(row, columns={**row.columns, **found}))
         made.append(replace(example, sequences=tuple(rows)))
     return made
 

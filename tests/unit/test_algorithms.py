@@ -70,7 +70,7 @@ def test_every_algorithm_satisfies_the_protocol(name):
     algorithm = resolve(ALGORITHMS[name])(**NEEDED.get(name, {}))
     assert algorithm.name == name and algorithm.network in ("causal", "score")
     assert bool(algorithm.rows) != bool(algorithm.request(Sampling(max_tokens=4)))
-    assert algorithm.credit([]) == [] and algorithm.refresh(1) is None
+    assert algorithm.credit([]) == ([], {}) and algorithm.refresh(1) is None
     assert bool(algorithm.columns) == algorithm.learns
     assert algorithm.examples([])[0] == []
     assert algorithm.summarise({"loss": 1.0}) == {"loss": 1.0}

@@ -14,7 +14,7 @@ ONE_GPU = [Node("a", 16, 1)]
 CLUSTER = [Node("a", 64, 8), Node("b", 64, 8)]
 
 
-def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=None, scorer_gpus=0):
+def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=None, scorer_gpus=0, apart=None):
     colocate = max(node.gpus for node in nodes) == 1 if colocate is None else colocate
     return place(
         nodes,
@@ -24,6 +24,7 @@ def run(nodes, engines=1, tensor_parallel=1, learners=1, scorers=1, colocate=Non
         scorers=scorers,
         colocate=colocate,
         scorer_gpus=scorer_gpus,
+        apart=apart,
     )
 
 
@@ -97,3 +98,29 @@ def test_a_scorer_with_a_model_shares_the_only_gpu_of_a_node():
 
 def test_on_cpu_nodes_a_scorer_with_a_model_computes_on_cores():
     assert all(p.gpus == 0 for p in run(TWO_CPU, scorers=2, scorer_gpus=1))
+
+
+def test_roles_apart_have_places_of_their_own():
+    """On GPUs one for each rank; on CPUs, and on shared GPUs, nodes without other learners first."""
+    apart = run(CLUSTER, engines=1, learners=4, colocate=False, apart={"critic": 2, "reference": 1})
+    assert sum(p.gpus for p in apart) == 1 + 4 + 2 + 1
+    assert [p.actor for p in apart if p.actor[0] in "cr"] == ["critic-0", "critic-1", "reference-0"]
+    two = {p.actor: p.node.id for p in run(TWO_CPU, apart={"critic": 1})}
+    assert (two["learner-0"], two["critic-0"]) == ("a", "b")
+    colocated = {p.actor: p.node.id for p in run(ONE_EACH, apart={"critic": 1})}
+    assert (colocated["learner-0"], colocated["critic-0"]) == ("a", "b")
+
+
+@pytest.mark.parametrize("nodes", [LAPTOP, TWO_CPU, ONE_GPU, ONE_EACH])
+def test_learners_of_several_groups_take_turns_where_nodes_are_few(nodes):
+    places = run(nodes, engines=len(nodes), learners=len(nodes), apart={"critic": len(nodes), "reference": 1})
+    for node in nodes:
+        assert sum(p.cpus for p in places if p.node == node) <= node.cpus + 1e-6
+        assert sum(p.gpus for p in places if p.node == node) <= node.gpus + 1e-6
+    assert all(p.cpus > 0 and p.cores for p in places)
+
+
+def test_a_role_apart_that_has_no_place_is_named():
+    with pytest.raises(ConfigError) as error:
+        run(CLUSTER, engines=1, learners=14, colocate=False, apart={"critic": 2})
+    assert "key learner.roles.critic.ranks" in str(error.value) and "to 1" in str(error.value)

@@ -103,9 +103,8 @@ def test_a_function_that_is_not_where_the_scorer_starts_is_a_configs_fault(rewar
 
 
 def test_numbers_of_any_kind_are_floats():
-    config = Python(function="my_rewards_of_tests:score")
     for given in ([1, 2.0], (np.float32(1), True), torch.tensor([1.0, 2.0], dtype=torch.bfloat16), np.ones(2)):
-        found = _numbers(given, 2, config)
+        found = _numbers(given, ("a", "b"), "scorer.function f")
         assert len(found) == 2 and all(type(number) is float for number in found)
 
 

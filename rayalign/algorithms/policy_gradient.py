@@ -1,0 +1,105 @@
+"""Policy gradients without a critic: each answer against others to the same prompt, or against the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from rayalign.algorithms.credits import ADVANTAGES, Rows, later_sums
+from rayalign.algorithms.policy_loss import PolicyLoss
+from rayalign.record import Unfit
+from rayalign.types import Group, Metrics, Sampling
+
+SCALES = {"grpo": "std", "dr_grpo": "none", "rloo": "leave_one_out"}
+
+
+class PolicyGradient(PolicyLoss):
+    """Group methods: an answer's advantage is its reward against others', and every token of it has the same.
+
+    With KL in the reward, an answer's reward is its score less coef times the KL summed over its tokens, before it is
+    compared. reinforce_pp alone credits each token with what comes after it (its own reward where the scorer gives
+    one a token), whitened over the whole batch. Truncated sampling is refused: ratios would be wrong.
+    """
+
+    paper: ClassVar = "Shao et al. 2024, arXiv:2402.03300; Ahmadian et al. 2024, arXiv:2402.14740"
+    name: Literal["policy_gradient"] = "policy_gradient"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"] = Field(
+        "grpo",
+        description="grpo: (r − mean)/std of the prompt's answers; dr_grpo: r − mean; rloo: r − mean of the others; "
+        "remax: r − that of the greedy answer, sampled besides; reinforce_pp: rewards to come, whitened over the batch",
+    )
+    equal_groups: Literal["drop", "keep"] | None = Field(
+        None,
+        description="prompts whose answers all score the same; default: drop where nothing would be learned from them "
+        "(grpo, dr_grpo and rloo without KL), else keep",
+    )
+    refill: int = Field(
+        0, ge=0, description="dynamic sampling: at most so many more prompts a rollout, in place of dropped ones"
+    )
+
+    def request(self, sampling: Sampling) -> list[Sampling]:
+        greedy = [replace(sampling, temperature=0.0)] if self.advantage == "remax" else []
+        return [sampling] * self.samples + greedy
+
+    @property
+    def drops_equal(self) -> bool:
+        if self.equal_groups is not None:
+            return self.equal_groups == "drop"
+        return self.advantage in SCALES and not self.kl.coef
+
+    def keeps(self, group: Group, kept: Sequence[int], usable: Sequence[int]) -> bool:
+        """At least two answers where they are compared, the greedy one where it is the baseline, and scores that
+        differ where equal ones are dropped."""
+        compared = list(kept)
+        if self.advantage == "remax":
+            if self.samples not in usable:  # the greedy answer comes last
+                return False
+            compared.append(self.samples)
+        if self.advantage in SCALES and len(kept) < 2:
+            return False
+        return not self.drops_equal or len({group.scores[k] for k in compared}) > 1
+
+    def more_values(self, group: Group) -> dict[str, float]:
+        return {"baseline": float(group.scores[self.samples])} if self.advantage == "remax" else {}
+
+    def advantages(self, rows: Rows, score: Tensor, kl: Tensor) -> tuple[dict[str, Tensor], Metrics]:
+        if self.advantage == "reinforce_pp":
+            found = rows.whitened(later_sums(self._rewards(rows, score, kl)))
+        else:
+            total = score - self._coef * kl.sum(1)
+            if self.advantage == "remax":
+                own = total - rows.value("baseline")
+            else:
+                own = rows.by_group(total, SCALES[self.advantage])
+            found = own.unsqueeze(1) * rows.mask
+        mean, std = rows.over_tokens(found)
+        return {ADVANTAGES: found}, {"advantage/mean": mean, "advantage/std": std}
+
+    @model_validator(mode="after")
+    def _comparable(self) -> PolicyGradient:
+        if self.advantage in SCALES and self.samples < 2:
+            raise Unfit(
+                "one answer has no other to be compared with",
+                key="samples",
+                rule=f"2 or more with advantage: {self.advantage}",
+                remedy="set samples: 4, or advantage: remax or reinforce_pp",
+            )
+        if self.advantage == "remax" and self.reward.normalise:
+            raise Unfit(
+                "the greedy answer's score is not normalised, and would be another unit",
+                key="reward",
+                rule="normalise: false with advantage: remax",
+                remedy="take reward.normalise out; scores are compared with the greedy answer's already",
+            )
+        if self.refill and not self.drops_equal and self.overlong != "drop":
+            raise Unfit(
+                "no prompt is dropped that another could replace",
+                key="refill",
+                rule="0, unless equal_groups: drop or overlong: drop",
+                remedy="set equal_groups: drop, or refill: 0",
+            )
+        return self
