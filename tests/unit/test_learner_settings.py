@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from rayalign.learners.settings import LearnerSettings, LearnerSpec, OptimizerConfig, learning_rate
+from rayalign.errors import ConfigError
+from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
+from rayalign.learners.settings import (
+    LearnerSettings,
+    LearnerSpec,
+    OptimizerConfig,
+    apart_ranks,
+    by_group,
+    learning_rate,
+)
 
 
 def rates(total=10, **changes):
@@ -32,3 +41,33 @@ def test_what_cannot_be_is_refused():
         LearnerSpec("reference", "somewhere", trainable=False, temperature=0.0)
     with pytest.raises(ValidationError):
         LearnerSettings(micro_batch_token=3)
+
+
+@pytest.mark.parametrize(
+    ("learner", "where", "what"),
+    [
+        ({"name": "torch", "roles": {"critic": {"zero_stage": 3}}}, "learner.roles.critic.zero_stage", "one process"),
+        ({"name": "torch", "roles": {"critic": {"ranks": 2}}}, "learner.roles.critic.ranks", "one process"),
+        ({"name": "deepspeed", "roles": {"critic": {"zero_stge": 3}}}, "learner.roles.critic.zero_stge", "unknown key"),
+        ({"name": "deepspeed", "roles": {"critic": {"ranks": 0}}}, "learner.roles.critic.ranks", "cannot be used"),
+        ({"name": "deepspeed", "roles": {"policy": {"ranks": 2}}}, "learner.roles", "the policy's settings"),
+    ],
+)
+def test_settings_of_a_role_that_cannot_be(make, learner, where, what):
+    with pytest.raises(ConfigError) as raised:
+        make(learner=learner)
+    assert raised.value.where.endswith(f"key {where}") and what in raised.value.what and raised.value.remedy
+
+
+def test_a_role_has_what_it_says_and_else_the_policys():
+    roles = {"critic": {"ranks": 3, "zero_stage": 3}, "reference": {"apart": True}}
+    config = DeepSpeedLearnerConfig(ranks=2, zero_stage=1, micro_batch_tokens=99, roles=roles)
+    critic, reference, other = (config.of_role(role) for role in ("critic", "reference", "judge"))
+    assert (critic.ranks, critic.zero_stage, critic.micro_batch_tokens, critic.roles) == (3, 3, 99, {})
+    assert (reference.ranks, reference.zero_stage) == (2, 1) == (other.ranks, other.zero_stage)
+    assert [config.is_apart(role) for role in ("critic", "reference", "judge")] == [True, True, False]
+    specs = [LearnerSpec(role, "m", trainable=False, settings=config.of_role(role)) for role in ("policy", *roles)]
+    groups = {name: [spec.role for spec in inside] for name, inside in by_group(config, specs).items()}
+    assert groups == {"learner": ["policy"], "critic": ["critic"], "reference": ["reference"]}
+    assert apart_ranks(config, specs) == {"critic": 3, "reference": 2}
+    assert DeepSpeedLearnerConfig(**config.model_dump()) == config  # as a saved config is read again
