@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from rayalign.types import AnyColumn, Batch, Column, Completion, Example, Group, Metrics, Request, Sampling, Terms
+from rayalign.types import Sequence as Row
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class UpdatePlan:
         minibatches: optimiser steps in each pass.
         seed: of the order of the examples in each pass (no shuffle when there is one minibatch).
         stretch: whose schedule the learning rate follows; None: that of the whole run.
+        texts: plain ones that the algorithm mixes in; each optimiser step has the same share of them.
     """
 
     step: int
@@ -128,6 +130,7 @@ class UpdatePlan:
     minibatches: int = 1
     seed: int = 0
     stretch: Stretch | None = None
+    texts: Sequence[Row] = ()
 
 
 class Learner(Protocol):
@@ -225,8 +228,13 @@ class Algorithm(Protocol):
     def trains_policy(self, step: int) -> bool:
         """Whether this step (counted from 0) trains the policy, or its critic alone."""
 
+    def dealt(self, examples: Sequence[Example], texts: Sequence[Row]) -> Sequence[Example]:
+        """The examples of one optimiser step, over all ranks and micro-batches, as its loss wants them: with its plain
+        texts, and with what depends on the others."""
+
     def denominator(self, examples: Sequence[Example]) -> float:
-        """What the summed loss of all these examples is divided by, over all ranks and micro-batches."""
+        """What the summed loss of all these examples is divided by, over all ranks and micro-batches. Where it is 0,
+        nothing is to be learned from them."""
 
     def loss(self, batch: Batch, columns: Mapping[str, Any], statistics: Mapping[str, Any]) -> Terms:
         """`columns`: "policy/logps" [R, T] and what else `self.columns` names, with gradients; annotated ones

@@ -159,10 +159,11 @@ class Run:
                 metrics |= {f"critic/{name}": value for name, value in found.items()}
             if algorithm.trains_policy(step):
                 if self.texts is not None:
-                    examples = algorithm.mixed(examples, self.texts.of_step(step))
+                    plan = replace(plan, texts=self.texts.of_step(step))
                 metrics |= algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))
         except TrainingStopped as error:
-            raise self.checkpoints.with_examples(error, step + 1, examples) from error
+            texts = [Example((text,)) for text in plan.texts]
+            raise self.checkpoints.with_examples(error, step + 1, [*examples, *texts]) from error
         return metrics
 
     def _algorithm(self, state: TrainerState) -> Algorithm:

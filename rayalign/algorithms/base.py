@@ -13,6 +13,7 @@ from rayalign.maths.logprobs import sequence_logprob
 from rayalign.protocols import Stretch
 from rayalign.record import Record, Unfit
 from rayalign.types import AnyColumn, Batch, Column, Example, Group, Metrics, Sampling, Terms
+from rayalign.types import Sequence as Row
 
 
 class Offline(Record):
@@ -62,6 +63,9 @@ class Offline(Record):
 
     def trains_policy(self, step: int) -> bool:
         return True
+
+    def dealt(self, examples: Sequence[Example], texts: Sequence[Row]) -> Sequence[Example]:
+        return examples
 
     def denominator(self, examples: Sequence[Example]) -> float:
         return float(len(examples))

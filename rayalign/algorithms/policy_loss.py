@@ -19,6 +19,7 @@ from rayalign.maths.divergence import kl_k3
 from rayalign.maths.policy_gradient import importance_weight, ppo_policy_loss, sequence_ratio
 from rayalign.record import Unfit
 from rayalign.types import AnyColumn, Batch, Column, Example, Group, Metrics, Sampling, Terms
+from rayalign.types import Sequence as Row
 
 Aggregate = Literal["token_mean", "sequence_mean", "sequence_sum_mean", "constant"]
 
@@ -56,7 +57,9 @@ class PolicyLoss(Offline):
         None, gt=0, description="weigh tokens by min(p of learner ÷ p of engine, this): for samples of older weights"
     )
     stop_kl: float | None = Field(
-        None, gt=0, description="end the update once KL(old‖new), k3, mean over tokens, is above this"
+        None,
+        gt=0,
+        description="end the update once KL(old‖new), k3, nats a token, averaged over answers, is above this",
     )
     reference: Reference = Field(Reference(), description="whether, and how, the reference follows the policy")
 
@@ -164,6 +167,9 @@ class PolicyLoss(Offline):
 
     # The loss.
 
+    def dealt(self, examples: Sequence[Example], texts: Sequence[Row]) -> list[Example]:
+        return among(examples, len(examples))
+
     def denominator(self, examples: Sequence[Example]) -> float:
         trained = [example for example in examples if example.values["trained"]]
         if self.aggregate == "token_mean":
@@ -202,7 +208,7 @@ class PolicyLoss(Offline):
         if annotated is None:
             gap = torch.where(mask, (logp.detach() - rollout).abs(), 0.0)
             metrics |= {"old_logps/gap_mean": _mean(gap, mask), "old_logps/gap_max": gap.amax(1)}
-        return Terms(self._terms(loss, mask), metrics)
+        return Terms(self._terms(loss, mask), of_trained(metrics, batch))
 
     def _taken(self, logp: Tensor, old: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """[R, T] twice: what the ratio of each token is the exponent of the difference of."""
@@ -265,6 +271,18 @@ class PolicyLoss(Offline):
                 remedy="take reference out",
             )
         return self
+
+
+def among(examples: Sequence[Example], count: int) -> list[Example]:
+    """With the factor that makes a mean over the `count` examples of an optimiser step one over those of these that
+    are trained on. Where none of them is, there is nothing to be averaged."""
+    factor = count / max(1.0, sum(example.values["trained"] for example in examples))
+    return [replace(example, values={**example.values, "among": factor}) for example in examples]
+
+
+def of_trained(metrics: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """[B] metrics that are 0 where nothing is trained, so that their means are over the others."""
+    return {name: each * batch.values["among"] for name, each in metrics.items()}
 
 
 def _mean(numbers: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayalign.algorithms.base import Offline
 from rayalign.algorithms.credits import ADVANTAGES, RETURNS, Rows, explained
-from rayalign.algorithms.policy_loss import PolicyLoss
+from rayalign.algorithms.policy_loss import PolicyLoss, among, of_trained
 from rayalign.maths.advantage import gae
 from rayalign.maths.policy_gradient import ppo_value_loss
 from rayalign.record import Record, Unfit
@@ -73,13 +73,16 @@ class ValueLoss(Offline):
     value_clip: float | None = None
     columns: ClassVar[Sequence[AnyColumn]] = (Column.STATE_VALUES,)
 
+    def dealt(self, examples: Sequence[Example], texts: Sequence[Row]) -> list[Example]:
+        return among(examples, len(examples))
+
     def denominator(self, examples: Sequence[Example]) -> float:
         trained = [example for example in examples if example.values["trained"]]
         return float(sum(len(example.sequences[0].completion_ids) for example in trained))
 
     def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
         loss, clipped = value_terms(batch, columns["critic/state_values"], "critic", self.value_clip)
-        return Terms(loss, {"clipped": clipped})
+        return Terms(loss, of_trained({"clipped": clipped}, batch))
 
 
 def value_terms(batch: Batch, value: Tensor, role: str, limit: float | None) -> tuple[Tensor, Tensor]:
@@ -153,24 +156,28 @@ class PPO(PolicyLoss):
         if self.critic.shared:
             values, clipped = value_terms(batch, columns["policy/state_values"], "policy", self.critic.value_clip)
             loss = loss + self.critic.weight * self._terms(values, mask)
-            metrics |= {"critic/loss": values.detach().sum(1) / mask.sum(1).clamp(min=1), "critic/clipped": clipped}
+            found = {"critic/loss": values.detach().sum(1) / mask.sum(1).clamp(min=1), "critic/clipped": clipped}
+            metrics |= of_trained(found, batch)
         if self.ptx is None:
             return Terms(loss, metrics)
         text = batch.values["ptx"].unsqueeze(1)
         nll = torch.where(mask & (text > 0), -columns["policy/logps"], 0.0)
-        metrics["ptx/nll"] = nll.detach().sum(1) / mask.sum(1).clamp(min=1)
-        return Terms(loss + text * nll, {name: each * _weight(name, batch) for name, each in metrics.items()})
+        metrics["ptx/nll"] = nll.detach().sum(1) / mask.sum(1).clamp(min=1) * batch.values["among"]
+        return Terms(loss + text * nll, metrics)
 
-    def mixed(self, examples: Sequence[Example], texts: Sequence[Row]) -> list[Example]:
+    def dealt(self, examples: Sequence[Example], texts: Sequence[Row]) -> list[Example]:
         """The examples and plain texts, whose mean negative log-likelihood a token counts ptx.weight times."""
-        count, tokens = len(examples) + len(texts), sum(len(text.completion_ids) for text in texts)
-        scale = self.ptx.weight * self.denominator(examples) / tokens
-        nothing = dict.fromkeys(examples[0].values, 0.0)
-        own = {"ptx": 0.0, "among": count / len(examples)}
-        made = [replace(example, values={**example.values, **own}) for example in examples]
+        count = len(examples) + len(texts)
+        made = among(examples, count)
+        if self.ptx is None:
+            return made
+        made = [replace(example, values={**example.values, "ptx": 0.0}) for example in made]
+        tokens = sum(len(text.completion_ids) for text in texts)
+        nothing, columns = dict.fromkeys(made[0].values, 0.0), examples[0].sequences[0].columns
         for text in texts:
             zeros = np.zeros(len(text.completion_ids), np.float32)
-            row = replace(text, columns=dict.fromkeys(examples[0].sequences[0].columns, zeros))
+            scale = self.ptx.weight * self.denominator(examples) / tokens
+            row = replace(text, columns=dict.fromkeys(columns, zeros))
             made.append(Example((row,), {**nothing, "ptx": scale, "among": count / len(texts)}))
         return made
 
@@ -184,9 +191,3 @@ class PPO(PolicyLoss):
                 remedy="take ratio out, or use policy_gradient",
             )
         return self
-
-
-def _weight(name: str, batch: Batch) -> Tensor:
-    """[B] so that the mean over all examples is that over those which the metric is about."""
-    texts = batch.values["ptx"] > 0
-    return batch.values["among"] * (texts if name == "ptx/nll" else ~texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from rayalign.learners.statistics import named_columns, statistics, with_rows
 from rayalign.protocols import Algorithm, Stretch, UpdatePlan
 from rayalign.sharding import minibatches
 from rayalign.types import Batch, Example, Terms
+from rayalign.types import Sequence as Row
 
 if TYPE_CHECKING:
     from rayalign.learners.base import RankLearner
@@ -67,15 +69,10 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
         raise ConfigError(f"the {role} learner is frozen and cannot be trained", where=role)
     _require(examples, "a training step")
     rate = _rate(learner, plan)
-    parts = [
-        part
-        for epoch in range(plan.epochs)
-        for part in minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch)
-    ]
+    parts = optimizer_steps(examples, algorithm, plan)
     watched = getattr(algorithm, "watched", ())
     largest, summed, positions, taken, done = 0.0, {}, [0, 0], 0, 0
-    for part in parts:
-        chosen = [examples[index] for index in part]
+    for chosen in parts:
         numbers, norm = _optimizer_step(learner, chosen, algorithm, rate, plan.step)
         largest, taken, done = max(largest, norm), taken + len(chosen), done + 1
         for name, value in numbers.items():
@@ -89,6 +86,24 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
     if watched:
         same |= {"updates/done": float(done), "updates/planned": float(len(parts))}
     return {name: value / taken for name, value in summed.items()}, same
+
+
+def optimizer_steps(examples: Sequence[Example], algorithm: Algorithm, plan: UpdatePlan) -> list[Sequence[Example]]:
+    """The examples of each optimiser step: answers and plain texts are dealt out apart, so that each step has its share
+    of both. A step in which nothing counts is left out, unless that is so in all of them."""
+    found = []
+    for epoch in range(plan.epochs):
+        own = minibatches(len(examples), count=plan.minibatches, seed=plan.seed, epoch=epoch)
+        beside = minibatches(len(plan.texts), count=len(own), seed=plan.seed, epoch=epoch)
+        for mine, texts in zip_longest(own, beside, fillvalue=()):
+            found.append(([examples[index] for index in mine], [plan.texts[index] for index in texts]))
+    counted = [part for part in found if algorithm.denominator(part[0])]
+    return [_dealt(algorithm, *part) for part in counted or found]
+
+
+def _dealt(algorithm: Algorithm, examples: Sequence[Example], texts: Sequence[Row] = ()) -> Sequence[Example]:
+    dealt = getattr(algorithm, "dealt", None)
+    return examples if dealt is None else dealt(examples, texts)
 
 
 def _rate(learner: RankLearner, plan: UpdatePlan) -> float:
@@ -105,13 +120,13 @@ def measure(learner: RankLearner, examples: Sequence[Example], algorithm: Algori
     """
     _require(examples, "a measurement")
     sums = Sums()
-    for _ in _losses(learner, examples, algorithm, sums, learning=False):
+    for _ in _losses(learner, _dealt(algorithm, examples), algorithm, sums, learning=False):
         pass
     return sums.named(), {}
 
 
 def _optimizer_step(
-    learner: RankLearner, examples: list[Example], algorithm: Algorithm, lr: float, step: int
+    learner: RankLearner, examples: Sequence[Example], algorithm: Algorithm, lr: float, step: int
 ) -> tuple[dict[str, float], float]:
     """This rank's part of the loss and metrics, and the norm of the whole gradient."""
     sums = Sums()

@@ -90,6 +90,7 @@ def step(
     """Loss and metrics of one training step, its examples in these micro-batches, as a learner reduces them."""
     if algorithm.needs:
         examples = annotated(examples, reference)
+    examples = algorithm.dealt(examples, ())
     rows = algorithm.loss_rows
 
     def batched(seen: slice) -> Iterator[tuple[Batch, dict[str, Tensor]]]:

@@ -14,7 +14,9 @@ from rayalign.algorithms.credits import ADVANTAGES, RETURNS
 from rayalign.algorithms.policy_gradient import PolicyGradient
 from rayalign.algorithms.ppo import PPO, ValueLoss
 from rayalign.collate import collate
+from rayalign.learners.steps import optimizer_steps
 from rayalign.maths.reduce import aggregate
+from rayalign.protocols import UpdatePlan
 from rayalign.types import Column, Example, Sampling, Sequence
 from tests.unit.algorithm_cases import group, random_groups, step, table
 
@@ -161,7 +163,7 @@ def test_ppo_gives_the_advantages_of_gae():
 
 def test_the_critic_learns_returns_with_a_clipped_step():
     row = Sequence((1,), (2, 3), columns={"critic/state_values": np.array([0.0, 1.0]), RETURNS: np.array([2.0, 1.0])})
-    batch = collate([Example((row,), {"trained": 1.0})], pad_id=0)
+    batch = collate(ValueLoss().dealt([Example((row,), {"trained": 1.0})], ()), pad_id=0)
     value = torch.tensor([[1.0, 1.5]], requires_grad=True)
     terms = ValueLoss(value_clip=0.2).loss(batch, {"critic/state_values": value}, {})
     # ½·max((1−2)², (0.2−2)²) and ½·max((1.5−1)², (1.2−1)²)
@@ -292,7 +294,7 @@ def of_tokens(algorithm, logps, lengths):
         for count, value in zip(lengths, (1.0, -2.0), strict=True)
     ]
     examples = [Example((row,), {"trained": 1.0}) for row in rows]
-    batch = collate(examples, pad_id=0)
+    batch = collate(algorithm.dealt(examples, ()), pad_id=0)
     terms = algorithm.loss(batch, {"policy/logps": torch.tensor(logps, requires_grad=True)}, {})
     return terms, batch, algorithm.denominator(examples)
 
@@ -360,3 +362,69 @@ def test_an_update_ends_when_the_policy_has_moved_enough():
 def test_what_does_not_fit_is_refused(record, settings, says):
     with pytest.raises(ValidationError, match=says):
         record(**settings)
+
+
+def with_texts(answers, cut=(), **settings):
+    """PPO with plain texts, and so many answers of 40 tokens, annotated and credited; these are cut."""
+    algorithm = PPO(kl=NO_KL, whiten=False, ptx={"path": "x", "weight": 0.5}, **settings).planned(4)
+    groups = [sampled(one((1.0,), lengths=[40]), cut=(0,) if k in cut else ())[0] for k in range(answers)]
+    examples, _ = algorithm.examples(groups)
+    examples, _ = algorithm.credit(annotated(examples, critic_state_values=0.0, policy_logps=-1.0))
+    return algorithm, list(examples)
+
+
+TEXTS = [Sequence((1,), (2,) * (3 + k)) for k in range(8)]
+
+
+@pytest.mark.parametrize(("answers", "texts"), [(1, 1), (1, 3), (4, 1), (3, 8)])
+def test_texts_weigh_the_same_whatever_they_are_dealt_with(answers, texts):
+    algorithm, examples = with_texts(answers)
+    dealt = algorithm.dealt(examples, TEXTS[:texts])
+    batch = collate(dealt, pad_id=0)
+    logps = torch.full(batch.labels.shape, -1.0, requires_grad=True)
+    terms = algorithm.loss(batch, {"policy/logps": logps}, {})
+    (terms.loss.sum() / algorithm.denominator(dealt)).backward()
+    text = batch.values["ptx"] > 0
+    assert float(logps.grad[text].abs().sum()) == pytest.approx(0.5)  # ptx.weight, shared out over their tokens
+    assert float(terms.metrics["ptx/nll"].mean()) == pytest.approx(1.0)
+    assert float(terms.metrics["policy/ratio"].mean()) == pytest.approx(1.0)
+
+
+def test_each_optimiser_step_has_its_share_of_answers_and_texts():
+    algorithm, examples = with_texts(8)
+    for seed in range(20):
+        parts = optimizer_steps(examples, algorithm, UpdatePlan(0, epochs=2, minibatches=4, seed=seed, texts=TEXTS))
+        assert [sum(e.values["ptx"] > 0 for e in part) for part in parts] == [2] * 8
+        assert [sum(e.values["trained"] for e in part) for part in parts] == [2.0] * 8
+        lengths = [len(e.sequences[0].completion_ids) for part in parts[:4] for e in part if e.values["ptx"]]
+        assert sorted(lengths) == list(range(3, 11))
+
+
+def test_an_optimiser_step_without_an_answer_that_is_trained_on_is_left_out():
+    algorithm, examples = with_texts(8, cut=range(5), overlong="mask")
+    for seed in range(20):
+        plan = UpdatePlan(0, minibatches=8, seed=seed, texts=TEXTS)
+        for learned in (algorithm, algorithm.critic_algorithm):
+            parts = optimizer_steps(examples, learned, plan)
+            assert [sum(e.values["trained"] for e in part) for part in parts] == [1.0] * 3
+
+
+MASKING = {"samples": 4, "kl": K3, "overlong": "mask"}
+
+
+@pytest.mark.parametrize("algorithm", [PolicyGradient(**MASKING, stop_kl=0.02), PPO(**MASKING)])
+def test_metrics_are_means_over_the_answers_that_are_trained_on(algorithm):
+    algorithm = algorithm.planned(2)
+    found = []
+    for cut in ((1, 2, 3), ()):
+        examples, _ = algorithm.examples(sampled(one((1.0, 2.0, 3.0, 6.0), lengths=[2] * 4), cut=cut))
+        examples = annotated(examples, policy_logps=-1.0, reference_logps=-2.0, critic_state_values=0.0)
+        batch = collate(algorithm.dealt(algorithm.credit(examples)[0], ()), pad_id=0)
+        logps = torch.full(batch.labels.shape, -1.3)
+        metrics = algorithm.loss(batch, {"policy/logps": logps}, {}).metrics
+        if algorithm.critic_algorithm is not None:
+            values = {"critic/state_values": torch.full(batch.labels.shape, 9.0)}
+            metrics = metrics | algorithm.critic_algorithm.loss(batch, values, {}).metrics
+        found.append({name: float(each.mean()) for name, each in metrics.items() if name != "policy/clipped"})
+    assert found[0] == pytest.approx(found[1])
+    assert found[0]["policy/ratio"] == pytest.approx(np.exp(-0.3))
