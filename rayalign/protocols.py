@@ -200,6 +200,8 @@ class Algorithm(Protocol):
 
     # Names of metrics of `update` that `enough` is asked about after each optimiser step, as sums over all ranks.
     watched: Sequence[str]
+    # Names of metrics of `update` that are those of its first optimiser step alone, by the weights before the update.
+    at_first: Sequence[str]
     # What trains the role critic on the same examples, before the policy's update; None: there is no such role.
     critic_algorithm: Algorithm | None
 

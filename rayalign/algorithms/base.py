@@ -36,6 +36,7 @@ class Offline(Record):
     takes_gold: ClassVar[bool] = False  # whether it looks at reference answers, the column gold of prompts and rows
     measures_samples: ClassVar[bool] = False  # whether it measures samples of held-out prompts, too, see evaluate.py
     watched: ClassVar[Sequence[str]] = ()
+    at_first: ClassVar[Sequence[str]] = ()
     critic_algorithm: ClassVar[Offline | None] = None
     whole_distribution: ClassVar[bool] = False  # whether top-p and the like would make its ratios wrong
     self_play: ClassVar[bool] = False  # whether answers of the data meet answers that the policy wrote, see selfplay

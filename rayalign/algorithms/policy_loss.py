@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
@@ -54,7 +55,10 @@ class PolicyLoss(Offline):
         "optimiser steps), or those that the engine sampled with",
     )
     importance_cap: float | None = Field(
-        None, gt=0, description="weigh tokens by min(p of learner ÷ p of engine, this): for samples of older weights"
+        None,
+        gt=0,
+        description="weigh tokens by min(p of learner ÷ p of engine, this): for samples of older weights; with "
+        "old_logps: engine that is the ratio itself, cut at this",
     )
     stop_kl: float | None = Field(
         None,
@@ -84,6 +88,10 @@ class PolicyLoss(Offline):
     @property
     def watched(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("policy/old_kl_k3",) if self.stop_kl is not None else ()
+
+    @property
+    def at_first(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("old_logps/gap_mean", "old_logps/gap_max")
 
     def enough(self, metrics: Metrics) -> bool:
         return self.stop_kl is not None and metrics["policy/old_kl_k3"] > self.stop_kl
@@ -181,9 +189,11 @@ class PolicyLoss(Offline):
         mask = (batch.mask > 0) & (batch.values["trained"] > 0).unsqueeze(1)
         annotated = batch.columns.get("policy/logps")
         rollout = torch.where(mask, batch.rollout_logps, logp.detach())
-        late = rollout if self.old_logps == "engine" and self._updates > 1 else logp.detach()
-        old = late if annotated is None else annotated
+        engine = self.old_logps == "engine"
+        old = annotated if annotated is not None else rollout if engine else logp.detach()
         taken, base = self._taken(logp, old, mask)
+        if engine and self.importance_cap is not None:  # min(ratio, cap), with the gradient of a weight that is fixed
+            base = torch.maximum(base, taken.detach() - math.log(self.importance_cap))
         advantages = batch.columns["credit/advantages"]
         loss, clipped = ppo_policy_loss(
             taken, base, advantages, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip
@@ -196,7 +206,7 @@ class PolicyLoss(Offline):
         if self._kl_in("loss"):
             kl = ESTIMATORS[self.kl.estimator](logp, batch.columns["reference/logps"])
             loss = loss + self._coef * kl
-        if self.importance_cap is not None and late is not rollout:
+        if self.importance_cap is not None and not engine:
             weight = importance_weight(old, rollout, cap=self.importance_cap)
             loss, of_rows["policy/weight"] = loss * weight, weight
         if self.entropy_weight:

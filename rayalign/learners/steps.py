@@ -55,9 +55,9 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
     Returns:
         (summed, same): this rank's part of the loss and of the algorithm's metrics, already divided by global
         counts and averaged over the optimiser steps that were taken (after any of them the algorithm may say that it
-        is enough), each weighing as many examples as it has, so that the sum over ranks is the mean; and lr,
-        grad_norm (the largest of the optimiser steps, before clipping) and padding (the share of padding in all
-        positions of all ranks' micro-batches), the same on all ranks.
+        is enough; those of `at_first` are the first one's), each weighing as many examples as it has, so that the sum
+        over ranks is the mean; and lr, grad_norm (the largest of the optimiser steps, before clipping) and padding
+        (the share of padding in all positions of all ranks' micro-batches), the same on all ranks.
 
     Raises:
         TrainingStopped: a loss or a gradient that is not finite, on every rank alike.
@@ -70,13 +70,16 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
     _require(examples, "a training step")
     rate = _rate(learner, plan)
     parts = optimizer_steps(examples, algorithm, plan)
-    watched = getattr(algorithm, "watched", ())
-    largest, summed, positions, taken, done = 0.0, {}, [0, 0], 0, 0
+    watched, at_first = getattr(algorithm, "watched", ()), getattr(algorithm, "at_first", ())
+    largest, summed, first, positions, taken, done = 0.0, {}, {}, [0, 0], 0, 0
     for chosen in parts:
         numbers, norm = _optimizer_step(learner, chosen, algorithm, rate, plan.step)
         largest, taken, done = max(largest, norm), taken + len(chosen), done + 1
         for name, value in numbers.items():
-            summed[name] = summed.get(name, 0.0) + value * len(chosen)
+            if name not in at_first:
+                summed[name] = summed.get(name, 0.0) + value * len(chosen)
+            elif done == 1:
+                first[name] = value
         seen = with_rows(chosen, slice(algorithm.loss_rows))
         for place, count in enumerate(learner.positions(seen, learner.split(seen, learner.world_size))):
             positions[place] += count
@@ -85,7 +88,7 @@ def update(learner: RankLearner, examples: Sequence[Example], algorithm: Algorit
     same = {"lr": rate, "grad_norm": largest, "padding": 1.0 - positions[0] / positions[1]}
     if watched:
         same |= {"updates/done": float(done), "updates/planned": float(len(parts))}
-    return {name: value / taken for name, value in summed.items()}, same
+    return {name: value / taken for name, value in summed.items()} | first, same
 
 
 def optimizer_steps(examples: Sequence[Example], algorithm: Algorithm, plan: UpdatePlan) -> list[Sequence[Example]]:

@@ -57,6 +57,14 @@ def test_a_critic_is_warmed_up_alone(tiny, tmp_path):
     assert len({record["critic/values_mean"] for record in steps}) == 3
 
 
+@pytest.mark.parametrize("old_logps", ["learner", "engine"])
+def test_the_gap_is_that_of_learner_and_engine_however_often_the_policy_moves(tiny, tmp_path, old_logps):
+    """Both compute in float32 with the same weights: it is 0."""
+    algorithm = {**GROUP, "samples": 8, "advantage": "rloo", "old_logps": old_logps}
+    _, steps = run(tmp_path, tiny, algorithm, length=2, train={"steps": 2, "epochs": 2, "minibatches": 2})
+    assert all(record["old_logps/gap_max"] < 1e-4 < record["policy/old_kl_k3"] for record in steps)
+
+
 @pytest.mark.parametrize(("limit", "done"), [(1e-9, 2.0), (1e9, 4.0)])
 def test_an_update_ends_early_once_the_policy_has_moved(tiny, tmp_path, limit, done):
     """The first optimiser step is by the policy itself, the second sees that it has moved."""

@@ -334,6 +334,28 @@ def test_the_truncated_importance_weight_multiplies_the_loss():
     assert of_tokens(algorithm, np.full((2, 1), -1.0), [1, 1])[0].loss[0, 0].item() == pytest.approx(-np.exp(0.25))
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_ratios_to_the_engine_are_cut_at_the_cap(updates):
+    """Advantages are 1 and −2, the engine's log-probs −1.25; what is cut keeps the gradient of a fixed weight."""
+    algorithm = PolicyGradient(kl=NO_KL, old_logps="engine", importance_cap=2.0).planned(updates)
+    row = Sequence((1,), (2, 3, 4), (-1.25,) * 3, {ADVANTAGES: np.full(3, -2.0, np.float32)})
+    batch = collate(algorithm.dealt([Example((row,), {"trained": 1.0})], ()), pad_id=0)
+    logps = torch.tensor([[np.log(1.5), np.log(9.0), np.log(0.5)]], dtype=torch.float32) - 1.25
+    terms = algorithm.loss(batch, {"policy/logps": logps.requires_grad_()}, {})
+    terms.loss.sum().backward()
+    assert terms.loss.tolist() == [pytest.approx([3.0, 4.0, 1.6])]
+    assert logps.grad.tolist() == [pytest.approx([3.0, 4.0, 0.0])]
+    assert terms.metrics["policy/ratio"].tolist() == pytest.approx([(1.5 + 2 + 0.5) / 3])
+
+
+def test_a_ratio_of_answers_to_the_engine_is_cut_as_well():
+    algorithm = PolicyGradient(kl=NO_KL, old_logps="engine", importance_cap=1.5, ratio="sequence").planned(2)
+    row = Sequence((1,), (2, 3), (-1.0, -1.0), {ADVANTAGES: np.full(2, -1.0, np.float32)})
+    batch = collate(algorithm.dealt([Example((row,), {"trained": 1.0})], ()), pad_id=0)
+    terms = algorithm.loss(batch, {"policy/logps": torch.tensor([[0.0, -0.5]], requires_grad=True)}, {})
+    assert terms.loss.tolist() == [pytest.approx([1.5, 1.5])]  # e^0.75 = 2.1
+
+
 def test_an_update_ends_when_the_policy_has_moved_enough():
     algorithm = PPO(stop_kl=0.02)
     assert algorithm.watched == ("policy/old_kl_k3",) and PPO().watched == ()
