@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
-import math
-import platform
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rayalign.errors import ConfigError, ScoreError, ScorerLost
+from rayalign.errors import ScoreError, ScorerLost
 from rayalign.record import Unfit
-from rayalign.registry import did_you_mean
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
-from rayalign.scorers.failing import Tolerance, TooLate, Worker, judged, named
+from rayalign.scorers.child import Child, Died, TooLate
+from rayalign.scorers.failing import Tolerance, judged, named
+from rayalign.scorers.function import CallFailed, Reward, Row, check, find
 from rayalign.types import Group, Judgement
 
 log = logging.getLogger("rayalign")
-TEXTS = ("prompts", "completions")
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+Place = tuple[int, int]  # a group's, and a completion's in it
 
 
 class Python(ScorerConfig, Tolerance):
@@ -33,8 +28,10 @@ class Python(ScorerConfig, Tolerance):
     It is called by keyword, with lists of the same length: `prompts` and `completions` are texts (a prompt of
     several messages is one, each behind its role), and every other parameter gets the column of the prompt file that
     has its name, or what `arguments` says. A function that takes `**columns` gets all columns. Each scorer actor
-    imports it once, and keeps what its module holds. Where a call fails, or takes longer than `timeout_s`, its groups
-    are scored one by one, and the completions of a group that fails too, so that the one at fault is known.
+    imports it once, and keeps what its module holds. Where a call fails, its groups are scored one by one, then the
+    completions of groups that fail too, so that those at fault are known. With `timeout_s`, or an `on_error` that goes
+    on, the function is called in a process of its own: a call that takes longer, or ends its process, has failed. That
+    process is then started again, without what the module held. Without them it is called where the scorer is.
     """
 
     paper: ClassVar = "Lambert et al. 2024, arXiv:2411.15124 (rewards that are functions)"
@@ -45,53 +42,17 @@ class Python(ScorerConfig, Tolerance):
     )
     arguments: dict[str, Any] = Field({}, description="more keywords, the same in every call")
     timeout_s: float | None = Field(
-        None, gt=0, description="seconds after which a call of the function has failed; default a quarter of deadline_s"
+        None,
+        gt=0,
+        description="seconds after which a call of the function has failed; default a tenth of deadline_s with "
+        "on_error zero or skip, else none: a function that hangs has the scorer replaced after deadline_s",
     )
 
     @model_validator(mode="after")
     def _callable(self) -> Python:
         """Before anything is started: whether the function is there, and takes what it is given."""
-        _check(self._function(), self)
+        check(find(self.function), self.function, self.arguments)
         return self
-
-    def _function(self) -> Callable[..., Any]:
-        module_name, colon, attribute = self.function.partition(":")
-        if not (module_name and colon and attribute):
-            raise _unfit(
-                "this does not name a function",
-                rule="package.module:name",
-                remedy="put a colon between the module and the function, as my_pkg.rewards:score",
-            )
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # the module may fail in any way while it is imported
-            missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
-            raise _unfit(
-                "there is no such module" if missing else f"{module_name} fails while it is imported",
-                rule="package.module:name, importable from where the command runs"
-                if missing
-                else f"a module that imports; this one raised {type(error).__name__}: {error}",
-                remedy=f"run from the folder that holds {module_name.split('.')[0]}, or install it; check the spelling"
-                if missing
-                else f"mend it until `python -c 'import {module_name}'` passes",
-            ) from error
-        if not hasattr(module, attribute):
-            here = [name for name, each in vars(module).items() if inspect.isfunction(each)]
-            raise _unfit(
-                f"{module_name} holds no {attribute}",
-                rule="package.module:name, where the module defines the function",
-                remedy=did_you_mean(attribute, here) if here else f"define {attribute} in {module_name}",
-            )
-        return getattr(module, attribute)
-
-    def start(self) -> ScoreFunction:
-        """Raises ConfigError when the function is not there, on another node than the one that read the config, say."""
-        try:
-            function = self._function()
-        except Unfit as error:
-            where, value = "key scorer.function", f"{self.function} on {platform.node()}"
-            raise ConfigError(error.what, where=where, value=value, rule=error.rule, remedy=error.remedy) from error
-        return _Calls(self, function)
 
     @model_validator(mode="after")
     def _time_to_find_out(self) -> Python:
@@ -104,200 +65,137 @@ class Python(ScorerConfig, Tolerance):
             )
         return self
 
+    def start(self) -> ScoreFunction:
+        """Raises ConfigError when the function is not there, on another node than the one that read the config, say."""
+        in_time = self.on_error != "error" or self.timeout_s is not None
+        return _Calls(self, _InTime(self) if in_time else Reward(self.function, self.arguments))
 
-class _Fault(Exception):
-    """A call that gave no scores."""
 
-    def __init__(self, error: ScoreError):
-        super().__init__(error.what)
-        self.error = error
+class _TimeIsOut(Exception):
+    """None is left of `deadline_s` for a call of the usual length."""
+
+
+class _InTime:
+    """The function in a process of its own, each call within `timeout_s`, and all for some groups in `deadline_s`."""
+
+    def __init__(self, config: Python):
+        self._config, self._where = config, f"scorer.function {config.function}"
+        self._timeout_s = config.timeout_s or config.deadline_s / 10
+        self._child = Child(Reward, config.function, config.arguments)
+        self.memory_gib, self.close = self._child.memory_gib, self._child.close
+        self.begin()
+        try:
+            self._start()
+        except _TimeIsOut:
+            raise self._not_started(f"nothing after {config.deadline_s:g} s") from None
+
+    def begin(self) -> None:
+        """The calls for some groups begin."""
+        self._until = time.monotonic() + 0.9 * self._config.deadline_s
+
+    def __call__(self, rows: Sequence[Row]) -> list[float]:
+        """Raises CallFailed, ScoreError as the function does, ScorerLost, and _TimeIsOut."""
+        self._start()
+        allowed = min(self._timeout_s, self._until - time.monotonic())
+        try:
+            return self._child(rows, allowed)
+        except TooLate:
+            if allowed < self._timeout_s:
+                raise _TimeIsOut from None
+            raise CallFailed(
+                "the scoring function gave nothing in time",
+                where=self._where,
+                value=f"nothing after {allowed:.3g} s for {len(rows)} completions",
+                rule=f"scorer.timeout_s={self._timeout_s:g}",
+                remedy="give it a deadline of its own for what it waits for, or raise scorer.timeout_s and deadline_s",
+            ) from None
+        except Died as died:
+            raise CallFailed(
+                "the process of the scoring function ended",
+                where=self._where,
+                value=f"{died}, with {len(rows)} completions",
+                rule="a number for every completion",
+                remedy="look for what it printed in the scorer's log; it may have wanted more memory than there is",
+            ) from None
+
+    def _start(self) -> None:
+        try:
+            self._child.start(self._until - time.monotonic())
+        except TooLate:
+            raise _TimeIsOut from None
+        except Died as died:
+            raise self._not_started(str(died)) from None
+
+    def _not_started(self, value: str) -> ScorerLost:
+        remedy = f"see that `python -c 'import {self._config.function.partition(':')[0]}'` ends, and how long it takes"
+        what = "the module of the scoring function is not imported in a process of its own"
+        return ScorerLost(what, where=self._where, value=value, rule="well within scorer.deadline_s", remedy=remedy)
 
 
 class _Calls:
     """The ScoreFunction: groups → judgements, by as few calls as will do."""
 
-    def __init__(self, config: Python, function: Callable[..., Any]):
-        self._config, self._function = config, function
-        self._columns = _columns(function, config.arguments)
-        self._worker = Worker()
-        self._timeout_s = config.timeout_s or config.deadline_s / 4
-        self._until = 0.0
+    def __init__(self, config: Python, call: Reward | _InTime):
+        self._config, self._call = config, call
 
     def __call__(self, groups: Sequence[Group]) -> list[Sequence[float] | Judgement]:
-        self._until = time.monotonic() + 0.9 * self._config.deadline_s
-        flat: list[float | None]
-        try:
-            flat = list(self._scores(groups))
-        except _Fault as fault:
-            flat = self._one_by_one(groups, fault.error)
+        """All groups in one call, then, of what failed, each group, and then each completion."""
+        everything = [(place, k) for place, group in enumerate(groups) for k in range(len(group.texts))]
+        known: dict[Place, float | None] = {}
+        first: CallFailed | None = None
+        parts = [everything]
+        if isinstance(self._call, _InTime):
+            self._call.begin()
+        while parts:
+            failed = []
+            for part in parts:
+                try:
+                    known |= zip(part, self._call([_row(groups, place) for place in part]), strict=True)
+                except CallFailed as error:
+                    first = first or error
+                    failed.append(part)
+                    if len(part) == 1:
+                        known[part[0]] = self._at_fault(named(error, groups[part[0][0]], part[0][1]))
+                except _TimeIsOut:
+                    raise self._unasked(len(everything) - len(known), len(everything)) from first
+            parts = [smaller for part in failed for smaller in _smaller(part)]
+        if first is not None and None not in known.values():
+            self._at_fault(first)  # it fails on several at once only
+        flat = [known[place] for place in everything]
         if self._config.on_error != "error":
             return list(judged(groups, flat, self._config.on_error))
         numbers = iter(flat)
         return [[next(numbers) for _ in group.texts] for group in groups]  # type: ignore[misc]
 
+    def memory_gib(self) -> float:
+        return self._call.memory_gib() if isinstance(self._call, _InTime) else 0.0
+
     def close(self) -> None:
-        self._worker.close()
+        if isinstance(self._call, _InTime):
+            self._call.close()
 
-    def _one_by_one(self, groups: Sequence[Group], error: ScoreError) -> list[float | None]:
-        """After all of them failed together: None for completions that fail alone. Raises ScoreError where failing
-        ends the run."""
-        found: list[float | None] = []
-        for group in groups:
-            try:
-                found += self._scores([group])
-            except _Fault:
-                found += [self._alone(group, place) for place in range(len(group.texts))]
-        if self._config.on_error == "error":  # none of them fails alone
+    def _at_fault(self, error: ScoreError) -> None:
+        if self._config.on_error == "error":
             raise error
-        return found
+        log.warning("%s", error)
 
-    def _alone(self, group: Group, place: int) -> float | None:
-        one = replace(group, texts=(group.texts[place],), completions=(group.completions[place],))
-        try:
-            return self._scores([one])[0]
-        except _Fault as fault:
-            if self._config.on_error == "error":
-                raise named(fault.error, group, place) from fault.error
-            log.warning("%s", named(fault.error, group, place))
-            return None
-
-    def _scores(self, groups: Sequence[Group]) -> list[float]:
-        """One call. Raises _Fault, and ScoreError where the function cannot be called."""
-        flat = [(group, text) for group in groups for text in group.texts]
-        texts = {"prompts": [g.prompt.conversation for g, _ in flat], "completions": [text for _, text in flat]}
-        arguments = {**texts, **self._columns(flat), **self._config.arguments}
-        where = f"scorer.function {self._config.function}"
-        allowed = min(self._timeout_s, self._until - time.monotonic())
-        try:
-            if allowed <= 0:
-                raise TooLate
-            return _numbers(self._worker(self._function, allowed, **arguments), [text for _, text in flat], where)
-        except TooLate:
-            error = ScoreError(
-                "the scoring function gave nothing within the deadline",
-                where=where,
-                value=f"{max(allowed, 0.0):.3g} s for {len(flat)} completions",
-                rule=f"scorer.timeout_s={self._timeout_s:g}, and all calls for some groups in scorer.deadline_s",
-                remedy="give it a deadline of its own for what it waits for, or raise scorer.deadline_s",
-            )
-            raise _Fault(error) from None
-        except ScorerLost:
-            raise
-        except ScoreError as error:
-            raise _Fault(error) from error.__cause__
-        except Exception as error:  # it may fail in any way
-            raise _Fault(_failed(error, where)) from error
-
-
-def _failed(error: Exception, where: str) -> ScoreError:
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    return ScoreError(
-        "the scoring function failed",
-        where=where,
-        value=f"{type(error).__name__}: {error}, at {at.filename}:{at.lineno}",
-        rule="a number for every completion, the empty one included",
-        remedy="mend the function; try it on the texts of samples.jsonl; scorer.on_error=skip goes on without it",
-    )
-
-
-def _check(function: Any, config: Python) -> None:
-    """Raises Unfit when this cannot be called as it will be."""
-    if not callable(function) or inspect.isclass(function):
-        what = (
-            "a class, no function"
-            if inspect.isclass(function)
-            else f"no function, but of type {type(function).__name__}"
-        )
-        raise _unfit(
-            f"{config.function.partition(':')[2]} is {what}",
-            rule="a function of prompts and completions that gives one number a completion",
-            remedy="name a function; an object that is made in the module and can be called will do, too",
-        )
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        raise _unfit(
-            "this function is asynchronous",
-            rule="def, not async def: scorer actors call it and wait",
-            remedy="write it with def; inside, asyncio.run(…) may ask for many things at once",
-        )
-    parameters = _parameters(function)
-    if parameters is None:  # of C code, which does not say
-        return
-    by_keyword = {name for name, each in parameters.items() if each.kind not in POSITIONAL}
-    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    lacking = [name for name in (*TEXTS, *config.arguments) if name not in by_keyword and not takes_any]
-    if lacking:
-        raise _unfit(
-            f"this function takes no {' and no '.join(lacking)}",
-            rule="parameters prompts and completions, then columns of the prompt file and scorer.arguments, by keyword",
-            remedy=f"write it as def {config.function.partition(':')[2]}(prompts, completions, **columns)",
+    def _unasked(self, count: int, total: int) -> ScoreError:
+        """No policy is for those: nothing is known of them."""
+        return ScoreError(
+            "no time was left to score all completions, after calls that gave nothing",
+            where=f"scorer.function {self._config.function}",
+            value=f"{count} of {total} completions of a call never asked for alone, or with others that fare well",
+            rule=f"all calls for some groups within scorer.deadline_s={self._config.deadline_s:g}",
+            remedy="give the function a deadline of its own, lower scorer.timeout_s, or raise scorer.deadline_s",
         )
 
 
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return None
+def _row(groups: Sequence[Group], place: Place) -> Row:
+    prompt = groups[place[0]].prompt
+    return prompt.index, prompt.conversation, groups[place[0]].texts[place[1]], prompt.extra
 
 
-def _columns(
-    function: Callable[..., Any], arguments: Mapping[str, Any]
-) -> Callable[[Sequence[tuple[Group, str]]], dict[str, list[Any]]]:
-    """What gives the columns that the function asks for, aligned with the completions."""
-    parameters = _parameters(function) or {}
-    kinds = [each.kind for each in parameters.values()]
-    everything = inspect.Parameter.VAR_KEYWORD in kinds
-    named = {name: each for name, each in parameters.items() if name not in (*TEXTS, *arguments)}
-    named = {
-        name: each for name, each in named.items() if each.kind not in (*POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    }
-
-    def columns(flat: Sequence[tuple[Group, str]]) -> dict[str, list[Any]]:
-        there = {name for group, _ in flat for name in group.prompt.extra}
-        for name, parameter in named.items():
-            if name not in there and parameter.default is inspect.Parameter.empty:
-                raise ScoreError(
-                    f"the scoring function wants a column {name!r} that these prompts do not have",
-                    where=f"prompt {flat[0][0].prompt.index}",
-                    value=f"columns {', '.join(sorted(there)) or 'none besides the prompt'}",
-                    rule="every parameter besides prompts and completions is a column of data.prompts",
-                    remedy=f"add the column, give {name} a default, or set scorer.arguments.{name}",
-                )
-        wanted = there if everything else there & set(named)
-        wanted -= {*TEXTS, *arguments}
-        return {name: [group.prompt.extra.get(name) for group, _ in flat] for name in sorted(wanted)}
-
-    return columns
-
-
-def _numbers(given: Any, texts: Sequence[str], where: str) -> list[float]:
-    """The function's numbers as floats, in its order. Raises ScoreError when they are something else."""
-    count = len(texts)
-    rule = f"a list of {count} numbers, one for each completion"
-    given = given.tolist() if hasattr(given, "tolist") else given  # of numpy or torch
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        remedy = "return a list, in the order of completions; a function of one completion has to loop over all"
-        value = f"{type(given).__name__}: {given!r}"
-        raise ScoreError("the scoring function gave no list", where=where, value=value, rule=rule, remedy=remedy)
-    if len(given) != count:
-        remedy = "return a number for every completion, in their order"
-        value = f"{len(given)} of them"
-        raise ScoreError(
-            "the scoring function gave another number of scores", where=where, value=value, rule=rule, remedy=remedy
-        )
-    for place, score in enumerate(given):
-        try:
-            float(score)
-        except (TypeError, ValueError):
-            remedy = "return a number for it; 0.0, say, where there is nothing to score"
-            value = f"{score!r} for completion {place} of the call"
-            raise ScoreError("a score is no number", where=where, value=value, rule=rule, remedy=remedy) from None
-        if not math.isfinite(float(score)):
-            remedy = "make it return a finite number for every text, the empty one included"
-            value = f"{float(score)} for {texts[place]!r}"
-            raise ScoreError("a score is not a finite number", where=where, value=value, rule=rule, remedy=remedy)
-    return [float(score) for score in given]
-
-
-def _unfit(what: str, *, rule: str, remedy: str) -> Unfit:
-    return Unfit(what, key="function", rule=rule, remedy=remedy)
+def _smaller(part: Sequence[Place]) -> list[list[Place]]:
+    """Its groups; of one group, its completions."""
+    groups = [list(places) for _, places in groupby(part, key=lambda place: place[0])]
+    return groups if len(groups) > 1 else [[place] for place in part] if len(part) > 1 else []

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import os
 
 import pytest
 
 from rayalign.errors import ConfigError, ScoreError, ScorerLost
 from rayalign.rollouts import group_metrics
-from rayalign.scorers import failing
 from rayalign.scorers.base import score_groups
-from rayalign.scorers.failing import FAILED, TooLate, Worker
+from rayalign.scorers.failing import FAILED
 from rayalign.scorers.python import Python
 from rayalign.scorers.url import Url
 from tests.http_service import Reply, serving
 from tests.scored import group
 
 REWARDS = """
-import threading
-never, calls = threading.Event(), []
+import json, os, re, signal, sys, threading, time
+never, process = threading.Event(), os.getpid()
 
 def scored(completions, bad):
-    calls.append(list(completions))
+    with open("calls.jsonl", "a") as file:
+        print(json.dumps(completions), file=file)
     return [bad(text) if text.startswith("bad") else float(len(text)) for text in completions]
 
 def raises(prompts, completions): return scored(completions, lambda text: {}[text])
@@ -29,12 +30,21 @@ def nan(prompts, completions): return scored(completions, lambda text: float("na
 def none(prompts, completions): return scored(completions, lambda text: None)
 def few(prompts, completions): return [score for score in scored(completions, lambda text: None) if score is not None]
 def hangs(prompts, completions): return scored(completions, lambda text: never.wait() and 0.0)
+def holds(prompts, completions): return scored(completions, lambda text: bool(re.match("(a+)+$", "a" * 60 + "b")))
+def dies(prompts, completions): return scored(completions, lambda text: os._exit(3))
+def exits(prompts, completions): return scored(completions, lambda text: sys.exit(3))
+def wants(prompts, completions, stars): return [0.0] * len(completions)
 def single(prompts, completions):
     if len(completions) > 1:
         raise MemoryError("one at a time")
     return scored(completions, len)
+def alarm(prompts, completions):
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return [float(os.getpid()) for _ in completions]
 """
-KINDS = ["raises", "nan", "none", "few", "hangs"]
+ONCE = ["raises", "nan", "none", "few", "exits"]
 GROUPS = [group(3, "a", "bb"), group(4, "ccc", "bad one", "dd"), group(5, "e", "f")]
 
 
@@ -42,58 +52,62 @@ GROUPS = [group(3, "a", "bb"), group(4, "ccc", "bad one", "dd"), group(5, "e", "
 def rewards(tmp_path, monkeypatch):
     (tmp_path / "my_failing_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    import my_failing_rewards
-
-    my_failing_rewards.calls.clear()
-    my_failing_rewards.never.clear()
-    yield my_failing_rewards
-    my_failing_rewards.never.set()  # so that no thread is left behind
+    monkeypatch.chdir(tmp_path)
 
 
 def scored(name: str, groups=GROUPS, **settings):
-    score = Python(function=f"my_failing_rewards:{name}", **{"timeout_s": 0.2, **settings}).start()
+    score = Python(function=f"my_failing_rewards:{name}", **settings).start()
     try:
         return score_groups(score, groups, who="scorer-0")
     finally:
         score.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_error_names_the_completion(kind):
+def calls() -> list[list[str]]:
+    """What the function was asked, in this process or in another."""
+    with open("calls.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize(("kind", "timeout_s"), [*((kind, None) for kind in ONCE), ("hangs", 1.5), ("dies", 60.0)])
+def test_an_error_names_the_completion(kind, timeout_s):
     with pytest.raises(ScoreError, match="for completion 1 of prompt 4: 'bad one'") as raised:
-        scored(kind)
+        scored(kind, timeout_s=timeout_s)
     assert raised.value.where == f"scorer.function my_failing_rewards:{kind}"
     assert raised.value.value and raised.value.rule and raised.value.remedy
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_zero_scores_it_0(kind):
-    found = scored(kind, on_error="zero")
+@pytest.mark.parametrize(("kind", "timeout_s"), [("raises", None), ("holds", 1.5), ("dies", 60.0)])
+def test_zero_scores_it_0(kind, timeout_s):
+    found = scored(kind, on_error="zero", timeout_s=timeout_s)
     assert [each.scores for each in found] == [(1.0, 2.0), (3.0, 0.0, 2.0), (1.0, 1.0)]
     assert [each.contested for each in found] == [(), (), ()]
     assert group_metrics(found) == {FAILED: 1.0}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_skip_learns_nothing_from_it(kind):
-    found = scored(kind, on_error="skip")
+@pytest.mark.parametrize(("kind", "timeout_s"), [*((kind, None) for kind in ONCE), ("hangs", 1.5)])
+def test_skip_learns_nothing_from_it(kind, timeout_s):
+    found = scored(kind, on_error="skip", timeout_s=timeout_s)
     assert [each.scores for each in found] == [(1.0, 2.0), (3.0, 2.5, 2.0), (1.0, 1.0)]  # the mean of the others
     assert [each.contested for each in found] == [(False,) * 2, (False, True, False), (False,) * 2]
     assert group_metrics(found) == {FAILED: 1.0}
 
 
-def test_what_fails_is_found_by_few_calls(rewards):
+def test_what_fails_is_found_by_few_calls():
+    """All others are asked before the completions of the group at fault."""
     scored("raises", on_error="skip")
-    assert [len(call) for call in rewards.calls] == [7, 2, 3, 1, 1, 1, 2]
-    rewards.calls.clear()
+    assert [len(call) for call in calls()] == [7, 2, 3, 2, 1, 1, 1]
     scored("raises", GROUPS[:1], on_error="skip")
-    assert [len(call) for call in rewards.calls] == [2]
+    assert [len(call) for call in calls()[7:]] == [2]
+    scored("raises", GROUPS[1:2], on_error="skip")
+    assert [len(call) for call in calls()[8:]] == [3, 1, 1, 1]
 
 
 def test_counts_are_added_up_over_groups():
     groups = [group(0, "bad", "bad too"), group(1, "a", "bad")]
-    assert group_metrics(scored("nan", groups, on_error="skip")) == {FAILED: 3.0}
-    assert scored("nan", groups, on_error="skip")[0].scores == (0.0, 0.0)  # nothing there to be the mean of
+    found = scored("nan", groups, on_error="skip")
+    assert group_metrics(found) == {FAILED: 3.0}
+    assert found[0].scores == (0.0, 0.0) and found[0].contested == (True, True)  # nothing there to be the mean of
 
 
 def test_one_that_fails_on_several_only_is_asked_one_by_one_or_ends_the_run():
@@ -103,32 +117,66 @@ def test_one_that_fails_on_several_only_is_asked_one_by_one_or_ends_the_run():
     assert raised.value.value.startswith("MemoryError: one at a time")
 
 
-def test_a_function_that_takes_a_missing_column_ends_the_run_whatever_is_tolerated(rewards):
-    rewards.wants = lambda prompts, completions, stars: [0.0] * len(completions)
+def test_a_function_that_takes_a_missing_column_ends_the_run_whatever_is_tolerated():
     with pytest.raises(ScoreError, match="wants a column 'stars'"):
         scored("wants", on_error="skip")
 
 
-def test_all_calls_together_take_no_longer_than_the_scorer_has():
-    """After the first two calls, three completions that hang and a deadline of 1 s."""
-    groups = [group(0, "bad", "bad", "bad", "bad", "bad", "bad", "bad", "bad")]
-    (found,) = scored("hangs", groups, on_error="skip", deadline_s=1.0, timeout_s=0.25)
-    assert found.contested == (True,) * 8  # those that nobody had time for as well
+def test_several_that_hang_cost_no_others_their_scores():
+    hanging = [group(index, "bad", "ok") for index in (1, 2)]
+    fine = [group(index, "ok", "fine") for index in (0, 3, 4, 5)]
+    found = scored("hangs", [*hanging, *fine], on_error="zero", timeout_s=1.5)
+    assert [each.scores for each in found] == [(0.0, 2.0)] * 2 + [(2.0, 4.0)] * 4
+    assert group_metrics(found) == {FAILED: 2.0}
 
 
-def test_calls_that_never_come_back_are_counted(monkeypatch):
-    monkeypatch.setattr(failing, "MOST_LEFT", 2)
-    never, worker = threading.Event(), Worker()
-    for _ in range(2):
-        with pytest.raises(TooLate):
-            worker(never.wait, 0.01)
-    with pytest.raises(ScorerLost, match="too many calls"):
-        worker(len, 1.0, obj=())
-    never.set()
-    for thread in worker._left:
-        thread.join()
-    assert worker(lambda x: x + 1, 5.0, x=1) == 2
-    worker.close()
+def test_when_time_is_out_no_policy_is_for_those_never_asked():
+    groups = [group(0, *["bad"] * 8), group(1, "fine", "fine")]
+    with pytest.raises(ScoreError, match="no time was left") as raised:
+        scored("hangs", groups, on_error="zero", deadline_s=12.0, timeout_s=3.0)
+    count, _, of = raised.value.value.partition(" of ")
+    assert of.startswith("10 completions") and 6 <= int(count) <= 8  # the second group's fared well
+    assert "fine" in {text for call in calls() for text in call if len(call) == 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "here"), [({}, True), ({"timeout_s": 60.0}, False), ({"on_error": "skip"}, False)]
+)
+def test_it_is_called_in_a_main_thread_whatever_is_tolerated(settings, here):
+    """As rewards with time limits of their own (signal.alarm) want it."""
+    found = scored("alarm", **settings)
+    assert (found[0].scores[0] == os.getpid()) is here and len({s for each in found for s in each.scores}) == 1
+
+
+def test_its_process_is_started_once_and_ends_with_the_scorer():
+    score = Python(function="my_failing_rewards:alarm", on_error="skip").start()
+    ((first, _), *_), ((second, _), *_) = ([judged.scores for judged in score(GROUPS)] for _ in range(2))
+    assert first == second and score.memory_gib() > 0
+    score.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first), 0)
+    assert score.memory_gib() == 0
+
+
+def test_a_function_that_is_not_there_in_its_process(monkeypatch):
+    config = Python(function="my_failing_rewards:nan", on_error="skip")
+    with open("my_failing_rewards.py", "w") as file:
+        print("limit = 1", file=file)  # as on a node with another version of the module
+    with pytest.raises(ConfigError, match="holds no nan"):
+        config.start()
+
+
+def test_a_module_that_never_ends_being_imported_or_ends_its_process():
+    config = Python(function="my_failing_rewards:nan", on_error="skip", deadline_s=2.0)
+    for line, value in (
+        ("import time; time.sleep(600)", "nothing after 2 s"),
+        ("import os; os._exit(4)", "exit code 4"),
+    ):
+        with open("my_failing_rewards.py", "w") as file:
+            print(line, file=file)
+        with pytest.raises(ScorerLost, match="is not imported in a process of its own") as raised:
+            config.start()
+        assert raised.value.value == value
 
 
 def test_a_deadline_that_leaves_no_time_to_find_out(tmp_path, make):

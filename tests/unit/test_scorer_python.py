@@ -12,7 +12,8 @@ from rayalign.api import run_training
 from rayalign.config import load_config, parse_config
 from rayalign.errors import ConfigError, ScoreError
 from rayalign.scorers.base import score_groups
-from rayalign.scorers.python import Python, _numbers
+from rayalign.scorers.function import numbers
+from rayalign.scorers.python import Python
 from tests.parts import tiny_config
 from tests.scored import group
 
@@ -104,7 +105,7 @@ def test_a_function_that_is_not_where_the_scorer_starts_is_a_configs_fault(rewar
 
 def test_numbers_of_any_kind_are_floats():
     for given in ([1, 2.0], (np.float32(1), True), torch.tensor([1.0, 2.0], dtype=torch.bfloat16), np.ones(2)):
-        found = _numbers(given, ("a", "b"), "scorer.function f")
+        found = numbers(given, ("a", "b"), "scorer.function f")
         assert len(found) == 2 and all(type(number) is float for number in found)
 
 
