@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,20 @@ def scored(group: Group) -> list[int]:
     left_out = group.contested or (False,) * len(group.completions)
     there = [bool(each.token_ids) and not left for each, left in zip(group.completions, left_out, strict=True)]
     return [index for index, score in enumerate(group.scores or ()) if math.isfinite(score) and there[index]]
+
+
+def is_cut(group: Group, index: int) -> bool:
+    """Whether this completion has no end, as it was cut at sampling.max_tokens."""
+    return group.completions[index].finish_reason == "length"
+
+
+def scores_of_tokens(group: Group, index: int) -> np.ndarray:
+    """[T] of a completion: as the scorer gave them, else its score at the last token."""
+    if group.token_scores:
+        return np.array(group.token_scores[index], np.float32)
+    found = np.zeros(len(group.completions[index].token_ids), np.float32)
+    found[-1] = group.scores[index]
+    return found
 
 
 def distinct(group: Group) -> list[int]:

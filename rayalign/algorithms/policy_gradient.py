@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rayalign.algorithms.credits import ADVANTAGES, Rows, later_sums
+from rayalign.algorithms.groups import is_cut
 from rayalign.algorithms.policy_loss import PolicyLoss
 from rayalign.record import Unfit
 from rayalign.types import Group, Metrics, Sampling
@@ -46,25 +47,25 @@ class PolicyGradient(PolicyLoss):
         return [sampling] * self.samples + greedy
 
     @property
-    def drops_equal(self) -> bool:
+    def drops_equal(self) -> bool:  # type: ignore[override]
         if self.equal_groups is not None:
             return self.equal_groups == "drop"
         return self.advantage in SCALES and not self.kl.coef
 
     def keeps(self, group: Group, kept: Sequence[int], usable: Sequence[int]) -> bool:
-        """At least two answers where they are compared, the greedy one where it is the baseline, and scores that
-        differ where equal ones are dropped."""
-        compared = list(kept)
+        """At least two answers where they are compared, and the greedy one, which comes last, where it is the
+        baseline."""
         if self.advantage == "remax":
-            if self.samples not in usable:  # the greedy answer comes last
-                return False
-            compared.append(self.samples)
-        if self.advantage in SCALES and len(kept) < 2:
-            return False
-        return not self.drops_equal or len({group.scores[k] for k in compared}) > 1
+            return self.samples in usable
+        return self.advantage not in SCALES or len(kept) > 1
+
+    def same(self, group: Group, places: Sequence[int]) -> bool:
+        return super().same(group, [*places, self.samples] if self.advantage == "remax" else places)
 
     def more_values(self, group: Group) -> dict[str, float]:
-        return {"baseline": float(group.scores[self.samples])} if self.advantage == "remax" else {}
+        if self.advantage != "remax":
+            return {}
+        return {"baseline": float(group.scores[self.samples]), "baseline/cut": float(is_cut(group, self.samples))}
 
     def advantages(self, rows: Rows, score: Tensor, kl: Tensor) -> tuple[dict[str, Tensor], Metrics]:
         if self.advantage == "reinforce_pp":
@@ -72,7 +73,7 @@ class PolicyGradient(PolicyLoss):
         else:
             total = score - self._coef * kl.sum(1)
             if self.advantage == "remax":
-                own = total - rows.value("baseline")
+                own = total - self.reward.of(rows.value("baseline"), rows.value("baseline/cut"), {})[0]
             else:
                 own = rows.by_group(total, SCALES[self.advantage])
             found = own.unsqueeze(1) * rows.mask

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayalign.algorithms.base import Offline, refuse_cache
 from rayalign.algorithms.credits import ESTIMATORS, TOKEN_SCORES, Divergence, Rewards, Rows, running
-from rayalign.algorithms.groups import row, scored
+from rayalign.algorithms.groups import is_cut, row, scored, scores_of_tokens
 from rayalign.algorithms.reference import Reference
 from rayalign.maths.advantage import AdaptiveKL
 from rayalign.maths.divergence import kl_k3
@@ -29,6 +29,7 @@ class PolicyLoss(Offline):
     """−min(ρA, clip(ρ)A) of each token of the policy's own samples, with a KL to the reference in reward or loss."""
 
     whole_distribution: ClassVar[bool] = True
+    drops_equal: ClassVar[bool] = False  # whether nothing is learned from groups whose answers are all worth the same
     samples: int = Field(4, ge=1, description="completions sampled for each prompt")
     kl: Divergence = Field(Divergence(), description="the KL to the reference: where, by which estimator, how much")
     reward: Rewards = Field(Rewards(), description="what is done to scores first")
@@ -104,29 +105,38 @@ class PolicyLoss(Offline):
 
     def examples(self, groups: Sequence[Group]) -> tuple[list[Example], Metrics]:
         """One example an answer. What is left out is counted: answers that are empty, contested or without a finite
-        score, those that were cut where `overlong` says so, and groups that `keeps` does not want."""
+        score, those that were cut where `overlong` says so, and groups that `keeps` does not want, or whose answers
+        are all worth the same where `drops_equal` says so. `groups/equal` counts the latter either way."""
         made: list[Example] = []
-        left_out = cut = dropped = 0
+        left_out = cut = dropped = equal = 0
+        by_token = any(group.token_scores for group in groups)
         for number, group in enumerate(groups):
-            usable = [k for k in scored(group) if group.completions[k].token_ids]
-            ends = {k: group.completions[k].finish_reason != "length" for k in usable}
-            kept = [k for k in usable if k < self.samples and (ends[k] or self.overlong != "drop")]
-            answers = min(self.samples, len(group.completions))
-            left_out += answers - sum(k < self.samples for k in usable)
-            cut += sum(not ends[k] for k in usable if k < self.samples)
-            if not kept or not self.keeps(group, kept, usable):
+            usable = scored(group)
+            own = [k for k in usable if k < self.samples]
+            kept = [k for k in own if not (self.overlong == "drop" and is_cut(group, k))]
+            left_out += min(self.samples, len(group.completions)) - len(own)
+            cut += sum(is_cut(group, k) for k in own)
+            wanted = bool(kept) and self.keeps(group, kept, usable)
+            same = wanted and self.same(group, kept)
+            equal += same
+            if not wanted or (same and self.drops_equal):
                 dropped += 1
                 continue
-            made += [self._example(group, number, k, cut=not ends[k]) for k in kept]
+            made += [self._example(group, number, k, by_token) for k in kept]
         if not any(example.values["trained"] for example in made):
             dropped, made = len(groups), []
         counts = {"groups/kept": len(groups) - dropped, "groups/dropped": dropped, "answers/kept": len(made)}
-        counts |= {"answers/left_out": left_out, "answers/overlong": cut}
+        counts |= {"groups/equal": equal, "answers/left_out": left_out, "answers/overlong": cut}
         return made, {name: float(count) for name, count in counts.items()}
 
     def keeps(self, group: Group, kept: Sequence[int], usable: Sequence[int]) -> bool:
-        """Whether something is learned from a group of which these answers are left."""
+        """Whether there is all that it takes to learn from a group of which these answers are left."""
         return True
+
+    def same(self, group: Group, places: Sequence[int]) -> bool:
+        """Whether there are several answers, and all have the same score once the penalty is taken off."""
+        worth = {group.scores[k] - self.reward.no_end_penalty * is_cut(group, k) for k in places}
+        return len(places) > 1 and len(worth) == 1
 
     def useful(self, group: Group) -> bool:
         return bool(self.examples([group])[0])
@@ -135,10 +145,10 @@ class PolicyLoss(Offline):
         """What an example has besides, by name: the same for all answers of the group."""
         return {}
 
-    def _example(self, group: Group, number: int, k: int, *, cut: bool) -> Example:
-        sequence = row(group, k)
-        if group.token_scores:
-            sequence = replace(sequence, columns={TOKEN_SCORES: torch.tensor(group.token_scores[k]).float().numpy()})
+    def _example(self, group: Group, number: int, k: int, by_token: bool) -> Example:
+        sequence, cut = row(group, k), is_cut(group, k)
+        if by_token:
+            sequence = replace(sequence, columns={TOKEN_SCORES: scores_of_tokens(group, k)})
         trained = float(not (cut and self.overlong == "mask"))
         values = {"group": float(number), "score": float(group.scores[k]), "cut": float(cut), "trained": trained}
         return Example((sequence,), values | self.more_values(group))

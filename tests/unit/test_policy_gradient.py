@@ -75,6 +75,7 @@ def test_an_answer_against_others_of_its_prompt(advantage, wanted):
     for index, value in enumerate(wanted):
         assert advantages(credited)[index] == pytest.approx([value] * (index + 1), abs=1e-5)
     assert metrics == {f"groups/{k}": v for k, v in (("kept", 2.0), ("dropped", 0.0))} | {
+        "groups/equal": 0.0,
         "answers/kept": 8.0,
         "answers/left_out": 0.0,
         "answers/overlong": 0.0,
@@ -143,6 +144,16 @@ def test_rewards_of_tokens_stand_where_the_scorer_gave_them():
     assert advantages(credited) == [pytest.approx([1.0]), pytest.approx([1.5, 1.0, 0.5])]
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_groups_without_rewards_of_tokens_have_their_score_at_the_end_beside_others(order):
+    algorithm = PPO(samples=1, gamma=1.0, kl=NO_KL, whiten=False, **{"lambda": 1.0})
+    groups = [*one((2.0,), lengths=[2]), *one((1.0,), lengths=[2], token_scores=((0.75, 0.25),))]
+    examples, _ = algorithm.examples(groups[order])
+    credited, _ = algorithm.credit(annotated(examples, critic_state_values=0.0))
+    assert advantages(credited) == [[2.0, 2.0], [1.0, 0.25]][order]
+    collate(algorithm.dealt(credited, ()), pad_id=0)
+
+
 def test_ppo_gives_the_advantages_of_gae():
     """The worked values of MATHS.md, its masked token left out."""
     algorithm = PPO(gamma=0.9, kl={"coef": 1.0}, whiten=False, **{"lambda": 0.8})
@@ -197,8 +208,35 @@ def test_groups_of_equal_scores_are_dropped_or_kept():
     assert not dropping.useful(same[0]) and dropping.useful(differ[0])
     for keeping in (PolicyGradient(samples=2, kl=K1), PolicyGradient(samples=2, kl=NO_KL, equal_groups="keep")):
         assert keeping.examples(same + differ)[1]["groups/kept"] == 2.0
+    for algorithm in (dropping, keeping, PPO(samples=2, kl=NO_KL)):
+        assert algorithm.examples(same + differ)[1]["groups/equal"] == 1.0
+        assert algorithm.examples(one((1.0,)))[1]["groups/equal"] == 0.0
     credited, _ = keeping.credit(keeping.examples(same)[0])
     assert advantages(credited) == [[0.0], [0.0, 0.0]]
+
+
+def test_what_is_equal_is_what_answers_are_worth():
+    """Scores less the penalty for answers without an end."""
+    algorithm = PolicyGradient(samples=2, kl=NO_KL, reward={"no_end_penalty": 0.5})
+    differ, same = (sampled(one(scores), cut=(1,)) for scores in ((1.0, 1.0), (1.0, 1.5)))
+    assert algorithm.useful(differ[0]) and not algorithm.useful(same[0])
+    assert algorithm.examples(differ + same)[1]["groups/equal"] == 1.0
+    greedy = PolicyGradient(advantage="remax", samples=1, kl=NO_KL, equal_groups="drop")
+    assert greedy.useful(one((1.0, 2.0))[0]) and not greedy.useful(one((1.0, 1.0))[0])
+
+
+@pytest.mark.parametrize(
+    ("reward", "scores", "cut", "wanted"),
+    [
+        ({"clip": 1.0}, (5.0, 6.0, 5.0), (), [0.0, 0.0]),
+        ({"no_end_penalty": 2.0}, (1.0, 1.5, 1.0), (0, 1, 2), [0.0, 0.5]),
+        ({"no_end_penalty": 2.0}, (1.0, 1.5, 1.0), (2,), [2.0, 2.5]),
+    ],
+)
+def test_the_greedy_answers_score_is_penalised_and_clipped_as_others_are(reward, scores, cut, wanted):
+    algorithm = PolicyGradient(advantage="remax", samples=2, kl=NO_KL, reward=reward)
+    examples, _ = algorithm.examples(sampled(one(scores, lengths=[1, 1, 1]), cut=cut))
+    assert [each[0] for each in advantages(algorithm.credit(examples)[0])] == pytest.approx(wanted)
 
 
 def test_a_batch_without_variance_has_advantages_of_zero():
@@ -214,7 +252,8 @@ def test_empty_and_contested_answers_are_left_out_and_counted():
     groups = one((1.0, 2.0, 9.0, float("nan")), lengths=[1, 0, 1, 1], contested=(False, False, True, False))
     assert algorithm.examples(groups) == (
         [],
-        {"groups/kept": 0, "groups/dropped": 1, "answers/kept": 0, "answers/left_out": 3, "answers/overlong": 0},
+        {"groups/kept": 0, "groups/dropped": 1, "groups/equal": 0}
+        | {"answers/kept": 0, "answers/left_out": 3, "answers/overlong": 0},
     )
 
 
