@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,16 +144,16 @@ def print_before_after(before: Evaluation, after: Evaluation, *, show: int, seed
         return
     mean, low, high = rise(before, after, seed=seed)
     out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
-    out.print(
-        f"reward rose by {mean:+.3f}, 95 % bootstrap interval [{low:+.3f}, {high:+.3f}] over prompts", markup=False
-    )
+    said = f"reward rose by {mean:+.3f}, 95 % bootstrap interval [{low:+.3f}, {high:+.3f}] over prompts"
+    out.print("no prompt has a reward before and after" if math.isnan(mean) else said, markup=False)
     seen = list(dict.fromkeys(sample.prompt_index for sample in before.samples))[:show]
     for index in seen:
         first = next(s for s in before.samples if s.prompt_index == index)
         last = next(s for s in after.samples if s.prompt_index == index)
         out.print(f"\n{first.prompt}", markup=False, style="bold")
-        out.print(f"  before {first.score:+.2f}  {_one_line(first.completion)}", markup=False)
-        out.print(f"  after  {last.score:+.2f}  {_one_line(last.completion)}", markup=False)
+        for name, sample in (("before", first), ("after ", last)):
+            score = "unscored" if sample.score is None else f"{sample.score:+.2f}"
+            out.print(f"  {name} {score}  {_one_line(sample.completion)}", markup=False)
 
 
 def _table(columns: Sequence[tuple[str, Evaluation]]) -> None:

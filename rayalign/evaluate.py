@@ -101,12 +101,13 @@ class EarlyStop(Record):
 
 @dataclass(frozen=True)
 class EvaluatedSample:
-    """One completion of a held-out prompt. KL values are sums over its tokens, in nats; see `sequence_kl`."""
+    """One completion of a held-out prompt. KL values are sums over its tokens, in nats; see `sequence_kl`. Without a
+    score is one that its scorer failed on and skipped."""
 
     prompt_index: int
     prompt: str
     completion: str
-    score: float
+    score: float | None
     tokens: int
     truncated: bool
     kl_k1: float | None
@@ -129,9 +130,15 @@ class Evaluation:
         return cls(record["step"], tuple(EvaluatedSample(**s) for s in record["samples"]), record["metrics"])
 
     def scores(self) -> np.ndarray:
-        """[prompts, samples]"""
+        """[prompts, samples], NaN where there is none."""
         prompts = len({sample.prompt_index for sample in self.samples})
-        return np.array([sample.score for sample in self.samples]).reshape(prompts, -1)
+        return np.array([sample.score for sample in self.samples], dtype=float).reshape(prompts, -1)
+
+    def rewards(self) -> np.ndarray:
+        """[prompts] mean scores, each of those that there are; NaN where there is none."""
+        scores = self.scores()
+        there = ~np.isnan(scores)
+        return np.where(there, scores, 0.0).sum(axis=1) / np.where(there.any(axis=1), there.sum(axis=1), np.nan)
 
 
 def evaluate(
@@ -167,7 +174,7 @@ def evaluate(
     divergences = sequence_kl(groups, roles, truncated=another)
     found = []
     for group in groups:
-        for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):
+        for text, score, completion in zip(group.texts, group.known_scores, group.completions, strict=True):
             k1, k3 = divergences[len(found)]
             truncated = completion.finish_reason == "length"
             found.append(
@@ -240,14 +247,16 @@ def summarise(evaluation: Evaluation, *, seed: int) -> Metrics:
     the samples of one prompt."""
     samples, shape = evaluation.samples, evaluation.scores().shape
     columns = {
-        "reward": [s.score for s in samples],
         "kl/k1": [s.kl_k1 for s in samples],
         "kl/k3": [s.kl_k3 for s in samples],
         "length": [float(s.tokens) for s in samples],
         "truncated": [float(s.truncated) for s in samples],
     }
     known = {name: values for name, values in columns.items() if None not in values}
-    by_prompts = {name: np.array(values).reshape(shape).mean(axis=1) for name, values in known.items()}
+    rewards = evaluation.rewards()
+    scored = rewards[~np.isnan(rewards)]
+    by_prompts = {"reward": scored} if scored.size else {}
+    by_prompts |= {name: np.array(values).reshape(shape).mean(axis=1) for name, values in known.items()}
     texts = np.array([s.completion for s in samples], dtype=object).reshape(shape)
     for n in (1, 2):
         by_prompts[f"distinct_{n}"] = np.array([distinct_n(list(row), n) for row in texts])
@@ -269,8 +278,12 @@ def said(groups: Sequence[Group], *, seed: int) -> Metrics:
 
 
 def rise(before: Evaluation, after: Evaluation, *, seed: int) -> tuple[float, float, float]:
-    """Mean of after − before in reward, paired by prompt, and its 95 % bootstrap interval."""
-    difference = after.scores().mean(axis=1) - before.scores().mean(axis=1)
+    """Mean of after − before in reward, paired by prompt, and its 95 % bootstrap interval; NaN where no prompt has a
+    score in both."""
+    difference = after.rewards() - before.rewards()
+    difference = difference[~np.isnan(difference)]
+    if not difference.size:
+        return math.nan, math.nan, math.nan
     return (float(difference.mean()), *bootstrap_interval(difference, seed=seed))
 
 

@@ -65,7 +65,7 @@ class Recorder:
 
     def samples(self, step: int, version: int, groups: Sequence[Group]) -> None:
         for group in groups:
-            for text, score, completion in zip(group.texts, group.scores or (), group.completions, strict=True):
+            for text, score, completion in zip(group.texts, group.known_scores, group.completions, strict=True):
                 self._write(
                     "samples",
                     {

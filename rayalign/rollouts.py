@@ -113,11 +113,10 @@ class Rollout:
         }
         if self.version is None:
             return {**shared, "time/read_s": self.rollout_s}
-        scores = np.array([s for group in self.groups for s in group.scores or ()])
+        scores = np.array([s for group in self.groups for s in group.known_scores if s is not None])
         return {
             **shared,
-            "reward/mean": float(scores.mean()),
-            "reward/std": float(scores.std()),
+            **({"reward/mean": float(scores.mean()), "reward/std": float(scores.std())} if scores.size else {}),
             **group_metrics(self.groups),
             **self.refill,
             "rollout/version": float(self.version),

@@ -212,6 +212,14 @@ class Group:
     contested: tuple[bool, ...] = ()
     token_scores: tuple[tuple[float, ...], ...] = ()
 
+    @property
+    def known_scores(self) -> tuple[float | None, ...]:
+        """For means and tables: None where the scorer failed and the completion is skipped, whose number in `scores`
+        stands for one that nobody knows."""
+        failed = any(name.endswith(FAILED) and count for name, count in self.metrics.items())
+        skipped = self.contested if failed and self.contested else (False,) * len(self.scores or ())
+        return tuple(None if out else score for score, out in zip(self.scores or (), skipped, strict=True))
+
 
 @dataclass(frozen=True)
 class Judgement:

@@ -42,6 +42,16 @@ def test_summary_and_rise_are_paired_by_prompt():
     assert again == before
 
 
+def test_what_no_scorer_scored_is_in_no_mean():
+    before, after = make([[0.0, None], [None, None], [2.0, 4.0]]), make([[1.0, 1.0], [5.0, 5.0], [None, 3.0]])
+    assert summarise(before, seed=0)["reward"] == (0.0 + 3.0) / 2
+    assert rise(before, after, seed=0)[0] == (1.0 + 0.0) / 2
+    none = make([[None], [None]])
+    assert "reward" not in (metrics := summarise(none, seed=0)) and metrics["length"] == 3.0
+    assert np.isnan(rise(none, make([[1.0], [2.0]]), seed=0)).all()
+    assert Evaluation.from_record({"step": 0, **none.record()}) == none
+
+
 def test_kl_is_left_out_without_a_reference():
     sample = EvaluatedSample(0, "p", "a", 1.0, 1, False, None, None)
     assert "kl/k1" not in summarise(Evaluation(0, (sample,)), seed=0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
 from rayalign.errors import ConfigError, ScoreError, ScorerLost
-from rayalign.rollouts import group_metrics
+from rayalign.rollouts import Rollout, group_metrics
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.failing import FAILED
+from rayalign.scorers.mix import Mix
 from rayalign.scorers.python import Python
 from rayalign.scorers.url import Url
 from tests.http_service import Reply, serving
@@ -108,6 +110,23 @@ def test_counts_are_added_up_over_groups():
     found = scored("nan", groups, on_error="skip")
     assert group_metrics(found) == {FAILED: 3.0}
     assert found[0].scores == (0.0, 0.0) and found[0].contested == (True, True)  # nothing there to be the mean of
+    assert [each.known_scores for each in found] == [(None, None), (1.0, None)]
+    metrics = Rollout(0, 0, tuple(found), 1.0, 1.0).metrics()
+    assert (metrics["reward/mean"], metrics["reward/std"]) == (1.0, 0.0)
+    assert "reward/mean" not in Rollout(0, 0, tuple(found[:1]), 1.0, 1.0).metrics()
+
+
+def test_answers_that_are_contested_or_scored_0_have_scores():
+    """What a classifier of disagreement is not sure of is in the means; so is a 0 that a policy says."""
+    assert replace(GROUPS[0], scores=(1.0, 2.0), contested=(True, False)).known_scores == (1.0, 2.0)
+    assert scored("nan", on_error="zero")[1].known_scores == (3.0, 0.0, 2.0)
+    mixed = Mix(scorers=[{"scorer": {"name": "python", "function": "my_failing_rewards:nan", "on_error": "skip"}}])
+    score = mixed.start()
+    assert [each.known_scores for each in score_groups(score, GROUPS[1:], who="scorer-0")] == [
+        (3.0, None, 2.0),
+        (1.0, 1.0),
+    ]
+    score.close()
 
 
 def test_one_that_fails_on_several_only_is_asked_one_by_one_or_ends_the_run():
