@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from rayalign.errors import ScoreError
 from rayalign.record import Record, Unfit
 from rayalign.registry import Tagged
 from rayalign.scorers import SCORERS
@@ -49,7 +50,8 @@ class Mix(ScorerConfig):
     With `standardise: group` a scorer's scores of one prompt have mean 0 and standard deviation 1 before they are
     weighted (all 0 where they are equal), so that weights compare scorers of any scale; what is left is the order
     within a prompt, so that the reward's mean no longer rises as the policy gets better: look at scores/LABEL. Soft
-    preferences of the parts are averaged by weight where all of them give some, and no weight is below 0.
+    preferences of the parts are averaged by weight where all of them give some, and no weight is below 0. Rewards of
+    tokens are weighted and added as well; the score of a part without them counts at the last token.
     """
 
     paper: ClassVar = "Wu et al. 2023, arXiv:2306.01693 (weighted); Shao et al. 2024, arXiv:2402.03300 (by group)"
@@ -194,13 +196,15 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
     columns = zip(*weighed, strict=True)
     scores = tuple(math.fsum(w * s for w, s in zip(weights, column, strict=True)) for column in columns)
     metrics: dict[str, float] = {}
-    for part, group, row in zip(config.scorers, given, rows, strict=True):
+    for part, group in zip(config.scorers, given, strict=True):
         before = "" if config.only_judge(part) else f"{part.called}/"
         metrics |= {f"{before}{name}": number for name, number in group.metrics.items()}
-        metrics[f"scores/{part.called}"] = math.fsum(row) / len(row)
+        if there := [score for score in group.known_scores if score is not None]:
+            metrics[f"scores/{part.called}"] = math.fsum(there) / len(there)
     says = [group.contested for part, group in zip(config.scorers, given, strict=True) if part.weight]
     contested = tuple(map(any, zip(*filter(None, says), strict=True)))
-    return Judgement(scores, _preferences(given, weights), metrics, contested)
+    tokens = _token_scores(given, weights, config.standardise)
+    return Judgement(scores, _preferences(given, weights), metrics, contested, tokens)
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:
@@ -209,6 +213,30 @@ def standardised(scores: Sequence[float]) -> tuple[float, ...]:
     spread = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores))
     equal = spread <= 1e-12 * max(1.0, max(map(abs, scores)))
     return tuple(0.0 if equal else (score - mean) / spread for score in scores)
+
+
+def _token_scores(given: Sequence[Group], weights: Sequence[float], standardise: str) -> tuple[tuple[float, ...], ...]:
+    """Of each completion the parts' rewards of its tokens, weighted and added, where one that counts gives some."""
+    counted = [(weight, group) for weight, group in zip(weights, given, strict=True) if weight]
+    if not any(group.token_scores for _, group in counted):
+        return ()
+    if standardise != "none":
+        raise ScoreError(
+            "a scorer of the mix gives each token its own reward, which has no mean and spread by prompt",
+            where=f"scorer mix, prompt {given[0].prompt.index}",
+            value=f"standardise: {standardise}",
+            rule="standardise: none with rewards of tokens",
+            remedy="set scorer.standardise=none, and weights that fit the scorers' scales",
+        )
+    rows = [[[weight * score for score in row] for row in by_token(group)] for weight, group in counted]
+    return tuple(tuple(map(math.fsum, zip(*of_one, strict=True))) for of_one in zip(*rows, strict=True))
+
+
+def by_token(group: Group) -> Sequence[Sequence[float]]:
+    """The rewards of each completion's tokens; where there are none, its score at the last."""
+    lengths = [len(completion.token_ids) for completion in group.completions]
+    there = zip(lengths, group.scores or (), strict=True)
+    return group.token_scores or [[0.0] * (length - 1) + [score] * (length > 0) for length, score in there]
 
 
 def _preferences(given: Sequence[Group], weights: Sequence[float]) -> tuple[tuple[float, ...], ...] | None:

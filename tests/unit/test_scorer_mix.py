@@ -18,7 +18,7 @@ from rayalign.scorers import SCORERS
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.engine_asker import EngineAsker
 from rayalign.scorers.mix import Mix, joined, standardised
-from rayalign.types import Group
+from rayalign.types import FAILED, Group
 from tests.parts import tiny_config
 from tests.scored import Counted, Says, group
 
@@ -89,6 +89,35 @@ def test_a_part_that_is_only_reported_takes_no_answer_out():
     assert joined(mixes[0.0], [first, second]).contested == (False, True)
     assert joined(mixes[-1.0], [first, second]).contested == (True, True)
     assert joined(mixes[0.0], [first, replace(second, contested=())]).contested == ()
+
+
+def test_rewards_of_tokens_are_weighted_and_added_and_a_score_counts_at_the_last():
+    tokens, sampled = ((1.0, -0.6), (0.25, 0.5)), group(0, "a", "b")
+    table = replace(sampled, scores=(0.4, 0.75), token_scores=tokens)
+    plain = replace(sampled, scores=(3.0, 5.0))
+    parts = {w: Mix(scorers=(part(2.0, "table", scores=(1, 0)), part(w, "plain", scores=(1, 0)))) for w in (0.0, -1.0)}
+    assert joined(parts[0.0], [table, plain]).token_scores == ((2.0, -1.2), (0.5, 1.0))
+    assert joined(parts[-1.0], [table, plain]).token_scores == ((2.0, -4.2), (0.5, -4.0))
+    assert joined(parts[-1.0], [table, table]).token_scores == tokens
+    assert joined(parts[0.0], [plain, table]).token_scores == ()  # what is only reported gives none
+    assert joined(parts[-1.0], [plain, plain]).token_scores == ()
+    empty = [replace(each, completions=(replace(each.completions[0], token_ids=()),) * 2) for each in (table, plain)]
+    assert joined(parts[-1.0], [replace(empty[0], token_scores=((), ())), empty[1]]).token_scores == ((), ())
+
+
+def test_rewards_of_tokens_cannot_be_standardised():
+    mix = Mix(scorers=(part(1.0, "table", scores=(1, 0)),), standardise="group")
+    table = replace(group(0, "a", "b"), scores=(0.4, 0.75), token_scores=((1.0, -0.6), (0.25, 0.5)))
+    with pytest.raises(ScoreError, match="each token its own reward") as raised:
+        joined(mix, [table])
+    assert raised.value.where == "scorer mix, prompt 0" and raised.value.rule and raised.value.remedy
+
+
+def test_a_part_that_failed_on_a_whole_group_has_no_mean_there():
+    failed = replace(group(0, "a", "b"), scores=(0.0, 0.0), metrics={FAILED: 2.0}, contested=(True, True))
+    fine = replace(group(0, "a", "b"), scores=(1.0, 3.0))
+    mix = Mix(scorers=(part(1.0, "mine", scores=(1, 0)), part(1.0, "other", scores=(1, 0))))
+    assert joined(mix, [failed, fine]).metrics == {f"mine/{FAILED}": 2.0, "scores/other": 2.0}
 
 
 def test_a_rule_that_a_judge_reports_is_no_label_of_another():
