@@ -23,16 +23,8 @@ def check_training(config: Config) -> None:
     check_parts(config)
     if config.scored and hasattr(config.scorer, "check_files"):
         config.scorer.check_files()
-    rollout, ranks = config.rollout, config.learner.ranks
-    for key, value in (("learner.ranks", ranks), ("train.minibatches", config.train.minibatches)):
-        if value > rollout.prompts:
-            raise ConfigError(
-                "the batch cannot be split so far",
-                where=f"key {key}",
-                value=value,
-                rule=f"at most rollout.prompts={rollout.prompts}, so that each part has an example",
-                remedy=f"set rollout.prompts={value}, or lower {key}",
-            )
+    _check_split(config, "learner.ranks", config.learner.ranks)
+    _check_split(config, "train.minibatches", config.train.minibatches)
     check_roles(config)
     if config.train.stop is not None and not config.evaluation.every:
         raise ConfigError(
@@ -57,6 +49,21 @@ def check_training(config: Config) -> None:
             value=0,
             rule="above 0 when an algorithm learns from its own samples",
             remedy="set sampling.temperature=1.0",
+        )
+
+
+def _check_split(config: Config, key: str, parts: int) -> None:
+    """Whether the examples of a step are as many as the ranks or minibatches that a key says. Raises ConfigError."""
+    prompts, algorithm = config.rollout.prompts, config.algorithm
+    each = algorithm.samples if getattr(algorithm, "each_answer", False) else 1
+    if parts > prompts * each:
+        most = f"rollout.prompts={prompts}" if each == 1 else f"rollout.prompts × algorithm.samples = {prompts * each}"
+        raise ConfigError(
+            "the batch cannot be split so far",
+            where=f"key {key}",
+            value=parts,
+            rule=f"at most {most}, so that each part has an example",
+            remedy=f"set rollout.prompts={-(-parts // each)}, or lower {key}",
         )
 
 
@@ -116,15 +123,7 @@ def _check_apart(config: Config, role: str, settings: LearnerSettings) -> None:
             rule="beside the policy with placement: local",
             remedy=f"set placement=ray, or take apart and ranks out of learner.roles.{role}",
         )
-    ranks = getattr(settings, "ranks", 1)
-    if ranks > config.rollout.prompts:
-        raise ConfigError(
-            "the batch cannot be split so far",
-            where=f"key learner.roles.{role}.ranks",
-            value=ranks,
-            rule=f"at most rollout.prompts={config.rollout.prompts}, so that each part has an example",
-            remedy=f"set rollout.prompts={ranks}, or lower learner.roles.{role}.ranks",
-        )
+    _check_split(config, f"learner.roles.{role}.ranks", getattr(settings, "ranks", 1))
     if role == "reference" and Column.REFERENCE_KL in config.algorithm.columns:
         raise ConfigError(
             "the loss has the exact KL to the reference in it, over the whole vocabulary",

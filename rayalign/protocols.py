@@ -221,8 +221,9 @@ class Algorithm(Protocol):
     def enough(self, metrics: Metrics) -> bool:
         """Whether the update ends after this optimiser step, as the watched metrics say."""
 
-    def adapted(self, state: Mapping[str, float]) -> Algorithm:
-        """The algorithm with numbers that follow the training, as `adapt` gave them; {} before the first step."""
+    def adapted(self, state: Mapping[str, float], *, fresh: bool = True) -> Algorithm:
+        """The algorithm with numbers that follow the training, as `adapt` gave them; {} before the first step. `fresh`:
+        whether its step is the first that uses its samples."""
 
     def adapt(self, state: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
         """These numbers after a step with these metrics; they are kept in checkpoints."""
@@ -262,6 +263,14 @@ class Algorithm(Protocol):
 def needs_reference(algorithm: Algorithm) -> bool:
     """Whether a reference model stands beside the policy."""
     return any(role == "reference" for role, _ in algorithm.needs) or Column.REFERENCE_KL in algorithm.columns
+
+
+def columns_by_role(needs: Iterable[tuple[str, AnyColumn]]) -> dict[str, list[AnyColumn]]:
+    """What each role is asked for, in one pass."""
+    found: dict[str, list[AnyColumn]] = {}
+    for role, column in needs:
+        found.setdefault(role, []).append(column)
+    return found
 
 
 class Tracker(Protocol):

@@ -25,7 +25,7 @@ from rayalign.evaluate import (
 )
 from rayalign.interrupt import Interrupt
 from rayalign.metrics import FINAL, Recorder, timed
-from rayalign.protocols import Algorithm, Roles, UpdatePlan
+from rayalign.protocols import Algorithm, Roles, UpdatePlan, columns_by_role
 from rayalign.reading import Reading
 from rayalign.record import Record
 from rayalign.rollouts import Collector, Progress, Rollout, RolloutConfig, Rollouts
@@ -130,9 +130,9 @@ class Run:
         if self.turns and self.collector is not None:
             self.collector.engine.sleep()
         metrics: Metrics = {}
-        for role, column in self.algorithm.needs:
+        for role, columns in columns_by_role(self.algorithm.needs).items():
             with timed(metrics, f"time/annotate_s/{role}"):
-                examples = self.roles[role].annotate(examples, (column,))
+                examples = self.roles[role].annotate(examples, columns)
         unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
         another = self.sampling.truncated or (self.sampling.temperature or 1.0) != self.learner_temperature
         sampled = rollout.version == step and not another
@@ -168,7 +168,7 @@ class Run:
 
     def _algorithm(self, state: TrainerState) -> Algorithm:
         """As it is in the step after this state."""
-        return self.algorithm.at(state.step).adapted(state.adaptive)
+        return self.algorithm.at(state.step).adapted(state.adaptive, fresh=self.rollouts.fresh(state.step))
 
     def refresh(self, step: int) -> None:
         """The reference follows the policy when the algorithm says so."""

@@ -203,6 +203,13 @@ class Config(Record):
                 rule="set with rollout.depth above 0, or samples that are used for several steps",
                 remedy="set algorithm.importance_cap=2.0",
             )
+        if self.algorithm.stop_kl is not None and self.train.epochs * self.train.minibatches == 1:
+            raise Unfit(
+                "an update of one optimiser step has no later one that could be left out",
+                key="algorithm.stop_kl",
+                rule="not set, unless train.epochs × train.minibatches is above 1",
+                remedy="take algorithm.stop_kl out, or set train.minibatches=4, say",
+            )
         critic = getattr(self.algorithm, "critic", None)
         if critic is not None:
             try:

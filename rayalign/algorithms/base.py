@@ -38,6 +38,7 @@ class Offline(Record):
     watched: ClassVar[Sequence[str]] = ()
     at_first: ClassVar[Sequence[str]] = ()
     critic_algorithm: ClassVar[Offline | None] = None
+    each_answer: ClassVar[bool] = False  # whether each answer to a prompt is an example, and not all of them together
     whole_distribution: ClassVar[bool] = False  # whether top-p and the like would make its ratios wrong
     self_play: ClassVar[bool] = False  # whether answers of the data meet answers that the policy wrote, see selfplay
 
@@ -56,7 +57,7 @@ class Offline(Record):
     def enough(self, metrics: Metrics) -> bool:
         return False
 
-    def adapted(self, state: Mapping[str, float]) -> Self:
+    def adapted(self, state: Mapping[str, float], *, fresh: bool = True) -> Self:
         return self
 
     def adapt(self, state: Mapping[str, float], metrics: Metrics) -> dict[str, float]:

@@ -75,12 +75,14 @@ class Rewards(Record):
     )
     clip: float | None = Field(None, gt=0, description="scores are cut to ± this")
 
-    def of(self, score: Tensor, cut: Tensor, state: Mapping[str, float]) -> tuple[Tensor, Metrics]:
-        """[N] scores, where `cut` [N] says which answers have no end token; `state` as `running` gives it."""
+    def of(
+        self, score: Tensor, cut: Tensor, state: Mapping[str, float], *, fresh: bool = True
+    ) -> tuple[Tensor, Metrics]:
+        """[N] scores, where `cut` [N] says which answers have no end token; `state` and `fresh` as in `running`."""
         score = score - self.no_end_penalty * cut
         metrics = {"score/mean": float(score.mean()), "score/std": float(score.std(unbiased=False))}
         if self.normalise:
-            seen = running(state, metrics, len(score))
+            seen = running(state, metrics, len(score), fresh=fresh)
             spread = (seen["score_m2"] / seen["score_count"]) ** 0.5
             score = (score - seen["score_mean"]) / (spread + 1e-8) if spread > 0 else torch.zeros_like(score)
         if self.clip is not None:
@@ -89,8 +91,11 @@ class Rewards(Record):
         return score, metrics
 
 
-def running(state: Mapping[str, float], metrics: Metrics, count: int) -> dict[str, float]:
-    """Count, mean and sum of squared deviations of all scores so far, with those of one step (Chan et al. 1979)."""
+def running(state: Mapping[str, float], metrics: Metrics, count: int, *, fresh: bool) -> dict[str, float]:
+    """Count, mean and sum of squared deviations of all scores so far, with those of one step (Chan et al. 1979); where
+    that one uses samples again (not `fresh`) they are there already."""
+    if not fresh and "score_count" in state:
+        return {name: state[name] for name in ("score_count", "score_mean", "score_m2")}
     before, mean = state.get("score_count", 0.0), state.get("score_mean", 0.0)
     total, lead = before + count, metrics["score/mean"] - mean
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -22,7 +22,8 @@ class PolicyGradient(PolicyLoss):
     """Group methods: an answer's advantage is its reward against others', and every token of it has the same.
 
     With KL in the reward, an answer's reward is its score less coef times the KL summed over its tokens, before it is
-    compared. reinforce_pp alone credits each token with what comes after it (its own reward where the scorer gives
+    compared. `advantage: grpo` has by default k3 in the loss, weighed 0.04, and means over answers, as published.
+    reinforce_pp alone credits each token with what comes after it (its own reward where the scorer gives
     one a token), whitened over the whole batch. Truncated sampling is refused: ratios would be wrong.
     """
 
@@ -47,6 +48,10 @@ class PolicyGradient(PolicyLoss):
         return [sampling] * self.samples + greedy
 
     @property
+    def credits_tokens(self) -> bool:  # type: ignore[override]
+        return self.advantage == "reinforce_pp"
+
+    @property
     def drops_equal(self) -> bool:  # type: ignore[override]
         if self.equal_groups is not None:
             return self.equal_groups == "drop"
@@ -68,7 +73,7 @@ class PolicyGradient(PolicyLoss):
         return {"baseline": float(group.scores[self.samples]), "baseline/cut": float(is_cut(group, self.samples))}
 
     def advantages(self, rows: Rows, score: Tensor, kl: Tensor) -> tuple[dict[str, Tensor], Metrics]:
-        if self.advantage == "reinforce_pp":
+        if self.credits_tokens:
             found = rows.whitened(later_sums(self._rewards(rows, score, kl)))
         else:
             total = score - self._coef * kl.sum(1)
@@ -79,6 +84,17 @@ class PolicyGradient(PolicyLoss):
             found = own.unsqueeze(1) * rows.mask
         mean, std = rows.over_tokens(found)
         return {ADVANTAGES: found}, {"advantage/mean": mean, "advantage/std": std}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, data: Any) -> Any:
+        """What nobody has set of GRPO; of a KL that is to be in the reward, nothing."""
+        if not isinstance(data, dict) or data.get("advantage", "grpo") != "grpo":
+            return data
+        kl = data.get("kl", {})
+        if isinstance(kl, dict) and kl.get("in", "loss") == "loss" and "where" not in kl:
+            data = {**data, "kl": {"in": "loss", "estimator": "k3", "coef": 0.04, **kl}}
+        return {"aggregate": "sequence_mean", **data}
 
     @model_validator(mode="after")
     def _comparable(self) -> PolicyGradient:
@@ -96,11 +112,11 @@ class PolicyGradient(PolicyLoss):
                 rule="normalise: false with advantage: remax",
                 remedy="take reward.normalise out; scores are compared with the greedy answer's already",
             )
-        if self.refill and not self.drops_equal and self.overlong != "drop":
+        if self.refill and not self.drops_equal and self.overlong == "keep":
             raise Unfit(
                 "no prompt is dropped that another could replace",
                 key="refill",
-                rule="0, unless equal_groups: drop or overlong: drop",
+                rule="0, unless equal_groups: drop, overlong: drop or overlong: mask",
                 remedy="set equal_groups: drop, or refill: 0",
             )
         return self

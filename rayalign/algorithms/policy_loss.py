@@ -29,6 +29,8 @@ class PolicyLoss(Offline):
     """−min(ρA, clip(ρ)A) of each token of the policy's own samples, with a KL to the reference in reward or loss."""
 
     whole_distribution: ClassVar[bool] = True
+    each_answer: ClassVar[bool] = True
+    credits_tokens: ClassVar[bool] = False  # whether an answer's tokens have advantages of their own
     drops_equal: ClassVar[bool] = False  # whether nothing is learned from groups whose answers are all worth the same
     samples: int = Field(4, ge=1, description="completions sampled for each prompt")
     kl: Divergence = Field(Divergence(), description="the KL to the reference: where, by which estimator, how much")
@@ -70,6 +72,7 @@ class PolicyLoss(Offline):
 
     _updates: int = PrivateAttr(1)  # optimiser steps of an update
     _state: Mapping[str, float] = PrivateAttr(default_factory=dict)  # see `adapt`
+    _fresh: bool = PrivateAttr(True)  # whether the scores of this step are new
 
     # What is asked for, and what is learned from.
 
@@ -159,7 +162,7 @@ class PolicyLoss(Offline):
         if not examples:
             return examples, {}
         rows = Rows(examples)
-        score, metrics = self.reward.of(rows.value("score"), rows.value("cut"), self._state)
+        score, metrics = self.reward.of(rows.value("score"), rows.value("cut"), self._state, fresh=self._fresh)
         kl = torch.zeros_like(rows.mask)
         if self._kl_in("reward"):
             policy = rows.column("policy/logps") if rows.has("policy/logps") else rows.rollout_logps()
@@ -246,8 +249,8 @@ class PolicyLoss(Offline):
 
     # What follows the training.
 
-    def adapted(self, state: Mapping[str, float]) -> Self:
-        return self._with(_state=dict(state))
+    def adapted(self, state: Mapping[str, float], *, fresh: bool = True) -> Self:
+        return self._with(_state=dict(state), _fresh=fresh)
 
     def adapt(self, state: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
         """The KL coefficient of the controller, and what is known of all scores."""
@@ -257,7 +260,9 @@ class PolicyLoss(Offline):
             follow = self.kl.adaptive
             controller = AdaptiveKL(self._coef, target=follow.target, horizon=follow.horizon)
             found["kl_coef"] = controller.update(measured, count)
-        return found | (running(state, metrics, count) if self.reward.normalise else {})
+        if self.reward.normalise:
+            found |= running(state, metrics, count, fresh=self._fresh)
+        return found
 
     @property
     def _coef(self) -> float:
@@ -282,6 +287,13 @@ class PolicyLoss(Offline):
                 key="length",
                 rule="set with aggregate: constant, and only there",
                 remedy="set length to sampling.max_tokens" if constant else "take length out, or aggregate: constant",
+            )
+        if self.ratio == "sequence" and self.credits_tokens:
+            raise Unfit(
+                "the advantages of an answer's tokens differ, and one ratio stands for all of them",
+                key="ratio",
+                rule="token with ppo and reinforce_pp",
+                remedy="take ratio out, or use policy_gradient with advantage: grpo",
             )
         if self.reference != Reference() and not self.kl.coef:
             raise Unfit(

@@ -47,7 +47,9 @@ class Critic(Record):
     shared: bool = Field(
         False, description="a value head on the policy's own trunk instead of a network: one pass, one optimiser"
     )
-    weight: float = Field(0.1, gt=0, description="of the value loss beside the policy's, with shared")
+    weight: float = Field(
+        0.1, gt=0, description="with shared: of the value loss, reduced as `aggregate` says, beside the policy's"
+    )
     warmup_steps: int = Field(0, ge=0, description="training steps at the start that train the critic alone")
     value_clip: float | None = Field(
         0.2, gt=0, description="values move at most this far from those before the update; none: without limit"
@@ -105,6 +107,7 @@ class PPO(PolicyLoss):
 
     paper: ClassVar = "Ouyang et al. 2022, arXiv:2203.02155"
     name: Literal["ppo"] = "ppo"
+    credits_tokens: ClassVar[bool] = True
     samples: int = Field(1, ge=1, description="completions sampled for each prompt")
     gamma: float = Field(1.0, ge=0, le=1, description="γ, discount of what comes a token later")
     lam: float = Field(
@@ -180,14 +183,3 @@ class PPO(PolicyLoss):
             row = replace(text, columns=dict.fromkeys(columns, zeros))
             made.append(Example((row,), {**nothing, "ptx": scale, "among": count / len(texts)}))
         return made
-
-    @model_validator(mode="after")
-    def _ratio_of_tokens(self) -> PPO:
-        if self.ratio == "sequence":
-            raise Unfit(
-                "the advantages of an answer's tokens differ, and one ratio stands for all of them",
-                key="ratio",
-                rule="token with ppo",
-                remedy="take ratio out, or use policy_gradient",
-            )
-        return self

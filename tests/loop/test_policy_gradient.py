@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rayalign.checks import check_training
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError, TrainingStopped
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
@@ -71,6 +72,24 @@ def test_an_update_ends_early_once_the_policy_has_moved(tiny, tmp_path, limit, d
     algorithm = {**PPO, "stop_kl": limit}
     _, steps = run(tmp_path, tiny, algorithm, length=1, train={"steps": 1, "epochs": 2, "minibatches": 2})
     assert steps[0]["updates/done"] == done and steps[0]["updates/planned"] == 4.0
+
+
+def test_scores_of_samples_that_are_used_again_count_once(tiny, tmp_path):
+    algorithm = {**PPO, "importance_cap": 2.0, "reward": {"normalise": True}}
+    run(tmp_path, tiny, algorithm, length=1, rollout={"prompts": 4, "resample_every": 3}, train={"steps": 4})
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-4" / "trainer" / "state.json").read_text())
+    assert state["adaptive"]["score_count"] == 2 * 16  # two sets, 4 prompts × 4 samples each
+
+
+def test_a_batch_is_split_as_far_as_it_has_answers(tiny, model, tmp_path):
+    algorithm = {**GROUP, "samples": 8, "equal_groups": "keep"}
+    rollout, train = {"prompts": 1, "monitor": 0}, {"steps": 1, "minibatches": 8}
+    _, steps = run(tmp_path / "a", tiny, algorithm, length=1, rollout=rollout, train=train)
+    assert steps[0]["answers/kept"] == 8
+    with pytest.raises(ConfigError, match="at most rollout.prompts × algorithm.samples = 8"):
+        learner = {"name": "deepspeed", "ranks": 9}
+        changes = {"algorithm": algorithm, "rollout": rollout, "learner": learner, "placement": {"name": "ray"}}
+        check_training(parse_config({**tiny_config(tmp_path, model), **changes}))
 
 
 def test_dropped_groups_are_filled_up_with_other_prompts(tiny, tmp_path):
@@ -164,6 +183,7 @@ def test_the_batch_has_no_variance_and_nothing_breaks(tiny, tmp_path):
         ({"rollout": {"prompts": 4, "depth": 1}}, "count as the policy's own"),
         ({"rollout": {"prompts": 4, "resample_every": 2}}, "count as the policy's own"),
         ({"train": {"steps": 2, "minibatches": 3}}, "do not divide the rollout"),
+        ({"algorithm": {**PPO, "stop_kl": 0.1}}, "no later one that could be left out"),
         ({"algorithm": {**PPO, "critic": {"optimizer": {"rate": 1.0}}}}, "critic's optimizer"),
         ({"algorithm": {**PPO, "critic": {"optimizer": {"lr": -1.0}}}}, "critic's optimizer"),
     ],

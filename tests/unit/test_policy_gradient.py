@@ -10,13 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rayalign.algorithms.credits import ADVANTAGES, RETURNS
+from rayalign.algorithms.credits import ADVANTAGES, RETURNS, Divergence
 from rayalign.algorithms.policy_gradient import PolicyGradient
 from rayalign.algorithms.ppo import PPO, ValueLoss
 from rayalign.collate import collate
 from rayalign.learners.steps import optimizer_steps
 from rayalign.maths.reduce import aggregate
-from rayalign.protocols import UpdatePlan
+from rayalign.protocols import UpdatePlan, columns_by_role
 from rayalign.types import Column, Example, Sampling, Sequence
 from tests.unit.algorithm_cases import group, random_groups, step, table
 
@@ -103,6 +103,26 @@ def test_with_the_engines_log_probs_no_pass_of_the_policy_is_needed():
     credited, _ = algorithm.credit(annotated(examples, reference_logps=-1.0))
     # k1: 0.5; 0.5 + 0.4. Rewards: 1 − 0.25 and 2 − 0.45.
     assert advantages(credited)[0] == pytest.approx([-0.8])
+
+
+def test_alone_it_is_grpo_as_published():
+    plain = PolicyGradient()
+    assert plain.kl == Divergence(where="loss", estimator="k3", coef=0.04) and plain.aggregate == "sequence_mean"
+    assert PolicyGradient(**plain.model_dump(mode="json", by_alias=True)) == plain
+    assert PolicyGradient(kl={"coef": 0.1}).kl == Divergence(where="loss", estimator="k3", coef=0.1)
+    assert PolicyGradient(kl={"in": "reward"}).kl == PolicyGradient(advantage="rloo").kl == Divergence()
+    assert PolicyGradient(aggregate="token_mean").aggregate == PolicyGradient(advantage="rloo").aggregate
+
+
+def test_dynamic_sampling_replaces_prompts_whose_answers_were_all_cut():
+    algorithm = PolicyGradient(samples=2, kl=K3, overlong="mask", refill=4)
+    assert not algorithm.useful(sampled(one((1.0, 2.0)), cut=(0, 1))[0])
+
+
+def test_a_role_is_asked_for_all_its_columns_at_once():
+    algorithm = PPO(kl=NO_KL, critic={"shared": True}).planned(2)
+    assert columns_by_role(algorithm.needs) == {"policy": [Column.LOGPS, Column.STATE_VALUES]}
+    assert list(columns_by_role(PPO().planned(2).needs)) == ["policy", "reference", "critic"]
 
 
 def test_what_is_annotated():
@@ -275,10 +295,13 @@ def test_scores_are_penalised_then_normalised_then_clipped():
     wanted = (score.numpy() - seen.mean()) / seen.std()
     assert found.tolist() == pytest.approx(wanted.clip(-1.2, 1.2).tolist())
     assert said["score/clipped"] == 0.5
+    again, _ = algorithm.adapted(state, fresh=False).credit(annotated(second, critic_state_values=0.0))
+    assert algorithm.adapted(state, fresh=False).adapt(state, {**said, "answers/kept": 4.0}) == state
+    assert [e.sequences[0].columns[RETURNS][-1] for e in again] == pytest.approx(wanted.clip(-1.2, 1.2).tolist())
 
 
 def test_the_kl_coefficient_follows_its_target():
-    algorithm = PolicyGradient(kl={"coef": 0.1, "adaptive": {"target": 5.0, "horizon": 100}})
+    algorithm = PolicyGradient(kl={"in": "reward", "coef": 0.1, "adaptive": {"target": 5.0, "horizon": 100}})
     state = algorithm.adapt({}, {"reward/kl_k1": 20.0, "answers/kept": 10.0})
     assert state == {"kl_coef": pytest.approx(0.1 * 1.02)}
     state = algorithm.adapted(state).adapt(state, {"reward/kl_k1": 5.5, "answers/kept": 10.0})
@@ -288,7 +311,7 @@ def test_the_kl_coefficient_follows_its_target():
 
 GROUPS = sampled(random_groups(3, (1.0, 0.0, 2.0)), cut=(1,))
 CASES = {
-    "token mean": PolicyGradient(samples=3, kl=NO_KL, entropy_weight=0.1),
+    "token mean": PolicyGradient(samples=3, kl=NO_KL, aggregate="token_mean", entropy_weight=0.1),
     "kl in the loss": PolicyGradient(samples=3, kl=K3, aggregate="sequence_mean", dual_clip=2.0).planned(2),
     "constant": PolicyGradient(samples=3, kl=NO_KL, aggregate="constant", length=5, overlong="mask"),
     "gspo": PolicyGradient(samples=3, kl=NO_KL, aggregate="sequence_mean", ratio="sequence").planned(2),
@@ -339,12 +362,12 @@ def of_tokens(algorithm, logps, lengths):
 
 
 def test_ratios_are_clipped_on_both_sides():
-    algorithm = PolicyGradient(kl=NO_KL, clip_low=0.2, clip_high=0.3).planned(2)
+    algorithm = PolicyGradient(kl=NO_KL, aggregate="token_mean", clip_low=0.2, clip_high=0.3).planned(2)
     terms, _, count = of_tokens(algorithm, np.log([[0.9, 1.5], [0.7, 9.0]]) - 1.0, [2, 1])
     assert terms.loss.tolist() == [pytest.approx([-0.9, -1.3]), pytest.approx([1.6, 0.0])]
     assert count == 3 and terms.metrics["policy/clipped"].tolist() == [0.5, 1.0]
     assert terms.metrics["policy/ratio"].tolist() == pytest.approx([1.2, 0.7])
-    bound = PolicyGradient(kl=NO_KL, dual_clip=3.0).planned(2)
+    bound = PolicyGradient(kl=NO_KL, aggregate="token_mean", dual_clip=3.0).planned(2)
     assert of_tokens(bound, np.log([[1.0, 1.0], [5.0, 1.0]]) - 1.0, [2, 1])[0].loss[1, 0].item() == pytest.approx(6.0)
 
 
@@ -376,7 +399,9 @@ def test_the_truncated_importance_weight_multiplies_the_loss():
 @pytest.mark.parametrize("updates", [1, 2])
 def test_ratios_to_the_engine_are_cut_at_the_cap(updates):
     """Advantages are 1 and −2, the engine's log-probs −1.25; what is cut keeps the gradient of a fixed weight."""
-    algorithm = PolicyGradient(kl=NO_KL, old_logps="engine", importance_cap=2.0).planned(updates)
+    algorithm = PolicyGradient(kl=NO_KL, old_logps="engine", importance_cap=2.0, aggregate="token_mean").planned(
+        updates
+    )
     row = Sequence((1,), (2, 3, 4), (-1.25,) * 3, {ADVANTAGES: np.full(3, -2.0, np.float32)})
     batch = collate(algorithm.dealt([Example((row,), {"trained": 1.0})], ()), pad_id=0)
     logps = torch.tensor([[np.log(1.5), np.log(9.0), np.log(0.5)]], dtype=torch.float32) - 1.25
@@ -392,7 +417,7 @@ def test_a_ratio_of_answers_to_the_engine_is_cut_as_well():
     row = Sequence((1,), (2, 3), (-1.0, -1.0), {ADVANTAGES: np.full(2, -1.0, np.float32)})
     batch = collate(algorithm.dealt([Example((row,), {"trained": 1.0})], ()), pad_id=0)
     terms = algorithm.loss(batch, {"policy/logps": torch.tensor([[0.0, -0.5]], requires_grad=True)}, {})
-    assert terms.loss.tolist() == [pytest.approx([1.5, 1.5])]  # e^0.75 = 2.1
+    assert terms.loss.sum(1).tolist() == [pytest.approx(1.5)]  # e^0.75 = 2.1
 
 
 def test_an_update_ends_when_the_policy_has_moved_enough():
@@ -412,6 +437,8 @@ def test_an_update_ends_when_the_policy_has_moved_enough():
         (PolicyGradient, {"aggregate": "constant"}, "nothing to be divided by"),
         (PolicyGradient, {"length": 5}, "nothing is divided by"),
         (PolicyGradient, {"samples": 1}, "no other to be compared with"),
+        (PolicyGradient, {"advantage": "reinforce_pp", "ratio": "sequence"}, "one ratio stands for all"),
+        (PolicyGradient, {"kl": {"estimator": "k1"}}, "gradient of k1 in the loss is zero"),
         (PolicyGradient, {"refill": 4}, "no prompt is dropped"),
         (PolicyGradient, {"advantage": "remax", "reward": {"normalise": True}}, "is not normalised"),
         (PolicyGradient, {"reference": {"cached": True}}, "cannot be cached"),
