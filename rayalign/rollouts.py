@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -24,6 +24,7 @@ from rayalign.record import Record, Unfit
 from rayalign.types import FAILED, Completion, Group, Metrics, Prompt, Request, Sampling
 
 Progress = Callable[[int, int], None]  # completions done, completions asked for
+T = TypeVar("T")
 Often = Annotated[int, Field(ge=1)] | Literal["never"]
 
 
@@ -93,6 +94,7 @@ class Rollout:
         score_s: seconds spent in, or waiting for, the scorer.
         age: training steps since the set that it belongs to was taken into use.
         refill: of dynamic sampling: how many groups left nothing to learn from, and how many were sampled besides.
+        baselines: the last completions of each group, which others are compared with: metrics are of the others.
     """
 
     index: int
@@ -102,10 +104,11 @@ class Rollout:
     score_s: float
     age: int = 0
     refill: Mapping[str, float] = field(default_factory=dict)
+    baselines: int = 0
 
     def metrics(self, *, first_use: bool = True) -> Metrics:
         """Of the samples; and, in the step that uses them first, of the time they took."""
-        completions = [c for group in self.groups for c in group.completions]
+        completions = [c for group in self.groups for c in self._own(group.completions)]
         lengths = np.array([len(c.token_ids) for c in completions])
         shared = {
             "completion/length_mean": float(lengths.mean()),
@@ -113,17 +116,21 @@ class Rollout:
         }
         if self.version is None:
             return {**shared, "time/read_s": self.rollout_s}
-        scores = np.array([s for group in self.groups for s in group.known_scores if s is not None])
+        scores = np.array([s for group in self.groups for s in self._own(group.known_scores) if s is not None])
         return {
             **shared,
             **({"reward/mean": float(scores.mean()), "reward/std": float(scores.std())} if scores.size else {}),
             **group_metrics(self.groups),
             **self.refill,
             "rollout/version": float(self.version),
-            **(self._speed(float(lengths.sum())) if first_use else {}),
+            **(self._speed() if first_use else {}),
         }
 
-    def _speed(self, tokens: float) -> Metrics:
+    def _own(self, each: Sequence[T]) -> Sequence[T]:
+        return each[: len(each) - self.baselines]
+
+    def _speed(self) -> Metrics:
+        tokens = sum(len(c.token_ids) for group in self.groups for c in group.completions)
         return {
             "rollout/tokens_per_s": tokens / max(self.rollout_s, 1e-9),
             "time/rollout_s": self.rollout_s,
@@ -269,6 +276,7 @@ class Rollouts:
     ):
         self._collector, self._prompts, self._sampling = collector, prompts, sampling
         self._useful, self._refill = useful, refill
+        self._baselines = 0 if sampling[0].temperature == 0 else sum(one.temperature == 0 for one in sampling)
         self._seed, self._count, self._depth = seed, count, depth
         self._every, self._at_once = resample_every, at_once
         self.progress = progress
@@ -346,7 +354,7 @@ class Rollouts:
         prompts = self._prompts_of(index)
         groups, rollout_s, score_s = self._collect(index, prompts, f"rollout-{index}")
         if not self._refill:
-            return Rollout(index, version, groups, rollout_s, score_s)
+            return Rollout(index, version, groups, rollout_s, score_s, baselines=self._baselines)
         filled, besides = list(groups), self._others(index, prompts)
         useless = [place for place, group in enumerate(filled) if not self._useful(group)]
         counts = {"groups/useless": float(len(useless)), "groups/refilled": 0.0, "groups/sampled_besides": 0.0}
@@ -358,7 +366,7 @@ class Rollouts:
             for group in filter(self._useful, more):
                 filled[useless.pop(0)] = group
                 counts["groups/refilled"] += 1
-        return Rollout(index, version, tuple(filled), rollout_s, score_s, refill=counts)
+        return Rollout(index, version, tuple(filled), rollout_s, score_s, refill=counts, baselines=self._baselines)
 
     def _collect(self, index: int, prompts: Sequence[Prompt], label: str) -> tuple[tuple[Group, ...], float, float]:
         return self._collector.collect(

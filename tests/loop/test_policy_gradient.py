@@ -92,6 +92,14 @@ def test_a_batch_is_split_as_far_as_it_has_answers(tiny, model, tmp_path):
         check_training(parse_config({**tiny_config(tmp_path, model), **changes}))
 
 
+def test_the_greedy_answers_are_in_no_mean_of_rewards(tiny, tmp_path):
+    algorithm = {**GROUP, "advantage": "remax"}
+    _, steps = run(tmp_path, tiny, algorithm, length=1, rollout={"prompts": 8, "monitor": 0}, **SHORT)
+    for record in steps:
+        assert record["answers/kept"] == 16 and record["reward/mean"] == pytest.approx(record["score/mean"])
+        assert record["reward/std"] == pytest.approx(record["score/std"])
+
+
 def test_dropped_groups_are_filled_up_with_other_prompts(tiny, tmp_path):
     """And the same again, from the same seeds."""
     found = [run(tmp_path / name, tiny, {**GROUP, "refill": 20}, length=1, **SHORT)[1] for name in "ab"]
