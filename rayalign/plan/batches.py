@@ -275,11 +275,15 @@ def tokens_of_a_step(config: Config, lengths: Lengths, batches: Batches) -> Toke
     longest = config.sampling.max_tokens
     mean = lengths.mean + longest if lengths.rows is None else lengths.rows.mean
     sequences = batches.examples * batches.rows * mean
-    asked = any(role == "reference" for role, _ in config.algorithm.needs)
-    passes = has_reference(config) * (asked + uses_exact_kl(config) * batches.epochs)
+    algorithm = config.algorithm.planned(batches.optimizer_steps)
+    asked = {role for role, _ in algorithm.needs}
+    passes = has_reference(config) * (("reference" in asked) + uses_exact_kl(config) * batches.epochs)
+    of_critic = ("critic" in asked) + (algorithm.critic_algorithm is not None) * batches.epochs
     return Tokens(
         prompt=batches.prompts * lengths.mean if lengths.rows is None else 0.0,
         sampled=float(batches.completions * longest),
         trained=sequences * batches.epochs,
         reference=sequences * passes,
+        before=sequences * ("policy" in asked),
+        critic=sequences * of_critic,
     )

@@ -185,6 +185,8 @@ class Tokens:
     sampled: float
     trained: float
     reference: float
+    before: float = 0.0  # by the policy, before it is trained
+    critic: float = 0.0  # by the critic: its values, and its training
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,10 @@ def _read(plan: Plan) -> Iterable[tuple[str, str]]:
 def _tokens(plan: Plan) -> str:
     tokens = plan.tokens
     parts = [f"{_n(tokens.prompt)} of prompts, up to {_n(tokens.sampled)} sampled"] if tokens.sampled else []
-    return ", ".join([*parts, f"{_n(tokens.trained)} trained on", f"{_n(tokens.reference)} by the reference"])
+    parts += [f"{_n(tokens.trained)} trained on"]
+    parts += [f"{_n(tokens.before)} by the policy before that"] if tokens.before else []
+    parts += [f"{_n(tokens.critic)} by the critic"] if tokens.critic else []
+    return ", ".join([*parts, f"{_n(tokens.reference)} by the reference"])
 
 
 def _memory(plan: Plan, out: Console) -> None:
@@ -263,7 +266,7 @@ def _say(out: Console, text: str, *, indent: int = 2) -> None:
 
 
 def _count(number: int, noun: str) -> str:
-    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    plural = "" if number == 1 else "es" if noun.endswith("tch") else "s"
     return f"{number:,} {noun}{plural}"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
 from rayalign.algorithms.online_preference import OnlinePreference
-from rayalign.plan import make_plan
+from rayalign.plan import make_plan, print_plan
 from rayalign.plan.batches import count_batches, examples_of_a_prompt, prompt_lengths, tokens_of_a_step
 from rayalign.plan.learners import learner_memory
 from rayalign.plan.records import Lengths, Tokens
@@ -34,6 +36,21 @@ def test_a_step_by_hand(make):
     assert (batches.optimizer_steps, batches.optimizer_steps_in_run) == (6, 60)
     assert batches.passes == 10 / 2  # 16 training prompts fill 2 rollouts
     assert tokens_of_a_step(config, LENGTHS, batches) == Tokens(80.0, 256.0, 48 * 2 * 18.0 * 2, 48 * 2 * 18.0)
+
+
+@pytest.mark.parametrize(("train", "before"), [({"steps": 10, "epochs": 2, "minibatches": 2}, 1), ({"steps": 10}, 0)])
+def test_tokens_of_all_passes_of_ppo(make, train, before):
+    """8 × 2 answers of 18 tokens: old log-probs (where needed), values, and the epochs of policy and critic."""
+    algorithm = {"name": "ppo", "samples": 2, "kl": {"in": "loss", "estimator": "k3"}}
+    config, answers = make(rollout__prompts=8, algorithm=algorithm, train=train), 8 * 2 * 18.0
+    batches, _ = count_batches(config, LENGTHS)
+    epochs = train.get("epochs", 1)
+    wanted = Tokens(80.0, 128.0, answers * epochs, answers, before=answers * before, critic=answers * (epochs + 1))
+    assert tokens_of_a_step(config, LENGTHS, batches) == wanted
+    out = io.StringIO()
+    print_plan(make_plan(config), Console(file=out, width=200))
+    assert ("by the policy before that" in out.getvalue()) == bool(before) and "by the critic" in out.getvalue()
+    assert ("2 epochs" in out.getvalue()) == bool(before)
 
 
 def test_tokens_by_the_reference_are_none_where_only_the_policy_is_asked(make):
