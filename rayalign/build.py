@@ -87,6 +87,20 @@ def load_processor(config: Config) -> Any:
     return found
 
 
+def empty_score_model(config: Config, path: str) -> Any:
+    """What a checkpoint's config.json makes as a score network, without storage. Raises ConfigError when there is
+    none."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    where, trusted = model_path(path), {"trust_remote_code": config.model.trust_remote_code}
+    try:
+        known = AutoConfig.from_pretrained(where, **trusted)
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(known, **trusted)
+    except Exception as error:  # transformers raises OSError, ValueError and KeyError for the same thing
+        raise _not_loaded("score model", where, error) from error
+
+
 def _not_loaded(what: str, where: str, error: Exception) -> ConfigError:
     found, remedy = where, "check the id and the network, or download the model and give its folder"
     if Path(where).is_dir():

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 
-from rayalign.build import learner_specs, load_tokenizer, longest_context, model_path, vocabulary_size
+from rayalign.build import (
+    empty_score_model,
+    learner_specs,
+    load_tokenizer,
+    longest_context,
+    model_path,
+    vocabulary_size,
+)
 from rayalign.config.rounds import STAGE
 from rayalign.data.examples import ExampleSet
 from rayalign.data.prompts import PromptSet
 from rayalign.decoding.diverse_beam import check_search
 from rayalign.engines.common import end_token_ids
 from rayalign.errors import ConfigError
+from rayalign.learners.score_model import values_tokens
 from rayalign.learners.settings import LearnerSettings
 from rayalign.schema import Config
 from rayalign.scorers.connection import Connection, key_of_server
@@ -68,19 +76,29 @@ def _check_split(config: Config, key: str, parts: int) -> None:
 
 
 def check_critic(config: Config) -> None:
-    """Whether a critic of another checkpoint reads the same tokens: a run's check, as a plan needs no tokenizer. Raises
-    ConfigError."""
+    """Whether a critic of another checkpoint reads the policy's tokens and values each: a run's check, as a plan needs
+    no tokenizer. Raises ConfigError."""
     path = getattr(getattr(config.algorithm, "critic", None), "model", None)
     if path is None or path.startswith(STAGE):  # what a stage will train is trained from the policy's own tokens
         return
-    own, other = load_tokenizer(config), load_tokenizer(config, path)
-    if own.get_vocab() != other.get_vocab():
+    own, other = load_tokenizer(config).get_vocab(), load_tokenizer(config, path).get_vocab()
+    if foreign := sorted(token for token, number in own.items() if other.get(token) != number):
         raise ConfigError(
             "the critic reads other tokens than the policy writes",
             where="key algorithm.critic.model",
-            value=f"{path}: {len(other)} tokens, the policy's {len(own)}, of which others stand for the same numbers",
-            rule="a model with the policy's tokenizer",
+            value=f"{path}: {len(foreign):,} of the policy's {len(own):,} tokens are none of its own, or have another "
+            f"number, as {foreign[0]!r}",
+            rule="a model with the policy's tokenizer; it may have further tokens",
             remedy="start it as the policy (take algorithm.critic.model out), or as a reward model trained from it",
+        )
+    model = empty_score_model(config, path)
+    if not values_tokens(model):
+        raise ConfigError(
+            "the critic gives no value to each token",
+            where="key algorithm.critic.model",
+            value=f"{path}: {type(model).__name__}",
+            rule="a decoder, whose head scores what it has read so far; an encoder scores an answer as a whole",
+            remedy="start it as the policy (take algorithm.critic.model out), or as a reward model that is a decoder",
         )
 
 

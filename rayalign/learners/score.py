@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayalign.errors import ConfigError
 from rayalign.learners.columns import Teacher, refused, scattered
 from rayalign.learners.models import CausalPolicy
 from rayalign.learners.network import Network, load_pretrained
 from rayalign.learners.packing import unfit
-from rayalign.learners.score_model import check_labels, last_layer, start, unknown
+from rayalign.learners.score_model import check_labels, last_layer, start, unknown, values_tokens
 from rayalign.learners.settings import LearnerSpec
 from rayalign.learners.vision import VisionPolicy, sees
 from rayalign.types import AnyColumn, Column
@@ -56,7 +56,7 @@ class ScoreNetwork(Network):
         self._typed = segments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
         self._last = last_layer(model, self.labels)
         self.eval()
-        self.tokenwise = isinstance(getattr(model, "score", None), nn.Linear)
+        self.tokenwise = values_tokens(model)
         if packing and not self.tokenwise:
             raise unfit(model, "it scores a row as a whole")
         self._check_head()

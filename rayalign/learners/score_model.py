@@ -76,6 +76,11 @@ def last_layer(model: PreTrainedModel, labels: int) -> tuple[str, ...]:
     return tuple(f"{layers[-1]}.{part}" for part in ("weight", "bias")) if layers else ()
 
 
+def values_tokens(model: PreTrainedModel) -> bool:
+    """Whether its head scores at each token what was read so far, as a decoder's does; an encoder scores the whole."""
+    return isinstance(getattr(model, "score", None), torch.nn.Linear)
+
+
 def unknown(model: PreTrainedModel) -> ConfigError:
     return ConfigError(
         "this architecture makes its score in a way that is not known here",
