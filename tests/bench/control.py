@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -168,6 +169,9 @@ def run_row(name: str, row: dict[str, Any], out: Path, arguments: argparse.Names
     print(f"{name}: {took}" if done.returncode == 0 else f"{name}: failed after {took}, see {log.name}", flush=True)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
+    if done.returncode == 0:
+        for state in run_dir.glob("checkpoints/*/trainer"):
+            shutil.rmtree(state)  # ten times as large as the weights, and this run has ended
     return done.returncode == 0
 
 
