@@ -118,7 +118,7 @@ class _Work:
         config = self.config
         if self.collector is None:
             begun = perf_counter()
-            asked = [replace(g, scores=None, preferences=None, votes=None, metrics={}) for g in part]
+            asked = [replace(g, scores=None, preferences=None, votes=None, metrics={}, inferred=()) for g in part]
             return scored(self.parts.scorer, asked), 0.0, perf_counter() - begun
         return self.collector.collect(
             part,
@@ -239,7 +239,8 @@ def _finish(config: Config, records: Sequence[Record], run_dir: Path, console: C
         left_out += lost
     metrics = best_of_n([record["scores"] for record in records]) | _means(records)
     answers = sum(len(record["completions"]) for record in records)
-    summary = {"rows": len(rows), "prompts": len(records), "answers": answers, "left_out": dict(left_out)}
+    inferred = {"inferred": sum(row["inferred"] for row in rows)} if rows and "inferred" in rows[0] else {}
+    summary = {"rows": len(rows), **inferred, "prompts": len(records), "answers": answers, "left_out": dict(left_out)}
     (run_dir / SUMMARY).write_text(json.dumps({**summary, "metrics": metrics}, indent=1))
     if not rows:
         raise DataError(

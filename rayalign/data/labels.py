@@ -32,6 +32,7 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "tokens": [len(completion.token_ids) for completion in group.completions],
         "scores": list(group.scores or ()),
         "preferences": group.preferences,
+        "inferred": group.inferred,
         "metrics": dict(group.metrics),
     }
 
@@ -76,13 +77,15 @@ def _kept(record: Record, drop_truncated: bool) -> tuple[list[int], Counter[str]
 
 
 def _pair(record: Record, i: int, j: int) -> Row | None:
-    """The better one first, with the probability that it is where answers were compared. None: a tie."""
+    """The better one first; where answers were compared with the probability that it is, and whether that was worked
+    out from other comparisons. i < j. None: a tie."""
     if record["preferences"] is not None:
         prob = record["preferences"][i][j]
+        inferred = (i, j) in {tuple(pair) for pair in record.get("inferred", ())}  # shards of before have none
         if prob == 0.5:
             return None
         i, j, prob = (i, j, prob) if prob > 0.5 else (j, i, 1 - prob)
-        more = {"probability": prob}
+        more = {"probability": prob, "inferred": inferred}
     else:
         if record["scores"][i] == record["scores"][j]:
             return None
