@@ -164,6 +164,11 @@ class Judgement:
     inferred: tuple[tuple[int, int], ...] = ()
 
 
+def unscored(metrics: Mapping[str, float]) -> bool:
+    """Whether a judge refused all that it was asked of a group, by its metrics: the scores then stand for nothing."""
+    return metrics.get("judge/refused") == 1.0
+
+
 class Column(enum.Enum):
     """Numbers that a learner can compute for each completion token of a sequence."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayalign.data.files import set_aside
 from rayalign.errors import CheckpointError
-from rayalign.types import Group
+from rayalign.types import Group, unscored
 
 Record = Mapping[str, Any]  # of one prompt, see `record_of`
 Row = dict[str, Any]
@@ -43,6 +43,8 @@ def rows_of(record: Record, write: str | None, *, drop_truncated: bool = False) 
     Args:
         write: "ranked", "pairs" or "best"; None: pairs where the scorer compared, else ranked.
     """
+    if unscored(record["metrics"]):
+        return [], Counter({"prompts that the judge refused": 1})
     preferences, scores = record["preferences"], record["scores"]
     kept, left_out = _kept(record, drop_truncated)
     if write == "best":
