@@ -117,8 +117,9 @@ def _check(config: Config) -> None:
 def _folder(out: Path | None, answers: Sequence[Answers]) -> Iterator[Path]:
     """The folder that is asked for, or one in runs/: of a comparison of the same answers that did not end, else a new
     one. No other process writes into it meanwhile. Raises ConfigError when there is one in it, or another is at it."""
+    if out:
+        _refuse_written(out)
     for folder in [out] if out else [*_left(answers), _new()]:
-        _refuse_written(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", blocking=False)  # the system lets go of it with the process
         try:
@@ -126,10 +127,11 @@ def _folder(out: Path | None, answers: Sequence[Answers]) -> Iterator[Path]:
         except Timeout:
             continue
         try:
-            yield folder
+            if out or not (folder / "comparison.json").exists():  # else another one has ended it meanwhile
+                yield folder
+                return
         finally:
             lock.release()
-        return
     raise ConfigError(
         "another comparison is using this folder",
         where="--out",
