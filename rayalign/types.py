@@ -131,6 +131,7 @@ class Group:
             None: only the scores are known.
         votes: of a data set, for each completion the annotators' votes: counts by class.
         metrics: what the scorer says of this group besides, averaged over the groups of a step or an evaluation.
+        inferred: the pairs i < j that nobody compared: their preferences are worked out from those of others.
         seed: of what an algorithm draws of this group: a function of run, step and prompt where it was sampled.
     """
 
@@ -143,6 +144,7 @@ class Group:
     votes: tuple[tuple[float, ...], ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    inferred: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,18 @@ class Judgement:
         scores: one for each of the K completions, higher is better.
         preferences: K×K, P(i ≻ j), P(i ≻ j) + P(j ≻ i) = 1; None: only the scores are known.
         metrics: by name, of this group; they are averaged over the groups of a rollout that have them.
+        inferred: the pairs i < j of the preferences that were not compared, but worked out from others.
     """
 
     scores: tuple[float, ...]
     preferences: tuple[tuple[float, ...], ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    inferred: tuple[tuple[int, int], ...] = ()
+
+
+def unscored(metrics: Mapping[str, float]) -> bool:
+    """Whether a judge refused all that it was asked of a group, by its metrics: the scores then stand for nothing."""
+    return metrics.get("judge/refused") == 1.0
 
 
 class Column(enum.Enum):

@@ -140,7 +140,26 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
                 remedy="leave a metric out where there is nothing to say",
             )
     preferences = None if found.preferences is None else _matrix(group, found.preferences, who)
-    return replace(group, scores=_checked(group, found.scores, who), preferences=preferences, metrics=metrics)
+    return replace(
+        group,
+        scores=_checked(group, found.scores, who),
+        preferences=preferences,
+        metrics=metrics,
+        inferred=_pairs(group, found.inferred, who),
+    )
+
+
+def _pairs(group: Group, inferred: Sequence[tuple[int, int]], who: str) -> tuple[tuple[int, int], ...]:
+    count = len(group.completions)
+    for i, j in inferred:
+        if not 0 <= i < j < count:
+            raise ScoreError(
+                "inferred pairs are no pairs",
+                where=f"{who}, prompt {group.prompt.index}",
+                value=f"({i}, {j})",
+                rule=f"i < j, of the {count} completions",
+            )
+    return tuple((i, j) for i, j in inferred)
 
 
 def _matrix(group: Group, rows: Sequence[Sequence[float]], who: str) -> tuple[tuple[float, ...], ...]:

@@ -196,7 +196,10 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
         before = "" if config.only_judge(part) else f"{part.called}/"
         metrics |= {f"{before}{name}": number for name, number in group.metrics.items()}
         metrics[f"scores/{part.called}"] = math.fsum(row) / len(row)
-    return Judgement(scores, _preferences(given, weights), metrics)
+    preferences = _preferences(given, weights)
+    parts = [each for weight, each in zip(weights, given, strict=True) if weight and preferences is not None]
+    inferred = sorted({pair for each in parts for pair in each.inferred})  # a mean of which a part was not asked
+    return Judgement(scores, preferences, metrics, tuple(inferred))
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:
