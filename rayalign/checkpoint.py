@@ -28,6 +28,8 @@ from rayalign.record import Record
 from rayalign.rollouts import Rollout
 from rayalign.types import Example
 
+FULL = 256 * 2**20  # bytes that are free on a disk on which a checkpoint finds no room
+
 
 class CheckpointConfig(Record):
     """Checkpoints: policy in Hugging Face format, and all that a resumed run needs."""
@@ -86,13 +88,13 @@ class Checkpoints:
         try:
             shutil.rmtree(writing, ignore_errors=True)
             yield writing, final
-        except RayalignError:
-            raise
-        except Exception as error:  # OSError, and what safetensors and torch make of it
+        except Exception as error:  # OSError, what safetensors and torch make of it, and actors of that
+            if isinstance(error, RayalignError) and shutil.disk_usage(self._folder).free > FULL:
+                raise
             raise CheckpointError(
                 "this checkpoint could not be written; older ones are untouched",
                 where=str(final),
-                value=f"{type(error).__name__}: {error}",
+                value=f"{type(error).__name__}: {error}".partition("\n")[0],
                 remedy="free disk space, then resume=true",
             ) from error
         finally:

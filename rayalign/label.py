@@ -27,14 +27,14 @@ from rayalign.data.labels import Record, read_shard, record_of, rows_of, write_l
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import DataError
 from rayalign.interrupt import Interrupt
-from rayalign.metrics import Recorder
+from rayalign.metrics import Recorder, in_order
 from rayalign.protocols import Scorer
 from rayalign.reference_cache import fingerprint
-from rayalign.rollouts import Collector, Rollout, sample_seed
+from rayalign.rollouts import Collector, Rollout, heard, sample_seed
 from rayalign.run_dir import OPEN, decides, run_directory, scorer_files
 from rayalign.schema import Config
 from rayalign.trackers import start_trackers
-from rayalign.types import Group, Metrics, Prompt
+from rayalign.types import Group, Metrics, Prompt, unscored
 
 ROWS, SUMMARY, SHARDS = "labels.jsonl", "labels.json", "labels"
 Part = Sequence[Prompt] | Sequence[Group]
@@ -118,7 +118,7 @@ class _Work:
         config = self.config
         if self.collector is None:
             begun = perf_counter()
-            asked = [replace(g, scores=None, preferences=None, votes=None, metrics={}) for g in part]
+            asked = [replace(g, scores=None, preferences=None, votes=None, metrics={}, inferred=()) for g in part]
             return scored(self.parts.scorer, asked), 0.0, perf_counter() - begun
         return self.collector.collect(
             part,
@@ -163,13 +163,16 @@ def _label(
     count, whole = sum(map(len, parts)), sum(records is not None for records in there)
     told = examples.describe() if examples else f"{count:,} prompts × {config.algorithm.samples} samples"
     console.say(f"labelling {told}, in {len(parts)} shards" + (f"; {whole} are there already" if whole else ""))
-    recorder = Recorder(run_dir, start_trackers(config.trackers, run_dir, first, resume=config.resume), first)
+    known_steps = {number + 1 for number, records in enumerate(there) if records is not None}
+    trackers = start_trackers(config.trackers, run_dir, max(known_steps, default=0), resume=config.resume)
+    recorder = Recorder(run_dir, trackers, first, there=known_steps)
     try:
         if None in there and not _fill(config, tokenizer, parts, files, there, known, recorder, run_dir, console):
             console.say(f"stopped; go on with: resume=true run_dir={run_dir}")
             return Labelled(run_dir, None, 0, {})
     finally:
         recorder.close()
+        in_order(run_dir)
         report_of(run_dir, console)
     return _finish(config, [record for records in there for record in records or ()], run_dir, console)
 
@@ -221,7 +224,7 @@ def _fill(
             write_shard(files[number], known, there[number])
             rollout = Rollout(number, 0, tuple(groups), sampling_s, scoring_s)
             metrics = rollout.metrics(first_use=collector is not None) | best_of_n(
-                [g.scores for g in groups], drawn=drawn(config)
+                [g.scores for g in heard(groups)], drawn=drawn(config)
             )
             metrics |= {"time/step_s": perf_counter() - begun, "memory/peak_gib": started.memory()}
             recorder.samples(number + 1, 0, groups)
@@ -239,9 +242,11 @@ def _finish(config: Config, records: Sequence[Record], run_dir: Path, console: C
         made, lost = rows_of(record, label.write, drop_truncated=label.drop_truncated)
         rows += made
         left_out += lost
-    metrics = best_of_n([record["scores"] for record in records], drawn=drawn(config)) | _means(records)
+    scores = [record["scores"] for record in records if not unscored(record["metrics"])]
+    metrics = best_of_n(scores, drawn=drawn(config)) | _means(records)
     answers = sum(len(record["completions"]) for record in records)
-    summary = {"rows": len(rows), "prompts": len(records), "answers": answers, "left_out": dict(left_out)}
+    inferred = {"inferred": sum(row["inferred"] for row in rows)} if rows and "inferred" in rows[0] else {}
+    summary = {"rows": len(rows), **inferred, "prompts": len(records), "answers": answers, "left_out": dict(left_out)}
     (run_dir / SUMMARY).write_text(json.dumps({**summary, "metrics": metrics}, indent=1))
     if not rows:
         raise DataError(

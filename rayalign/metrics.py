@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -47,14 +47,19 @@ class Recorder:
 
     On resume, records beyond the checkpoint's step are dropped first, and a final evaluation: each step stands there
     once.
+
+    Args:
+        there: steps beyond the first whose records stay, as they are not taken again.
     """
 
-    def __init__(self, run_dir: Path, trackers: Sequence[Tracker], first_step: int):
+    def __init__(
+        self, run_dir: Path, trackers: Sequence[Tracker], first_step: int, *, there: Collection[int] = frozenset()
+    ):
         self._trackers = trackers
         self._files = {}
         for name in ("metrics", "samples", "evaluations"):
             path = run_dir / f"{name}.jsonl"
-            _keep_until(path, first_step)
+            _keep(path, first_step, there)
             self._files[name] = path.open("a", encoding="utf-8")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -135,10 +140,19 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _keep_until(path: Path, step: int) -> None:
-    if not path.is_file():
-        return
-    kept = [record for record in records(path) if record["step"] <= step and FINAL not in record]
+def in_order(run_dir: Path) -> None:
+    """Records by their steps, where some were written after those of later ones."""
+    for name in ("metrics", "samples"):
+        _rewrite(run_dir / f"{name}.jsonl", sorted(records(run_dir / f"{name}.jsonl"), key=lambda each: each["step"]))
+
+
+def _keep(path: Path, step: int, there: Collection[int]) -> None:
+    if path.is_file():
+        stay = [each for each in records(path) if each["step"] <= step or each["step"] in there]
+        _rewrite(path, [each for each in stay if FINAL not in each])
+
+
+def _rewrite(path: Path, kept: Sequence[Mapping[str, Any]]) -> None:
     whole = path.with_suffix(".tmp")
     whole.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
     whole.replace(path)

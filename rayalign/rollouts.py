@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from rayalign.errors import EngineLost
 from rayalign.protocols import Engine, Scorer
 from rayalign.record import Record, Unfit
-from rayalign.types import FAILED, Completion, Group, Metrics, Prompt, Request, Sampling
+from rayalign.types import FAILED, Completion, Group, Metrics, Prompt, Request, Sampling, unscored
 
 Progress = Callable[[int, int], None]  # completions done, completions asked for
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class Rollout:
         }
         if self.version is None:
             return {**shared, "time/read_s": self.rollout_s}
-        scores = np.array([s for group in self.groups for s in self._own(group.known_scores) if s is not None])
+        scores = np.array([s for group in heard(self.groups) for s in self._own(group.known_scores) if s is not None])
         return {
             **shared,
             **({"reward/mean": float(scores.mean()), "reward/std": float(scores.std())} if scores.size else {}),
@@ -136,6 +136,11 @@ class Rollout:
             "time/rollout_s": self.rollout_s,
             "time/score_s": self.score_s,
         }
+
+
+def heard(groups: Sequence[Group]) -> list[Group]:
+    """Those that the scorer said something of: what stands for a refusal is no part of a mean."""
+    return [group for group in groups if not unscored(group.metrics)]
 
 
 def group_metrics(groups: Sequence[Group]) -> Metrics:

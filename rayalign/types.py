@@ -196,6 +196,7 @@ class Group:
         contested: of the completions, those that are not to be learned from, as the scorer says; empty: none.
         votes: of a data set, for each completion the annotators' votes: counts by class.
         metrics: what the scorer says of this group besides, averaged over the groups of a step or an evaluation.
+        inferred: the pairs i < j that nobody compared: their preferences are worked out from those of others.
         seed: of what an algorithm draws of this group: a function of run, step and prompt where it was sampled.
         token_scores: of each completion a reward for each of its tokens, where the scorer gives them; empty: none.
     """
@@ -211,6 +212,7 @@ class Group:
     seed: int = 0
     contested: tuple[bool, ...] = ()
     token_scores: tuple[tuple[float, ...], ...] = ()
+    inferred: tuple[tuple[int, int], ...] = ()
 
     @property
     def known_scores(self) -> tuple[float | None, ...]:
@@ -232,6 +234,7 @@ class Judgement:
         contested: for each completion whether nothing is to be learned from it; empty: from all.
         token_scores: for each completion a reward for each of its tokens, for methods that take them (ppo, and
             policy_gradient with reinforce_pp) instead of the score at its last; empty: the scores alone.
+        inferred: the pairs i < j of the preferences that were not compared, but worked out from others.
     """
 
     scores: tuple[float, ...]
@@ -239,6 +242,12 @@ class Judgement:
     metrics: Mapping[str, float] = field(default_factory=dict)
     contested: tuple[bool, ...] = ()
     token_scores: tuple[tuple[float, ...], ...] = ()
+    inferred: tuple[tuple[int, int], ...] = ()
+
+
+def unscored(metrics: Mapping[str, float]) -> bool:
+    """Whether a judge refused all that it was asked of a group, by its metrics: the scores then stand for nothing."""
+    return metrics.get("judge/refused") == 1.0
 
 
 class Column(enum.Enum):

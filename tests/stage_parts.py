@@ -50,6 +50,22 @@ class Fragile(ScorerConfig):
         return score
 
 
+class Refuses(ScorerConfig):
+    """Rates tokens as a judge would, and says nothing of each n-th prompt."""
+
+    name: str
+    of: int
+
+    def start(self) -> ScoreFunction:
+        def judge(group: Group) -> Judgement:
+            if group.prompt.index % self.of == 0:
+                return Judgement((0.0,) * len(group.completions), None, {"judge/refused": 1.0})
+            scores = tuple(0.5 + share_above(c.token_ids) for c in group.completions)
+            return Judgement(scores, None, {"judge/refused": 0.0})
+
+        return lambda groups: [judge(group) for group in groups]
+
+
 class Length(ScorerConfig):
     """Likes answers of many characters: what a data set alone decides."""
 

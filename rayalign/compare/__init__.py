@@ -9,30 +9,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console as RichConsole
 from rich.table import Table
 
 from rayalign.algorithms.label import Label
 from rayalign.api import quiet_libraries, sampling_of
-from rayalign.build import Parts, decoder, examples_for, start_parts
+from rayalign.build import decoder, examples_for, start_parts
 from rayalign.checks import check_parts, check_scorer
+from rayalign.compare.kept import Answers, judged, said_of, with_verdicts, working
 from rayalign.compare.sides import Contest, Side, contest_of, find_side, refuse_same
 from rayalign.compare.verdicts import COLUMNS, Verdicts, interval, verdicts_of
 from rayalign.console import Console, logged
 from rayalign.errors import ConfigError
-from rayalign.label import scored
 from rayalign.record import redacted
-from rayalign.rollouts import Collector, sample_seed
 from rayalign.run_dir import versions
 from rayalign.schema import Config
 from rayalign.scorers.rules import Rules
-from rayalign.selfplay.contest import Unscored
-from rayalign.types import Group, Sampling
+from rayalign.types import Group
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,14 @@ def run_comparison(
 ) -> Comparison:
     """Ask two models the same, let a scorer say whose answers are better, print the table and write it down.
 
+    Answers and verdicts are written as they come: the same comparison goes on with what one that was cut short left.
+
     Args:
         a, b: folders of runs (their newest checkpoint), of checkpoints or of models.
         config: whose held-out prompts, scorer, sampling and seed are used; none: the config of run A, or else B.
         overrides: of that config, as `scorer.name=judge`.
         tie: scores (with a judge: its two probabilities) that are no further apart are a tie.
-        out: folder for comparison.json and logs; none: a new one in runs/.
+        out: folder for comparison.json and logs; none: one in runs/, new or of the same comparison that did not end.
 
     Raises:
         RayalignError: see rayalign.errors; nothing is started before both sides, the prompts and the scorer are known
@@ -82,14 +84,17 @@ def run_comparison(
     said = contest.config
     _check(asking(said))
     sampling = sampling_of(said, examples_for(said, contest.tokenizers[0]) if said.data.examples else None).ordinary
-    folder = out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    _refuse_written(folder)
+    answers = tuple(
+        Answers(name, side.model, prompts, sampling, said)
+        for name, side, prompts in zip("ab", sides, contest.prompts, strict=True)
+    )
     console = Console()
-    with logged(console, folder / "log" / "driver.log"), console.bars():
-        pairs = _judged(sides, contest, sampling, folder, console)
-    verdicts = verdicts_of(pairs, said.evaluation.samples, tie=tie, seed=said.seed)
-    found = Comparison(*sides, verdicts, pairs, folder / "comparison.json")
-    _write(found, said)
+    with _folder(out, answers) as folder:
+        with logged(console, folder / "log" / "driver.log"), console.bars():
+            pairs = _judged(sides, contest, answers, folder, console)
+        table = verdicts_of(pairs, said.evaluation.samples, tie=tie, seed=said.seed)
+        found = Comparison(*sides, table, pairs, folder / "comparison.json")
+        _write(found, said)
     print_comparison(found, said)
     console.say(f"written to {found.file}")
     return found
@@ -108,57 +113,106 @@ def _check(config: Config) -> None:
     check_scorer(config)
 
 
+@contextmanager
+def _folder(out: Path | None, answers: Sequence[Answers]) -> Iterator[Path]:
+    """The folder that is asked for, or one in runs/: of a comparison of the same answers that did not end, else a new
+    one. No other process writes into it meanwhile. Raises ConfigError when there is one in it, or another is at it."""
+    if out:
+        _refuse_written(out)
+    for folder in [out] if out else [*_left(answers), _new()]:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", blocking=False)  # the system lets go of it with the process
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        try:
+            if out or not (folder / "comparison.json").exists():  # else another one has ended it meanwhile
+                yield folder
+                return
+        finally:
+            lock.release()
+    raise ConfigError(
+        "another comparison is using this folder",
+        where="--out",
+        value=str(out),
+        rule="one at a time",
+        remedy="wait for it, stop it, or choose another --out",
+    )
+
+
+def _left(answers: Sequence[Answers]) -> list[Path]:
+    """Folders of comparisons that did not end and have some of these answers, the newest first."""
+    folders = [each for each in Path("runs").glob("compare-*") if not (each / "comparison.json").exists()]
+    found = [each for each in folders if any(one.shard(each).read() for one in answers)]
+    return sorted(found, key=lambda each: each.stat().st_mtime, reverse=True)
+
+
+def _new() -> Path:
+    name, number = f"compare-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", 1
+    folder = Path("runs") / name
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
 def _refuse_written(folder: Path) -> None:
     if (folder / "comparison.json").exists():
         raise ConfigError(
             "there is a comparison in this folder",
             where="--out",
             value=str(folder),
-            rule="a new folder",
+            rule="a new folder, or one of a comparison that did not end",
             remedy="choose another --out",
         )
 
 
 def _judged(
-    sides: tuple[Side, Side], contest: Contest, sampling: Sampling, folder: Path, console: Console
+    sides: tuple[Side, Side], contest: Contest, answers: Sequence[Answers], folder: Path, console: Console
 ) -> tuple[Group, ...]:
-    """Both sides sampled one after the other, in the same places; then their answers side by side, scored."""
-    config = contest.config
-    # No policy is trained here, and no reference looked at: an engine and a scorer are enough. The scorer stands
-    # beside the second engine, unless it asks that very engine, which has to hold the config's model then.
-    judging, quiet = asking(config), asking(config.model_copy(update={"scorer": Rules(rule="brevity")}))
-    beside = quiet if judging.lends_engine else judging
-    with start_parts(quiet, contest.tokenizers[0], folder, console, policy=sides[0].model, train=False) as parts:
-        first = _sampled(parts, contest, 0, sides[0], sampling, console)
-    with start_parts(beside, contest.tokenizers[1], folder, console, policy=sides[1].model, train=False) as parts:
-        second = _sampled(parts, contest, 1, sides[1], sampling, console)
-        pairs = [pair for a, b in zip(first, second, strict=True) for pair in _side_by_side(a, b)]
-        if not judging.lends_engine:
-            return _scored(parts, pairs, console)
-    with start_parts(judging, contest.tokenizers[0], folder, console, train=False) as parts:
-        return _scored(parts, pairs, console)
+    """Both sides sampled one after the other, in the same places; then their answers side by side, scored. What is in
+    the folder already is not asked again, and what is not needed for the rest is not started."""
+    config, lends = contest.config, asking(contest.config).lends_engine
+    first, second = (_sampled(contest, side, sides[side], answers[side], folder, console) for side in range(2))
+    pairs = [pair for a, b in zip(first, second, strict=True) for pair in _side_by_side(a, b)]
+    # A judge that asks the policy's engine gets one that holds the config's model.
+    judging, lent = (asking(config), config.model.path) if lends else (asking(config, sample=False), sides[0].model)
+    with working(said_of(folder, pairs, judging, lent), console.say) as work:
+        console.say(f"comparing {len(pairs)} pairs of answers{_already(len(work.answers))}")
+        if work.missing:
+            with start_parts(judging, contest.tokenizers[0], folder, console, policy=lent, train=False) as parts:
+                assert parts.scorer is not None, "a comparison has a scorer"
+                judged(parts.scorer, pairs, work)
+        return with_verdicts(pairs, work)
 
 
-def asking(config: Config) -> Config:
-    """The same without a learner: answers are sampled, and scored."""
-    data = config.data.model_copy(update={"prompts": config.data.prompts or "the prompts of data.examples"})
+def asking(config: Config, *, sample: bool = True) -> Config:
+    """The same without a learner: answers are sampled, and scored; or scored only."""
+    said = (config.data.prompts or "the prompts of data.examples") if sample else None
+    data = config.data.model_copy(update={"prompts": said})
     return config.model_copy(update={"algorithm": Label(samples=config.evaluation.samples, write="best"), "data": data})
 
 
 def _sampled(
-    parts: Parts, contest: Contest, place: int, side: Side, sampling: Sampling, console: Console
+    contest: Contest, place: int, side: Side, answers: Answers, folder: Path, console: Console
 ) -> tuple[Group, ...]:
-    config, prompts = contest.config, contest.prompts[place]
-    console.say(f"{side.given}: {len(prompts)} held-out prompts × {config.evaluation.samples}, from {side.model}")
-    collector = Collector(parts.engine, Unscored(), decoder(contest.tokenizers[place]))  # type: ignore[arg-type]
-    groups, _, _ = collector.collect(
-        prompts,
-        [sampling] * config.evaluation.samples,
-        lambda prompt, k: sample_seed(config.seed, "evaluation", prompt, k),
-        label=f"compare-{'ab'[place]}",
-        progress=console.sampled,
-    )
-    return groups
+    # No policy is trained here, and no reference looked at: an engine is enough.
+    config = asking(contest.config.model_copy(update={"scorer": Rules(rule="brevity")}))
+    tokenizer, count = contest.tokenizers[place], len(contest.prompts[place])
+    decode = decoder(tokenizer)
+    with working(answers.shard(folder), console.say) as work:
+        already = _already(len(work.answers))
+        samples = contest.config.evaluation.samples
+        console.say(f"{side.given}: {count} held-out prompts × {samples}, from {side.model}{already}")
+        if not work.missing:
+            return answers.asked(None, work, decode)
+        with start_parts(config, tokenizer, folder, console, policy=side.model, train=False) as parts:
+            return answers.asked(parts.engine, work, decode, console.sampled)
+
+
+def _already(count: int) -> str:
+    return f", {count:,} of them there already" if count else ""
 
 
 def _side_by_side(a: Group, b: Group) -> list[Group]:
@@ -167,12 +221,6 @@ def _side_by_side(a: Group, b: Group) -> list[Group]:
         Group(f"{a.id}/{k}", a.prompt, (a.completions[k], b.completions[k]), (a.texts[k], b.texts[k]))
         for k in range(len(a.completions))
     ]
-
-
-def _scored(parts: Parts, pairs: Sequence[Group], console: Console) -> tuple[Group, ...]:
-    console.say(f"comparing {len(pairs)} pairs of answers")
-    assert parts.scorer is not None, "a comparison has a scorer"
-    return scored(parts.scorer, pairs)
 
 
 def print_comparison(found: Comparison, config: Config) -> None:

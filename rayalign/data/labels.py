@@ -13,7 +13,7 @@ from rayalign.data.columns import REASONS
 from rayalign.data.files import set_aside
 from rayalign.data.gold import COLUMN
 from rayalign.errors import CheckpointError
-from rayalign.types import Group
+from rayalign.types import Group, unscored
 
 Record = Mapping[str, Any]  # of one prompt, see `record_of`
 Row = dict[str, Any]
@@ -34,6 +34,7 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "tokens": [len(completion.token_ids) for completion in group.completions],
         "scores": list(group.scores or ()),
         "preferences": group.preferences,
+        "inferred": group.inferred,
         "metrics": dict(group.metrics),
         "contested": list(group.contested),
         REASONS: _reasons(group),
@@ -53,6 +54,8 @@ def rows_of(record: Record, write: str | None, *, drop_truncated: bool = False) 
     Args:
         write: "ranked", "pairs" or "best"; None: pairs where the scorer compared, else ranked.
     """
+    if unscored(record["metrics"]):
+        return [], Counter({"prompts that the judge refused": 1})
     preferences, scores = record["preferences"], record["scores"]
     kept, left_out = _kept(record, drop_truncated)
     if write == "best":
@@ -90,13 +93,15 @@ def _kept(record: Record, drop_truncated: bool) -> tuple[list[int], Counter[str]
 
 
 def _pair(record: Record, i: int, j: int) -> Row | None:
-    """The better one first, with the probability that it is where answers were compared. None: a tie."""
+    """The better one first; where answers were compared with the probability that it is, and whether that was worked
+    out from other comparisons. i < j. None: a tie."""
     if record["preferences"] is not None:
         prob = record["preferences"][i][j]
+        inferred = (i, j) in {tuple(pair) for pair in record.get("inferred", ())}  # shards of before have none
         if prob == 0.5:
             return None
         i, j, prob = (i, j, prob) if prob > 0.5 else (j, i, 1 - prob)
-        more = {"probability": prob}
+        more = {"probability": prob, "inferred": inferred}
     else:
         if record["scores"][i] == record["scores"][j]:
             return None

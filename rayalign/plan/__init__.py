@@ -13,6 +13,7 @@ from rayalign.plan.fit import evaluate
 from rayalign.plan.learners import checkpoint_bytes
 from rayalign.plan.nodes import find_nodes
 from rayalign.plan.records import GIB, Disk, Plan, Rows
+from rayalign.plan.servers import notes_of_servers
 from rayalign.plan.shapes import read_shape
 from rayalign.plan.show import print_plan
 from rayalign.record import flat
@@ -40,6 +41,7 @@ def make_plan(config: Config, *, nodes: str | None = None, rows: Rows | None = N
     lengths = data_lengths(config) if rows is None else replace(prompt_lengths(config), rows=rows)
     config = settled(config, lengths.rows.training if lengths.rows else None)
     fit = evaluate(config, shape, lengths, there)
+    fit = replace(fit, notes=(*fit.notes, *notes_of_servers(config)))
     size = checkpoint_bytes(config, shape) / GIB if config.learns else 0.0
     differs = differences(config)
     standing = min(fit.batches.checkpoints, config.checkpoint.keep + 1)

@@ -89,7 +89,8 @@ def place(
     On GPUs an engine takes `tensor_parallel` of one node and a learner rank takes one; with `colocate` they
     share. On CPU nodes every engine needs that many cores of its own, and so does every learner rank:
     engines and learners take turns on the same cores. A scorer takes `scorer_gpus` of one node where there are
-    GPUs, or a part of the shared one; none of them: it computes on its node's cores.
+    GPUs, or a part of the shared one; none of them: it computes on its node's cores. There it has a share of
+    half of them, as it scores while engines sample; of all where neither engine nor learner is.
 
     Args:
         apart: roles that live in a group of learner actors of their own → its ranks. They take slots as the policy's
@@ -134,10 +135,13 @@ def place(
         chosen = _spread("scorer.count", scorers, scorer_gpus, hosts, left, unit)
     else:
         chosen, scorer_gpus = [nodes[index % len(nodes)] for index in range(scorers)], 0
-    on_nodes = Counter(node.id for node in chosen)
+    on_nodes, before, busy = Counter(node.id for node in chosen), Counter[str](), {each.node.id for each in places}
     for index, node in enumerate(chosen):
+        first = node.cpus // 2 if node.id in busy else 0
+        cores = _cores(node, before[node.id], on_nodes[node.id], first)
+        before[node.id] += 1
         cpus, gpus = 0.09 * node.cpus / on_nodes[node.id], scorer_gpus * (0.09 if colocate else 1.0)
-        places.append(Place(f"scorer-{index}", node, round(cpus, 3), gpus, tuple(range(node.cpus))))
+        places.append(Place(f"scorer-{index}", node, round(cpus, 3), gpus, cores))
     return tuple(places)
 
 
@@ -191,7 +195,8 @@ def _spread(key: str, count: int, width: int, hosts: Sequence[Node], free: dict[
     return chosen
 
 
-def _cores(node: Node, index: int, count: int) -> tuple[int, ...]:
-    """The index-th of `count` equal slices of a node's cores; at least one core."""
-    first, last = index * node.cpus // count, (index + 1) * node.cpus // count
+def _cores(node: Node, index: int, count: int, begin: int = 0) -> tuple[int, ...]:
+    """The index-th of `count` equal slices of a node's cores from `begin` on; at least one core."""
+    width = node.cpus - begin
+    first, last = begin + index * width // count, begin + (index + 1) * width // count
     return tuple(range(first, max(last, first + 1)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol, runtime_checkable
 
@@ -68,6 +69,16 @@ class Answer:
     reasoning: str = ""
     error: str | None = None
     unseen: float = 0.0
+
+
+def parted(messages: Sequence[Mapping[str, str]], words: re.Pattern[str]) -> list[dict[str, str]]:
+    """The same with a space behind the first character of each of these words: a text that spells out a special token
+    is then no token of that kind, and ends no turn.
+
+    Args:
+        words: what finds that character, as its group 1.
+    """
+    return [{**each, "content": words.sub(r"\1 ", each["content"])} for each in messages]
 
 
 @runtime_checkable

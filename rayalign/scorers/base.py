@@ -153,6 +153,7 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
     scores = _checked(group, found.scores, who)
     tokens = _token_scores(group, found.token_scores, who) if found.token_scores else ()
     more = {"preferences": preferences, "metrics": metrics, "contested": contested, "token_scores": tokens}
+    more["inferred"] = _pairs(group, found.inferred, who)
     return replace(group, scores=scores, **more)
 
 
@@ -168,6 +169,19 @@ def _token_scores(group: Group, rows: Sequence[Sequence[float]], who: str) -> tu
             rule=f"one finite number a token: {counts}",
         )
     return found
+
+
+def _pairs(group: Group, inferred: Sequence[tuple[int, int]], who: str) -> tuple[tuple[int, int], ...]:
+    count = len(group.completions)
+    for i, j in inferred:
+        if not 0 <= i < j < count:
+            raise ScoreError(
+                "inferred pairs are no pairs",
+                where=f"{who}, prompt {group.prompt.index}",
+                value=f"({i}, {j})",
+                rule=f"i < j, of the {count} completions",
+            )
+    return tuple((i, j) for i, j in inferred)
 
 
 def _matrix(group: Group, rows: Sequence[Sequence[float]], who: str) -> tuple[tuple[float, ...], ...]:

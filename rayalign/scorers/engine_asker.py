@@ -16,7 +16,7 @@ from rayalign.memory import peak_gib
 from rayalign.protocols import Engine
 from rayalign.record import Record
 from rayalign.registry import Tagged
-from rayalign.scorers.asking import Answer, Question
+from rayalign.scorers.asking import Answer, Question, parted
 from rayalign.types import Completion, Request, Sampling
 
 VARIABLES = "variables of the judge's chat template, as {enable_thinking: false}: an answer has to come first"
@@ -119,7 +119,7 @@ class EngineAsking:
     ):
         self.engine, self._tokenizer, self._max_context, self._name = engine, tokenizer, max_context, name
         self._turns = Turns(tokenizer, chat_template=bool(tokenizer.chat_template), variables=variables or {})
-        self._special = _special_words(tokenizer)
+        self._special = special_words(tokenizer)
         self._known: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._calls, self._closes = 0, closes
 
@@ -193,7 +193,7 @@ class EngineAsking:
     def _ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """An answer that spells out a special token must not end its turn and give the verdict itself: such words are
         parted by a space."""
-        messages = [{**each, "content": self._special.sub(r"\1 ", each["content"])} for each in messages]
+        messages = parted(messages, self._special)
         if self._turns.chat_template:
             return self._turns.prompt(messages, self._name)
         text = "\n\n".join(message["content"] for message in messages) + "\n\n"  # a base model continues it
@@ -238,7 +238,7 @@ def answer_ids(tokenizer: Any, answers: Sequence[str], model: str) -> tuple[int,
     return tuple(found)
 
 
-def _special_words(tokenizer: Any) -> re.Pattern[str]:
+def special_words(tokenizer: Any) -> re.Pattern[str]:
     """What finds the first character of each special token in a text, wherever one begins."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     words = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)

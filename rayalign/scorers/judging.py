@@ -185,7 +185,8 @@ class Judging:
             metrics["judge/order_dependent"] = _share(verdict.flips for verdict in heard)
         metrics |= _mass([mass for verdict in verdicts for mass in verdict.masses])
         leads = {pair: verdict.prob - 0.5 for pair, verdict in game.verdicts.items()}
-        return Judgement(schedule.win_rates(matrix), matrix, metrics | self._agreement(game.group, leads))
+        inferred = tuple(pair for pair in combinations(range(count), 2) if pair not in game.results)
+        return Judgement(schedule.win_rates(matrix), matrix, metrics | self._agreement(game.group, leads), inferred)
 
     # Direct.
 

@@ -201,10 +201,12 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
         metrics |= {f"{before}{name}": number for name, number in group.metrics.items()}
         if there := [score for score in group.known_scores if score is not None]:
             metrics[f"scores/{part.called}"] = math.fsum(there) / len(there)
-    says = [group.contested for part, group in zip(config.scorers, given, strict=True) if part.weight]
-    contested = tuple(map(any, zip(*filter(None, says), strict=True)))
-    tokens = _token_scores(given, weights, config.standardise)
-    return Judgement(scores, _preferences(given, weights), metrics, contested, tokens)
+    counted = [group for weight, group in zip(weights, given, strict=True) if weight]
+    contested = tuple(map(any, zip(*filter(None, (group.contested for group in counted)), strict=True)))
+    tokens, preferences = _token_scores(given, weights, config.standardise), _preferences(given, weights)
+    # A mean of which a part was not asked is inferred.
+    inferred = sorted({pair for group in counted for pair in group.inferred}) if preferences is not None else ()
+    return Judgement(scores, preferences, metrics, contested, tokens, tuple(inferred))
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:

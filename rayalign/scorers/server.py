@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,13 +12,19 @@ from pydantic import Field, model_validator
 
 from rayalign.errors import ScoreError
 from rayalign.record import Unfit, is_secret
-from rayalign.scorers.asking import Answer, Question
+from rayalign.scorers.asking import Answer, Question, parted
 from rayalign.scorers.cache import USUAL, AnswerCache, key_of, open_cache
 from rayalign.scorers.connection import Connection
+from rayalign.scorers.engine_asker import answer_ids, load_tokenizer, special_words
 from rayalign.scorers.remote import Caller, Failed
 
 ENOUGH = 64  # answers after which one of a few that never came is none that this model gives
 IMPOSSIBLE = -9990.0  # what servers write for a probability of 0, as JSON has no infinity
+# How the special tokens of most models are written, before the first character: servers parse them wherever they stand.
+USUAL_WORDS = re.compile(
+    r"(?=<\|[^|<>\s]{1,64}\|>|<｜[^｜<>\s]{1,64}｜>|</?(?:s|bos|eos|pad|unk|(?:start|end)_of_\w{1,16})>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>)(.)",
+)
 Token = tuple[str, float]
 
 
@@ -32,6 +39,9 @@ class ServerAsker(Connection):
     behind that name, revision, messages, sampling), not the address: asked again, by another actor or a resumed run,
     at another port, it costs nothing. A server that does not say what it loaded needs another `revision` when it
     loads other weights under the same name.
+
+    Chat completions are texts, in which a server finds special tokens wherever they are spelt out: an answer could end
+    its turn and give the verdict itself. What looks like one, or with `tokenizer` is one, is parted by a space.
     """
 
     name: Literal["server"] = "server"
@@ -43,6 +53,12 @@ class ServerAsker(Connection):
     extra: dict[str, Any] = Field(
         {},
         description="more keys of a request, as {chat_template_kwargs: {enable_thinking: false}}; null takes one out",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="folder or hub id of the model's tokenizer: its special tokens in answers are parted too, not only "
+        "those of usual spelling, and the template's answers are checked",
+        examples=["/models/my-judge"],
     )
     cache: str | None = Field(USUAL, description="file that keeps the replies; null: none")
 
@@ -57,6 +73,15 @@ class ServerAsker(Connection):
             )
         return self
 
+    def check(self, answers: Sequence[str], *, model: str, trust_remote_code: bool = False) -> None:
+        """Whether the answers are tokens of the model, where its tokenizer is named. Raises ConfigError.
+
+        Args:
+            model: of the policy; a judge of its own needs it not.
+        """
+        if self.tokenizer is not None:
+            answer_ids(load_tokenizer(self.tokenizer, "key scorer.ask.tokenizer", False), answers, self.tokenizer)
+
     def start(self) -> Server:
         return Server(self)
 
@@ -67,6 +92,9 @@ class Server:
     def __init__(self, config: ServerAsker, *, place: str = "scorer.ask"):
         self._config, self._place = config, place
         self._caller = Caller(config, place=place)
+        self._words = [USUAL_WORDS]
+        if config.tokenizer is not None:
+            self._words.append(special_words(load_tokenizer(config.tokenizer, f"key {place}.tokenizer", False)))
         self._cache: AnswerCache | None = open_cache(config.cache)
         self._answered = False
         self._root: str | None = None  # the checkpoint; "" where the server does not say
@@ -163,6 +191,8 @@ class Server:
 
     def _reply(self, messages: Sequence[Mapping[str, str]], sampling: dict[str, Any], read: Any) -> Any:
         """What is known of this request, or else what the server says, kept before it is used. Raises Failed."""
+        for words in self._words:
+            messages = parted(messages, words)
         body = {"model": self._config.model, "messages": list(messages), **sampling, **self._config.extra}
         body = {key: value for key, value in body.items() if value is not None}
         key = key_of(root=self._root, revision=self._config.revision, body=body)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
 from rayalign.errors import DataError
 from rayalign.protocols import Engine
 from rayalign.rollouts import sample_seed
-from rayalign.selfplay.shards import Answer, Shard
+from rayalign.selfplay.shards import Answer, L, Shard
 from rayalign.types import Completion, Group, Request, Sampling
 
 SAY_EVERY_S = 15.0
@@ -99,18 +100,18 @@ class Rate:
         return f"{self._there:,} of {self._total:,} answers, {answers:.1f} a second, {self.tokens_per_s:,.0f} tokens/s"
 
 
-class Work:
+class Work(Generic[L]):
     """The shards of an iteration while they are filled. `answers`: all that is there, without texts."""
 
-    def __init__(self, shards: Sequence[Shard], say: Callable[[str], None]):
+    def __init__(self, shards: Sequence[Shard[L]], say: Callable[[str], None]):
         self._place = {row: shard for shard in shards for row in shard.rows}
-        self._begun: dict[Path, dict[int, Answer]] = {}  # of the shards that are not whole
-        self.answers: dict[int, Answer] = {}
+        self._begun: dict[Path, dict[int, L]] = {}  # of the shards that are not whole
+        self.answers: dict[int, L] = {}
         self.missing: list[int] = []
         for shard in shards:
             there = shard.read()
             if shard.damage:
-                say(f"{shard.damage}: it is set aside, and its prompts are answered again")
+                say(f"{shard.damage}: it is set aside, and what it is to hold is asked again")
                 shard.set_aside()
                 there = {}
             there = {row: answer for row, answer in there.items() if answer.left_out != LONG}  # there may be room now
@@ -119,7 +120,7 @@ class Work:
             self.answers |= {row: answer.compact() for row, answer in there.items()}
             self.missing += [row for row in shard.rows if row not in there]
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: L) -> None:
         shard = self._place[answer.row]
         if shard.path not in self._begun:
             self._begin(shard, {})
@@ -130,7 +131,7 @@ class Work:
         if len(there) == len(shard.rows):
             shard.finish(self._begun.pop(shard.path))
 
-    def _begin(self, shard: Shard, there: dict[int, Answer]) -> None:
+    def _begin(self, shard: Shard[L], there: dict[int, L]) -> None:
         if len(there) == len(shard.rows):  # killed between its last answer and its last word
             shard.finish(there)
             return

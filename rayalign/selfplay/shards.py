@@ -11,13 +11,34 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from rayalign.data.files import set_aside
 from rayalign.errors import CheckpointError
 from rayalign.types import Completion, Sampling
+
+
+class Line(Protocol):
+    """What a shard holds of one row: a dataclass.
+
+    Attributes:
+        left_out: why there is nothing of this row, else empty.
+    """
+
+    row: int
+    left_out: str
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Self:
+        """From what was written: its fields, but for those that are as usual."""
+
+    def compact(self) -> Self:
+        """What is held of it in memory."""
+
+
+L = TypeVar("L", bound=Line)
 
 
 @dataclass(frozen=True)
@@ -32,13 +53,18 @@ class Answer:
     """
 
     row: int
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] = ()
     prompt: str = ""
     completion: str = ""
     finish_reason: str = "stop"
     same: bool = False
     left_out: str = ""
     engine: str = ""
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Answer:
+        """See Line."""
+        return cls(**{**said, "token_ids": tuple(said.get("token_ids", ()))})
 
     def as_completion(self, version: int) -> Completion:
         return Completion(f"generation/{self.row}", tuple(self.token_ids), (), self.finish_reason, version)
@@ -48,24 +74,25 @@ class Answer:
         return replace(self, token_ids=array("i", self.token_ids), prompt="", completion="", engine="")
 
 
-class Shard:
+class Shard(Generic[L]):
     """One file of answers.
 
     Args:
         path: of the whole file.
         identity: all that decides what the answers are; another one is another file's.
         rows: that it has an answer to, once it is whole.
+        kind: of what it holds.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], rows: Sequence[int]):
-        self.path, self.rows = path, rows
+    def __init__(self, path: Path, identity: Mapping[str, Any], rows: Sequence[int], kind: type[L] = Answer):  # type: ignore[assignment]
+        self.path, self.rows, self._kind = path, rows, kind
         self._part = path.with_suffix(".part")
         known = json.dumps({**identity, "rows": [rows[0], len(rows)]}, sort_keys=True)
         self._fingerprint = hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
         self._identity, self.damage = dict(identity), ""
         self._file: Any = None
 
-    def read(self) -> dict[int, Answer]:
+    def read(self) -> dict[int, L]:
         """Row → answer: of the whole file, else of what has come of it. A file that is torn, or another's, counts as
         none; `damage` says what it is."""
         for path, whole in ((self.path, True), (self._part, False)):
@@ -82,7 +109,7 @@ class Shard:
             if path.is_file():
                 set_aside(path)
 
-    def begin(self, known: Iterable[Answer]) -> None:
+    def begin(self, known: Iterable[L]) -> None:
         """Go on with a shard that is not whole, from these answers of it."""
         lines = [json.dumps({"fingerprint": self._fingerprint}), *map(_line, known)]
         try:
@@ -92,7 +119,7 @@ class Shard:
         except OSError as error:
             raise self._unwritten(error) from error
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: L) -> None:
         """It is with the system when this returns."""
         try:
             self._file.write(f"{_line(answer)}\n")
@@ -100,7 +127,7 @@ class Shard:
         except OSError as error:
             raise self._unwritten(error) from error
 
-    def finish(self, answers: Mapping[int, Answer]) -> None:
+    def finish(self, answers: Mapping[int, L]) -> None:
         """Write the whole file beside its place, and move it there."""
         self.close()
         body = "".join(f"{_line(answers[row])}\n" for row in self.rows)
@@ -117,21 +144,19 @@ class Shard:
             self._file.close()
             self._file = None
 
-    def _read(self, path: Path, *, whole: bool) -> dict[int, Answer] | None:
+    def _read(self, path: Path, *, whole: bool) -> dict[int, L] | None:
         """None for a file that is not this shard's, or, where it has to be whole, torn."""
         try:
             head, _, body = path.read_text(encoding="utf-8").partition("\n")
             said = json.loads(head)
             if said.get("fingerprint") != self._fingerprint:
-                self.damage = f"{path.name} holds other answers than this iteration's"
+                self.damage = f"{path.name} holds other answers than these"
                 return None
             if whole and said.get("digest") != _digest(body):
                 self.damage = f"{path.name} is torn"
                 return None
             lines = body.split("\n")[:-1]  # what a kill cut short has no end
-            found = [
-                Answer(**each | {"token_ids": tuple(each.get("token_ids", ()))}) for each in map(json.loads, lines)
-            ]
+            found = [self._kind.of(each) for each in map(json.loads, lines)]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             self.damage = f"{path.name} cannot be read: {type(error).__name__}: {error}"
             return None
@@ -142,7 +167,7 @@ class Shard:
             "answers could not be written; those that were are kept",
             where=str(self.path),
             value=f"{type(error).__name__}: {error}",
-            remedy="free disk space, then resume=true",
+            remedy="free disk space, then resume=true (a comparison: the same command again)",
         )
 
 
@@ -152,8 +177,8 @@ def settings_of(sampling: Sampling) -> dict[str, Any]:
     return {key: value for key, value in asdict(sampling).items() if value != usual[key]}
 
 
-def _line(answer: Answer) -> str:
-    usual = asdict(Answer(-1, ()))
+def _line(answer: Any) -> str:
+    usual = {each.name: each.default for each in fields(answer)}
     return json.dumps({key: value for key, value in asdict(answer).items() if value != usual[key]})
 
 

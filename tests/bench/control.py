@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -168,6 +169,9 @@ def run_row(name: str, row: dict[str, Any], out: Path, arguments: argparse.Names
     print(f"{name}: {took}" if done.returncode == 0 else f"{name}: failed after {took}, see {log.name}", flush=True)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
+    if done.returncode == 0:
+        for state in run_dir.glob("checkpoints/*/trainer"):
+            shutil.rmtree(state)  # ten times as large as the weights, and this run has ended
     return done.returncode == 0
 
 
@@ -211,15 +215,20 @@ def figure(out: Path) -> Path:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(figsize=(8, 5))
-    families = list(dict.fromkeys(name.split("-")[0].split(",")[0] for name in rows()))
-    start = _evaluations(out / "rows" / next(iter(rows()))).get(0)
+    drawn, axes = pyplot.subplots(figsize=(9, 5))
+    families: dict[str, list[str]] = {}
     for name in rows():
-        found = sorted((_evaluations(out / "rows" / name.replace(" ", "_")) | ({0: start} if start else {})).items())
-        if len(found) > 1:
-            colour = f"C{families.index(name.split('-')[0].split(',')[0]) % 10}"
-            axes.plot([m["kl/k3"] for _, m in found], [m["reward"] for _, m in found], "o-", ms=3, color=colour, lw=1)
-            axes.annotate(name, (found[-1][1]["kl/k3"], found[-1][1]["reward"]), fontsize=7, color=colour)
+        families.setdefault(name.split("-")[0], []).append(name)
+    start = _evaluations(out / "rows" / next(iter(rows()))).get(0)
+    for colour, names in enumerate(families.values()):
+        for style, name in zip(("o-", "s--", "^:", "x-."), names, strict=False):
+            found = _evaluations(out / "rows" / name.replace(" ", "_")) | ({0: start} if start else {})
+            if len(found) > 1:
+                kl, reward = zip(
+                    *((found[step]["kl/k3"], found[step]["reward"]) for step in sorted(found)), strict=True
+                )
+                axes.plot(kl, reward, style, ms=4, color=f"C{colour % 10}", lw=1, label=name)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.set_xlabel("KL to the reference, k3, nats a completion")
     axes.set_ylabel("reward (VADER), held-out prompts")
     axes.grid(alpha=0.3)

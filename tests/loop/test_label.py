@@ -10,13 +10,15 @@ from rayalign.api import run_training
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError, DataError, ScoreError
 from rayalign.label import run_labelling
-from tests.loop.conftest import records
+from tests.loop.conftest import records, timeless
 from tests.parts import tiny_config, write_prompts
+
+K4 = {"name": "label", "samples": 4, "shard": 3}
 
 
 @pytest.fixture
 def label(make):
-    return lambda **changes: run_labelling(make(algorithm={"name": "label", "samples": 4, "shard": 3}, **changes))
+    return lambda **changes: run_labelling(make(**{"algorithm": dict(K4), **changes}))
 
 
 def lines(path):
@@ -76,6 +78,45 @@ def test_what_was_paid_for_is_not_paid_for_again(label, tmp_path):
     whole = run_labelling(_other(found, tmp_path / "whole"))
     assert lines(found.file) == lines(whole.file)
     assert [r["step"] for r in records(found.run_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_hole_is_filled_and_what_stands_behind_it_is_not_forgotten(label):
+    """A shard in the middle is gone: metrics and samples of those after it are not asked again, and stay."""
+    first = label()
+    before = {name: records(first.run_dir, name) for name in ("metrics", "samples")}
+    (first.run_dir / "labels" / "shard-0001.jsonl").unlink()
+    again = label(resume=True)
+    steps = [record["step"] for record in records(again.run_dir)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert records(again.run_dir, "samples") == before["samples"]
+    assert [timeless(r) for r in records(again.run_dir)] == [timeless(r) for r in before["metrics"]]
+    assert again.metrics == first.metrics
+
+
+def test_prompts_that_the_judge_refused_are_counted_and_no_part_of_any_mean(label):
+    found = label(scorer={"name": "tests.stage_parts:Refuses", "of": 3}, algorithm={**K4, "write": "best"})
+    rows, whole = lines(found.file), [r for s in sorted((found.run_dir / "labels").iterdir()) for r in lines(s)[1:]]
+    heard = [record["scores"] for record in whole if record["metrics"]["judge/refused"] < 1]
+    assert 0 < len(heard) < len(whole) == 16 and found.rows == len(rows) == len(heard)
+    best, mean = (sum(each) / len(heard) for each in (map(max, heard), (sum(each) / 4 for each in heard)))
+    assert found.metrics["best_of_n/reward"] == pytest.approx(best)
+    assert found.metrics["best_of_n/mean_reward"] == pytest.approx(mean)
+    assert found.metrics["judge/refused"] == pytest.approx(1 - len(heard) / 16)  # of all
+    left_out = json.loads((found.run_dir / "labels.json").read_text())["left_out"]
+    assert left_out["prompts that the judge refused"] == 16 - len(heard)
+    for record, shard in zip(records(found.run_dir), sorted((found.run_dir / "labels").iterdir()), strict=True):
+        scored = [r["scores"] for r in lines(shard)[1:] if r["metrics"]["judge/refused"] < 1]
+        if not scored:  # there is no mean of nothing
+            assert not {"reward/mean", "reward/std", "best_of_n/reward"} & record.keys()
+            continue
+        assert record["reward/mean"] == pytest.approx(sum(map(sum, scored)) / sum(map(len, scored)))
+        assert record["best_of_n/reward"] == pytest.approx(sum(map(max, scored)) / len(scored))
+
+
+def test_a_judge_that_refused_everything_leaves_nothing(label):
+    with pytest.raises(DataError, match="no row is left") as error:
+        label(scorer={"name": "tests.stage_parts:Refuses", "of": 1})
+    assert "16 prompts that the judge refused" in error.value.value
 
 
 def test_neither_patience_nor_other_rows_make_the_answers_anew(label):

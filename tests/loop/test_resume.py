@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
-from rayalign.errors import CheckpointError, ConfigError
+from rayalign.checkpoint import Checkpoints, TrainerState
+from rayalign.errors import ActorError, CheckpointError, ConfigError
 from tests.loop.conftest import records, timeless
 from tests.parts import PowerCut
 
@@ -96,6 +99,24 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(train, tmp_path
         signal.signal(signal.SIGXFSZ, before)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1", "step-2"]
     assert train(**changes, resume=True).step == STEPS
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "message"), [(0, CheckpointError, "free disk space"), (2**40, ActorError, "unexpected pos")]
+)
+def test_a_learner_elsewhere_that_finds_the_disk_full_is_understood(free, wanted, message, tmp_path, monkeypatch):
+    """torch's writer says `unexpected pos` and no more, and it says so in another process."""
+
+    class Learner:
+        def export(self, folder):
+            raise ActorError(
+                "save of the policy: RuntimeError: unexpected pos 538085184 vs 538085072", where="learner-0"
+            )
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(wanted, match=message) as caught:
+        Checkpoints(tmp_path, keep=1).save(TrainerState(1), SimpleNamespace(policy=Learner()), None)
+    assert "unexpected pos" in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_an_existing_run_is_not_overwritten_and_a_missing_one_not_resumed(train, tmp_path):

@@ -54,6 +54,17 @@ def test_a_run_directory_holds_all_that_is_promised(train, model):
     assert "torch" in json.loads((run_dir / "versions.json").read_text())
 
 
+def test_prompts_of_one_token_are_pushed_for_as_well(train, model, tmp_path):
+    """The first push is compared on prompts, and a log-prob takes two tokens."""
+    words = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    short = [w for w in words if len(tokenizer(w, add_special_tokens=False)["input_ids"]) == 1]
+    file = tmp_path / "short.jsonl"
+    file.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in short))
+    result = train(data__prompts=str(file), data__chat_template=False, train__steps=1)
+    assert short and records(result.run_dir)[0]["sync/logp_gap_max"] < 1e-3
+
+
 def test_the_evaluation_before_the_first_step_can_be_left_out(train, tmp_path):
     whole = train(evaluation__prompts=2, evaluation__every=2)
     assert [*whole.evaluations] == [0, 2, 4]

@@ -251,8 +251,16 @@ def test_a_knockout_asks_less_and_the_rest_is_fitted(reader: Path) -> None:
     (cup,) = score(judge(reader, min_mass=0.0, tie_margin=0.0, schedule="tournament"), group(0, *TEXTS))
     asked = [(0, 1), (2, 3)]
     assert all(cup.preferences[i][j] == pytest.approx(whole.preferences[i][j], abs=1e-6) for i, j in asked)
+    met = {(i, j) for i in range(4) for j in range(i + 1, 4)} - set(cup.inferred)
+    assert len(cup.inferred) == 3 and {*asked} <= met and whole.inferred == ()
     (swiss,) = score(judge(reader, min_mass=0.0, tie_margin=0.0, schedule="swiss", comparisons=6), group(0, *TEXTS))
     np.testing.assert_allclose(swiss.preferences, whole.preferences, atol=1e-6)  # a budget for all of them
+    assert swiss.inferred == ()
+
+
+def test_equal_answers_are_known_not_inferred(reader: Path) -> None:
+    (cup,) = score(judge(reader, min_mass=0.0, schedule="tournament"), group(0, "so", "so", "la", "la"))
+    assert len(cup.inferred) == 3 and not {(0, 1), (2, 3)} & set(cup.inferred)
 
 
 def test_agreement_with_a_rule_is_counted_where_both_prefer_one(reader: Path) -> None:
@@ -284,6 +292,8 @@ def test_agreement_with_a_rule_is_counted_where_both_prefer_one(reader: Path) ->
         (Judgement((1.0, 0.0), ((0.5, 0.9), (0.3, 0.5))), "no probabilities"),
         (Judgement((1.0, 0.0), ((0.6, 0.9), (0.1, 0.5))), "no probabilities"),
         (Judgement((1.0, 0.0), ((0.5, math.nan), (math.nan, 0.5))), "no probabilities"),
+        (Judgement((1.0, 0.0), ((0.5, 0.9), (0.1, 0.5)), inferred=((1, 0),)), "inferred pairs are no pairs"),
+        (Judgement((1.0, 0.0), ((0.5, 0.9), (0.1, 0.5)), inferred=((0, 2),)), "inferred pairs are no pairs"),
         (Judgement((1.0, 0.0), None, {"judge/ties": math.inf}), "judge/ties=inf"),
         (Judgement((1.0, 0.0), None, {"reward/mean": 99.0}), "the name of one of the run's own"),
         (Judgement((1.0, 0.0), None, {"reward": 99.0}), "the name of one of the run's own"),

@@ -49,10 +49,12 @@ def test_a_scorer_that_compares_is_asked_of_each_pair():
     compared = record(["a", "b", "c"], [1.0, 3.0, 1.0], MATRIX)
     pairs, left_out = rows_of(compared, None)
     assert pairs == [
-        {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 0.9},
-        {"prompt": "q", "chosen": "c", "rejected": "b", "probability": 0.7},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 0.9, "inferred": False},
+        {"prompt": "q", "chosen": "c", "rejected": "b", "probability": 0.7, "inferred": False},
     ]
     assert left_out == {"ties": 1}
+    read = json.loads(json.dumps({**compared, "inferred": ((1, 2),)}))  # as a shard has it
+    assert [row["inferred"] for row in rows_of(read, None)[0]] == [False, True]
     assert rows_of(compared, "ranked")[0][0]["scores"] == [1.0, 3.0, 1.0]
 
 

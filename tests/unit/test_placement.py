@@ -40,7 +40,7 @@ def test_kinds_spread_over_nodes():
     places = run(TWO_CPU, engines=2, learners=2)
     assert [p.node.id for p in places if p.actor.startswith("engine")] == ["a", "b"]
     assert [p.node.id for p in places if p.actor.startswith("learner")] == ["a", "b"]
-    assert all(len(p.cores) == 8 for p in places)
+    assert all(len(p.cores) == 8 for p in places if not p.actor.startswith("scorer"))
 
 
 def test_gpus_are_shared_or_apart():
@@ -94,6 +94,25 @@ def test_a_scorer_with_a_model_shares_the_only_gpu_of_a_node():
         assert 0.9 < sum(p.gpus for p in places if p.node == node) <= 1
     with pytest.raises(ConfigError, match=r"key scorer\.count"):
         run(ONE_GPU, scorers=2, scorer_gpus=1)
+
+
+def scorer_cores(nodes, **settings):
+    return [p.cores for p in run(nodes, **settings) if p.actor.startswith("scorer")]
+
+
+def test_scorers_share_half_of_the_cores_of_engines_and_learners():
+    """They score while engines sample: a judge's engine on all cores would halve the speed of both, and worse."""
+    assert scorer_cores(LAPTOP) == [(1,)]
+    assert scorer_cores(LAPTOP, scorers=2) == [(1,), (1,)]
+    assert scorer_cores(TWO_CPU, engines=2, learners=2, scorers=4) == [(4, 5), (4, 5), (6, 7), (6, 7)]
+    assert scorer_cores([Node("a", 1, 0)]) == [(0,)] and scorer_cores([Node("a", 0, 1)]) == [(0,)]
+
+
+def test_where_nothing_else_computes_scorers_have_all_cores():
+    """As answers that are there already are labelled, or compared; or on a node that has scorers alone."""
+    assert scorer_cores(LAPTOP, engines=0, learners=0) == [(0, 1)]
+    assert scorer_cores(LAPTOP, engines=0, learners=0, scorers=2) == [(0,), (1,)]
+    assert scorer_cores(TWO_CPU, scorers=2) == [tuple(range(4, 8)), tuple(range(8))]
 
 
 def test_on_cpu_nodes_a_scorer_with_a_model_computes_on_cores():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from rayalign.config import load_config
 from rayalign.plan import make_plan
+from tests.http_service import Reply, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = Path(__file__).parent / "shapes"
@@ -18,6 +20,12 @@ SMALL, LARGE = SHAPES / "SmolLM2-135M-Instruct", SHAPES / "Llama-3.1-8B"
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
 
 
 def plan(*overrides: str, config: str = "online_dpo_judge", nodes: str = "1x2cpu/16GiB"):
@@ -83,6 +91,34 @@ def test_the_policys_engine_needs_no_place_and_no_second_model() -> None:
 def test_questions_are_counted(changes: tuple[str, ...], count: int) -> None:
     found = plan("scorer={name: judge, template: positive, ask: policy}", *changes, "engine.max_context=640")
     assert any(f"up to {count} questions" in note for note in found.fit.notes), found.fit.notes
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        "{name: url, url: 'URL'}",
+        "{name: judge, ask: {name: server, url: 'URL', model: m}}",
+        "{name: mix, scorers: [{scorer: {name: rules, rule: vader}}, {scorer: {name: url, url: 'URL'}}]}",
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_told_before_the_run(scorer: str, free_port: int) -> None:
+    """Whatever one says that is there, that it does not take a GET for instance, it is there."""
+    absent, asked = f"http://127.0.0.1:{free_port}/v1", []
+    found = plan(f"scorer={scorer.replace('URL', absent)}")
+    (note,) = (note for note in found.fit.notes if "cannot be reached" in note)
+    assert absent in note and "scorer." in note and "Connect" in note and "start" in note
+    assert found.fits
+    with serving(lambda body, before: asked.append(body) or Reply({})) as service:
+        there = plan(f"scorer={scorer.replace('URL', service.url)}")
+    assert not any("cannot be reached" in note for note in there.fit.notes) and not asked  # nothing that is paid for
+
+
+def test_a_server_that_takes_its_time_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayalign.plan.servers.PATIENCE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/score"
+        found = plan(f"scorer={{name: url, url: '{url}'}}")
+    assert not any("cannot be reached" in note for note in found.fit.notes)
 
 
 def test_a_server_is_not_planned_and_a_judge_that_is_not_there_is_a_problem() -> None:

@@ -33,6 +33,20 @@ def judged(*parts: dict[str, Any], **settings: Any) -> Group:
     return score_groups(score, [group(0, *"abcdef"[:count])], who="scorer-0")[0]
 
 
+def test_a_pair_that_one_part_inferred_is_inferred():
+    config = Mix(
+        scorers=[part(1.0, "a", scores=(1, 0, 0)), part(1.0, "b", scores=(1, 0, 0)), part(0.0, "c", scores=(1, 0, 0))]
+    )
+    matrix = ((0.5,) * 3,) * 3
+    parts = [replace(group(0, *"abc"), scores=(0.5,) * 3, preferences=matrix, inferred=pairs) for pairs in _INFERRED]
+    assert joined(config, parts).inferred == ((0, 1), (1, 2))
+    silent = [parts[0], replace(parts[1], preferences=None), parts[2]]
+    assert joined(config, silent).inferred == ()
+
+
+_INFERRED = (((1, 2),), ((0, 1), (1, 2)), ((0, 2),))
+
+
 def test_scores_are_weighted_and_added_and_each_mean_is_a_metric():
     found = judged(part(2.0, "kind", scores=(1, 0, 3)), part(-0.5, "long", scores=(10, 20, 30)))
     assert found.scores == (-3.0, -10.0, -9.0)
