@@ -83,7 +83,7 @@ class _InTime:
         self._timeout_s = config.timeout_s or config.deadline_s / 10
         self._child = Child(Reward, config.function, config.arguments)
         self.memory_gib, self.close = self._child.memory_gib, self._child.close
-        self.begin()
+        self._until = time.monotonic() + config.deadline_s
         try:
             self._start()
         except _TimeIsOut:
@@ -155,7 +155,8 @@ class _Calls:
                     first = first or error
                     failed.append(part)
                     if len(part) == 1:
-                        known[part[0]] = self._at_fault(named(error, groups[part[0][0]], part[0][1]))
+                        self._at_fault(named(error, groups[part[0][0]], part[0][1]))
+                        known[part[0]] = None
                 except _TimeIsOut:
                     raise self._unasked(len(everything) - len(known), len(everything)) from first
             parts = [smaller for part in failed for smaller in _smaller(part)]
