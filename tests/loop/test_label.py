@@ -208,7 +208,8 @@ def test_the_best_answers_alone(make, tmp_path):
     algorithm = {"name": "label", "samples": 3, "write": "best"}
     found = run_labelling(make(algorithm=algorithm))
     rows = lines(found.file)
-    assert len(rows) == 16 and all(set(row) == {"prompt", "completion", "score"} for row in rows)
+    assert len(rows) == 16 and all({"prompt", "completion", "score"} <= row.keys() for row in rows)
+    assert {key for row in rows for key in row} <= {"prompt", "completion", "score", "finish_reasons"}
     (shard,) = (found.run_dir / "labels").iterdir()
     assert [row["score"] for row in rows] == [max(record["scores"]) for record in lines(shard)[1:]]
 
