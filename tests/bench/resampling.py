@@ -113,11 +113,11 @@ def _spread(values: np.ndarray, form: str) -> str:
 
 
 def config_of(name: str, run_dir: Path, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    every = max(1, arguments.steps // 3)
+    every = max(1, arguments.steps // 2)
     config: dict[str, Any] = {
         "model": {"path": arguments.model, "dtype": "bfloat16"},
         "data": {"prompts": PROMPTS, "held_out": 0.2},
-        "algorithm": {"name": "online_preference", "samples": 4, "pairs": "all", "loss": {"name": "dpo", "beta": 0.1}},
+        "algorithm": {"name": "online_preference", "samples": 4, "loss": {"name": "dpo", "beta": 0.1}},
         "scorer": {"name": "rules", "rule": "vader"},
         "sampling": {"max_tokens": 40},
         "rollout": {"prompts": 4, **ROWS[name]},
@@ -229,9 +229,10 @@ def evaluations(out: Path, name: str) -> dict[int, dict[str, float]]:
 
 
 def model_table(out: Path, steps: int) -> str:
-    times = sorted({max(1, steps // 3), 2 * max(1, steps // 3), steps})
+    times = sorted({max(1, steps // 2), steps})
     rewards = " | ".join(f"reward, step {step}" for step in times)
-    lines = [f"| resampling | {rewards} | KL (k3), nats | share outside | KL to the sampler |", "|---" * 7 + "|"]
+    head = f"| resampling | {rewards} | KL (k3), nats | share outside | KL to the sampler |"
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for name in ROWS:
         found, file = evaluations(out, name), out / "rows" / name.replace(" ", "_") / "support.json"
         if steps not in found or not file.is_file():
@@ -242,7 +243,7 @@ def model_table(out: Path, steps: int) -> str:
         cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*left[key]) for key in ("outside", "kl_to_sampler")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if start := next((evaluations(out, name) for name in ROWS if 0 in evaluations(out, name)), None):
-        lines.insert(2, f"| the start | {_mean(start[0], 'reward')} |" + " |" * 5)
+        lines.insert(2, f"| the start | {_mean(start[0], 'reward')} |" + " |" * (head.count("|") - 3))
     return "\n".join(lines)
 
 
