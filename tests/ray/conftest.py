@@ -21,6 +21,13 @@ RAY = {
 LIGHT = {**RAY, "engine": {"name": "transformers", "max_context": 64, "deadline_s": 60}}
 
 
+@pytest.fixture(scope="package", autouse=True)
+def left_behind():
+    """Nothing, for tests of other folders in this process: some ask whether there is a cluster."""
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def shared():
     """A cluster that is there already, and stays."""
