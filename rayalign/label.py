@@ -30,11 +30,11 @@ from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder, in_order
 from rayalign.protocols import Scorer
 from rayalign.reference_cache import fingerprint
-from rayalign.rollouts import Collector, Rollout, heard, sample_seed
+from rayalign.rollouts import Collector, Rollout, heard, mean_metrics, sample_seed
 from rayalign.run_dir import OPEN, decides, run_directory, scorer_files
 from rayalign.schema import Config
 from rayalign.trackers import start_trackers
-from rayalign.types import Group, Metrics, Prompt, unscored
+from rayalign.types import Group, Metrics, Prompt, known_scores, unscored
 
 ROWS, SUMMARY, SHARDS = "labels.jsonl", "labels.json", "labels"
 Part = Sequence[Prompt] | Sequence[Group]
@@ -224,7 +224,7 @@ def _fill(
             write_shard(files[number], known, there[number])
             rollout = Rollout(number, 0, tuple(groups), sampling_s, scoring_s)
             metrics = rollout.metrics(first_use=collector is not None) | best_of_n(
-                [g.scores for g in heard(groups)], drawn=drawn(config)
+                [_there(g.known_scores) for g in heard(groups)], drawn=drawn(config)
             )
             metrics |= {"time/step_s": perf_counter() - begun, "memory/peak_gib": started.memory()}
             recorder.samples(number + 1, 0, groups)
@@ -242,8 +242,10 @@ def _finish(config: Config, records: Sequence[Record], run_dir: Path, console: C
         made, lost = rows_of(record, label.write, drop_truncated=label.drop_truncated)
         rows += made
         left_out += lost
-    scores = [record["scores"] for record in records if not unscored(record["metrics"])]
-    metrics = best_of_n(scores, drawn=drawn(config)) | _means(records)
+    heard_of = [record for record in records if not unscored(record["metrics"])]
+    parts = [(tuple(r["scores"]), tuple(r.get("contested", ())), r["metrics"]) for r in heard_of]
+    scores = [_there(known_scores(*part)) for part in parts]
+    metrics = best_of_n(scores, drawn=drawn(config)) | mean_metrics([record["metrics"] for record in records])
     answers = sum(len(record["completions"]) for record in records)
     inferred = {"inferred": sum(row["inferred"] for row in rows)} if rows and "inferred" in rows[0] else {}
     summary = {"rows": len(rows), **inferred, "prompts": len(records), "answers": answers, "left_out": dict(left_out)}
@@ -273,10 +275,6 @@ def drawn(config: Config) -> bool:
     return config.sampling.sampling().search is None
 
 
-def _means(records: Sequence[Record]) -> Metrics:
-    """Of what the scorer said of each prompt besides."""
-    found: dict[str, list[float]] = {}
-    for record in records:
-        for name, value in record["metrics"].items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in sorted(found.items())}
+def _there(scores: Sequence[float | None]) -> list[float]:
+    """Without those that stand for an answer that the scorer failed on."""
+    return [score for score in scores if score is not None]

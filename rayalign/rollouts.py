@@ -144,11 +144,16 @@ def heard(groups: Sequence[Group]) -> list[Group]:
 
 
 def group_metrics(groups: Sequence[Group]) -> Metrics:
-    """What the scorer says of groups besides their scores: the mean of each number over the groups that have it, and
-    of completions that it failed on their number."""
+    """What the scorer says of groups besides their scores."""
+    return mean_metrics([group.metrics for group in groups])
+
+
+def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
+    """What the scorer says of each group besides its scores, in one: the mean of each number over the groups that have
+    it, and of completions that it failed on their number."""
     found: dict[str, list[float]] = {}
-    for group in groups:
-        for name, value in group.metrics.items():
+    for said in metrics:
+        for name, value in said.items():
             found.setdefault(name, []).append(value)
     return {
         name: float(np.sum(values) if name.endswith(FAILED) else np.mean(values))

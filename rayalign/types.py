@@ -218,9 +218,7 @@ class Group:
     def known_scores(self) -> tuple[float | None, ...]:
         """For means and tables: None where the scorer failed and the completion is skipped, whose number in `scores`
         stands for one that nobody knows."""
-        failed = any(name.endswith(FAILED) and count for name, count in self.metrics.items())
-        skipped = self.contested if failed and self.contested else (False,) * len(self.scores or ())
-        return tuple(None if out else score for score, out in zip(self.scores or (), skipped, strict=True))
+        return known_scores(self.scores or (), self.contested, self.metrics)
 
 
 @dataclass(frozen=True)
@@ -243,6 +241,15 @@ class Judgement:
     contested: tuple[bool, ...] = ()
     token_scores: tuple[tuple[float, ...], ...] = ()
     inferred: tuple[tuple[int, int], ...] = ()
+
+
+def known_scores(
+    scores: tuple[float, ...], contested: tuple[bool, ...], metrics: Mapping[str, float]
+) -> tuple[float | None, ...]:
+    """See `Group.known_scores`."""
+    failed = any(name.endswith(FAILED) and count for name, count in metrics.items())
+    skipped = contested if failed and contested else (False,) * len(scores)
+    return tuple(None if out else score for score, out in zip(scores, skipped, strict=True))
 
 
 def unscored(metrics: Mapping[str, float]) -> bool:

@@ -192,7 +192,17 @@ def count_batches(config: Config, lengths: Lengths) -> tuple[Batches, Micro]:
         evaluation_rows=_measured_rows(config, lengths),
     )
     in_micro = largest * len(rows) * max((len(row.completion_ids) for row in rows), default=0)
-    return batches, Micro(largest * len(rows) * longest, longest, in_micro)
+    return batches, _or_texts(Micro(largest * len(rows) * longest, longest, in_micro), config)
+
+
+def _or_texts(micro: Micro, config: Config) -> Micro:
+    """The larger of both, where plain texts are learned beside answers."""
+    ptx = getattr(config.algorithm, "ptx", None)
+    if ptx is None:
+        return micro
+    share = math.ceil(ptx.count / config.train.minibatches)
+    tokens = max(1, min(share, config.learner.micro_batch_tokens // ptx.tokens)) * ptx.tokens
+    return Micro(max(micro.tokens, tokens), max(micro.longest, ptx.tokens), max(micro.positions, tokens))
 
 
 def micros_of_roles(config: Config, lengths: Lengths, batches: Batches) -> dict[str, Micro]:
@@ -279,10 +289,12 @@ def tokens_of_a_step(config: Config, lengths: Lengths, batches: Batches) -> Toke
     asked = {role for role, _ in algorithm.needs}
     passes = has_reference(config) * (("reference" in asked) + uses_exact_kl(config) * batches.epochs)
     of_critic = ("critic" in asked) + (algorithm.critic_algorithm is not None) * batches.epochs
+    ptx = getattr(algorithm, "ptx", None)
+    texts = 0 if ptx is None else ptx.count * ptx.tokens
     return Tokens(
         prompt=batches.prompts * lengths.mean if lengths.rows is None else 0.0,
         sampled=float(batches.completions * longest),
-        trained=sequences * batches.epochs,
+        trained=(sequences + texts) * batches.epochs,
         reference=sequences * passes,
         before=sequences * ("policy" in asked),
         critic=sequences * of_critic,

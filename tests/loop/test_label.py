@@ -214,6 +214,23 @@ def test_the_best_answers_alone(make, tmp_path):
     assert [row["score"] for row in rows] == [max(record["scores"]) for record in lines(shard)[1:]]
 
 
+def test_what_the_scorer_failed_on_is_in_no_row_and_in_no_mean(label, tmp_path, monkeypatch):
+    """Only every other prompt has a score at all, and failures are added up, as in a run."""
+    (tmp_path / "my_half_rewards.py").write_text(
+        "def score(prompts, completions):\n"
+        "    return [float('nan') if '1' in prompt else 5.0 for prompt in prompts]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {i % 2}"}) + "\n" for i in range(6)))
+    scorer = {"name": "python", "function": "my_half_rewards:score", "on_error": "skip"}
+    with pytest.raises(DataError, match="no row is left"):
+        label(scorer=scorer, data__prompts=str(path), data__held_out=0)
+    said = json.loads((tmp_path / "run" / "labels.json").read_text())
+    assert said["metrics"]["best_of_n/mean_reward"] == 5.0 and said["metrics"]["scores/failed"] == 12.0
+    assert said["left_out"]["contested answers"] == 12
+
+
 def test_conversations_stay_conversations(make, tmp_path):
     talk = [
         {"role": "user", "content": "hi"},

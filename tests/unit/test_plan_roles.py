@@ -90,6 +90,15 @@ def test_roles_of_another_micro_batch(plan):
     assert devices[0].activations < devices[1].activations and devices[0].weights == devices[1].weights
 
 
+def test_plain_texts_that_are_learned_beside_answers_count(plan):
+    """In tokens of a step, once an epoch, and in the largest micro-batch where they are longer than answers."""
+    ptx = {"path": "texts.txt", "tokens": 512, "count": 6}
+    with_texts, without = (plan(algorithm=each, train={"epochs": 3}) for each in ({**PPO, "ptx": ptx}, PPO))
+    assert with_texts.tokens.trained - without.tokens.trained == 3 * 6 * 512
+    activations = [roles(each)["learner", "policy"].device.activations for each in (with_texts, without)]
+    assert activations[0] > activations[1]
+
+
 @pytest.mark.parametrize(
     ("model", "nodes", "learner", "fits"),
     [

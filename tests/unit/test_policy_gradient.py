@@ -175,13 +175,25 @@ def test_groups_of_equal_scores_are_dropped_or_kept():
     dropping = PolicyGradient(samples=2, kl=NO_KL)
     assert dropping.examples(same + differ)[1]["groups/dropped"] == 1.0
     assert not dropping.useful(same[0]) and dropping.useful(differ[0])
-    for keeping in (PolicyGradient(samples=2, kl=K1), PolicyGradient(samples=2, kl=NO_KL, equal_groups="keep")):
+    for keeping in (
+        PolicyGradient(samples=2, kl=K1, advantage="rloo"),
+        PolicyGradient(samples=2, kl=K1, equal_groups="keep"),
+        PolicyGradient(samples=2, kl=K3),
+        PolicyGradient(samples=2, kl=NO_KL, equal_groups="keep"),
+    ):
         assert keeping.examples(same + differ)[1]["groups/kept"] == 2.0
     for algorithm in (dropping, keeping, PPO(samples=2, kl=NO_KL)):
         assert algorithm.examples(same + differ)[1]["groups/equal"] == 1.0
         assert algorithm.examples(one((1.0,)))[1]["groups/equal"] == 0.0
     credited, _ = keeping.credit(keeping.examples(same)[0])
     assert advantages(credited) == [[0.0], [0.0, 0.0]]
+
+
+def test_a_reward_that_differs_by_its_kl_alone_is_not_standardised():
+    """Its spread is that of the KL, however small: advantages would be of size 1 whatever coef is."""
+    algorithm = PolicyGradient(samples=2, kl=K1)
+    assert algorithm.examples(one((1.0, 1.0)))[1]["groups/dropped"] == 1.0
+    assert algorithm.useful(one((1.0, 2.0))[0])
 
 
 def test_what_is_equal_is_what_answers_are_worth():
