@@ -18,7 +18,8 @@ def collate(examples: Sequence[Example], *, pad_id: int, weight: Sequence[float]
     Args:
         examples: B examples with the same number of rows n each.
         pad_id: what stands in `input_ids` and `labels` where there is no token (any valid id, the end token too).
-        weight: [B], 1.0 for a real example and 0.0 for one that only keeps ranks in step. Default: all 1.0.
+        weight: [B], 1.0 for a real example and 0.0 for one that only keeps ranks in step. Default: all 1.0. What an
+            example counts is this times the trust in the row that is trusted least.
 
     Returns:
         A Batch of R = B·n rows. Padding holds 0 in `columns` and NaN in `rollout_logps`.
@@ -35,8 +36,9 @@ def collate(examples: Sequence[Example], *, pad_id: int, weight: Sequence[float]
     if any(len(example.sequences) != per_example for example in examples):
         counts = sorted({len(example.sequences) for example in examples})
         raise ValueError(f"examples of one batch must have the same number of rows, found {counts}")
-    if weight is not None and len(weight) != len(examples):
-        raise ValueError(f"weight has {len(weight)} entries for {len(examples)} examples")
+    real = [1.0] * len(examples) if weight is None else list(weight)
+    if len(real) != len(examples):
+        raise ValueError(f"weight has {len(real)} entries for {len(examples)} examples")
     for row in rows:
         check_row(row)
     width, steps = max(map(len, rows)), max(len(row.completion_ids) for row in rows)
@@ -54,7 +56,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, weight: Sequence[float]
         rollout_logps=_pad([row.rollout_logps for row in rows], steps, np.nan, np.float32),
         columns={name: _pad([row.columns[name] for row in rows], steps, 0.0, np.float32) for name in _columns(rows)},
         values={name: _values(examples, name) for name in _value_names(examples)},
-        weight=torch.ones(len(examples)) if weight is None else torch.tensor(list(weight), dtype=torch.float32),
+        weight=torch.tensor([w * min(row.trust for row in e.sequences) for w, e in zip(real, examples, strict=True)]),
         rows=per_example,
         images=tuple(row.images for row in rows) if any(row.images for row in rows) else (),
     )

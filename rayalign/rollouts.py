@@ -155,10 +155,7 @@ def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
     for said in metrics:
         for name, value in said.items():
             found.setdefault(name, []).append(value)
-    return {
-        name: float(np.sum(values) if name.endswith(FAILED) else np.mean(values))
-        for name, values in sorted(found.items())
-    }
+    return {name: float((np.sum if name.endswith(FAILED) else np.mean)(each)) for name, each in sorted(found.items())}
 
 
 def searched(sampling: Sequence[Sampling]) -> bool:

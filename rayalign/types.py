@@ -199,6 +199,7 @@ class Group:
         inferred: the pairs i < j that nobody compared: their preferences are worked out from those of others.
         seed: of what an algorithm draws of this group: a function of run, step and prompt where it was sampled.
         token_scores: of each completion a reward for each of its tokens, where the scorer gives them; empty: none.
+        trust, shares: see `Judgement`.
     """
 
     id: str
@@ -213,6 +214,8 @@ class Group:
     contested: tuple[bool, ...] = ()
     token_scores: tuple[tuple[float, ...], ...] = ()
     inferred: tuple[tuple[int, int], ...] = ()
+    trust: tuple[float, ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
 
     @property
     def known_scores(self) -> tuple[float | None, ...]:
@@ -233,6 +236,9 @@ class Judgement:
         token_scores: for each completion a reward for each of its tokens, for methods that take them (ppo, and
             policy_gradient with reinforce_pp) instead of the score at its last; empty: the scores alone.
         inferred: the pairs i < j of the preferences that were not compared, but worked out from others.
+        trust: for each completion from 0 to 1: how much is learned from it; empty: all count the same, 1. What is
+            learned from several counts as the one that is trusted least.
+        shares: for each completion the probability of each class, where the scorer has classes; a labelling keeps them.
     """
 
     scores: tuple[float, ...]
@@ -241,6 +247,8 @@ class Judgement:
     contested: tuple[bool, ...] = ()
     token_scores: tuple[tuple[float, ...], ...] = ()
     inferred: tuple[tuple[int, int], ...] = ()
+    trust: tuple[float, ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
 
 
 def known_scores(
@@ -288,6 +296,7 @@ class Sequence:
         columns: "role/column" → float32 array with one number (or one row of them) a completion token, as
             filled in by `Learner.annotate`, for instance "reference/logps".
         images: of the prompt, in the order of their tokens.
+        trust: from 0 to 1: how much is learned from it, see `Judgement`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -295,6 +304,7 @@ class Sequence:
     rollout_logps: tuple[float, ...] = ()
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     images: tuple[Picture, ...] = ()
+    trust: float = 1.0
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -329,7 +339,8 @@ class Batch:
         rollout_logps: [R, T] the engine's, NaN where unknown.
         columns: "role/column" → [R, T] float32, as annotated.
         values: name → [B] float32, or [B, n].
-        weight: [B] 1.0 for a real example, 0.0 for one that only keeps ranks in step.
+        weight: [B] of the loss: that of the row which is trusted least, 1.0 unless the scorer says less; 0.0 for an
+            example that only keeps ranks in step.
         rows: n.
         images: [R] the images of each row. Empty: no row of the whole step has one; all rows without one: another
             micro-batch of the step has.

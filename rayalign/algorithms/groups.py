@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from rayalign.types import Sequence as Row
 def row(group: Group, index: int) -> Row:
     """The prompt with one of its completions."""
     completion = group.completions[index]
-    return Row(group.prompt.token_ids, completion.token_ids, completion.logps, images=group.prompt.images)
+    found = Row(group.prompt.token_ids, completion.token_ids, completion.logps, images=group.prompt.images)
+    return replace(found, trust=group.trust[index]) if group.trust else found
 
 
 def place_of(group: Group) -> str:

@@ -37,6 +37,7 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "inferred": group.inferred,
         "metrics": dict(group.metrics),
         "contested": list(group.contested),
+        **{name: found for name, found in (("trust", group.trust), ("shares", group.shares)) if found},
         REASONS: _reasons(group),
         **({COLUMN: group.prompt.extra[COLUMN]} if COLUMN in group.prompt.extra else {}),
     }

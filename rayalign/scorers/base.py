@@ -153,8 +153,21 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
     scores = _checked(group, found.scores, who)
     tokens = _token_scores(group, found.token_scores, who) if found.token_scores else ()
     more = {"preferences": preferences, "metrics": metrics, "contested": contested, "token_scores": tokens}
-    more["inferred"] = _pairs(group, found.inferred, who)
+    more |= {"inferred": _pairs(group, found.inferred, who), "trust": _trust(group, found.trust, who)}
+    more["shares"] = found.shares
     return replace(group, scores=scores, **more)
+
+
+def _trust(group: Group, numbers: Sequence[float], who: str) -> tuple[float, ...]:
+    trust = tuple(map(float, numbers))
+    if trust and not (len(trust) == len(group.completions) and all(0 <= each <= 1 for each in trust)):
+        raise ScoreError(
+            "the trust in answers does not fit them",
+            where=f"{who}, prompt {group.prompt.index}",
+            value=list(trust),
+            rule=f"a number from 0 to 1 for each of {len(group.completions)} completions, or nothing",
+        )
+    return trust
 
 
 def _token_scores(group: Group, rows: Sequence[Sequence[float]], who: str) -> tuple[tuple[float, ...], ...]:

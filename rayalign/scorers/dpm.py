@@ -22,8 +22,12 @@ class DpmScorer(NetworkScorer):
 
     The agreement of an answer is the probability that two annotators choose the same class for it, 1/classes at the
     least. Answers with less than `min_agreement` are contested: they have scores, but nothing is learned from them, in
-    no pair and no ranking. Metrics, means over a group's answers: `dpm/entropy` (nats), `dpm/agreement`,
-    `dpm/contested` (their share), and `dpm/share_NAME`, the probability of each class.
+    no pair and no ranking. With `weigh` the others count less the less is agreed on: from 0 for 1/classes to 1 for
+    certainty, and what is learned from several as the most contested of them.
+
+    Metrics, means over a group's answers: `dpm/entropy` (nats), `dpm/agreement`, `dpm/contested` (their share),
+    `dpm/trust`, and `dpm/share_NAME`, the probability of each class. The files of `rayalign label` have those of each
+    answer as well, under `shares`.
     """
 
     paper: ClassVar = "Wang et al. 2023 (d-PM), arXiv:2310.05782"
@@ -45,6 +49,7 @@ class DpmScorer(NetworkScorer):
     min_agreement: float | None = Field(
         None, gt=0, lt=1, description="answers on which annotators would agree less are not learned from; none: all are"
     )
+    weigh: bool = Field(False, description="learn less from answers the less annotators would agree on them")
 
     def fits(self, count: int) -> bool:
         return count > 1
@@ -110,20 +115,23 @@ class _Annotators:
         from rayalign.maths.disagreement import preference_score
 
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        agreed, least = agreement(log_q), self._config.min_agreement
-        contested = agreed < least if least is not None else torch.zeros_like(agreed, dtype=torch.bool)
-        shares = {f"dpm/share_{name}": log_q[:, place].exp().mean() for place, name in enumerate(self.classes)}
+        agreed, least, by_chance = agreement(log_q), self._config.min_agreement, 1.0 / len(self.classes)
+        contested = (agreed < least).tolist() if least is not None else []
+        trust = ((agreed - by_chance) / (1.0 - by_chance)).clamp(0, 1).tolist() if self._config.weigh else []
         numbers = {
             "dpm/entropy": entropy(log_q).mean(),
             "dpm/agreement": agreed.mean(),
-            **({"dpm/contested": contested.double().mean()} if least is not None else {}),
-            **shares,
+            **({"dpm/contested": sum(contested) / len(contested)} if contested else {}),
+            **({"dpm/trust": sum(trust) / len(trust)} if trust else {}),
+            **{f"dpm/share_{name}": log_q[:, place].exp().mean() for place, name in enumerate(self.classes)},
         }
         return Judgement(
             tuple(preference_score(log_q, weights=weights).tolist()),
             beaten(log_q.exp(), weights) if self._config.preferences and len(log_q) > 1 else None,
             {name: float(value) for name, value in numbers.items()},
-            tuple(contested.tolist()) if least is not None else (),
+            tuple(contested),
+            trust=tuple(trust),
+            shares=tuple(map(tuple, log_q.exp().tolist())),
         )
 
 

@@ -186,7 +186,9 @@ class Judging:
         metrics |= _mass([mass for verdict in verdicts for mass in verdict.masses])
         leads = {pair: verdict.prob - 0.5 for pair, verdict in game.verdicts.items()}
         inferred = tuple(pair for pair in combinations(range(count), 2) if pair not in game.results)
-        return Judgement(schedule.win_rates(matrix), matrix, metrics | self._agreement(game.group, leads), inferred=inferred)
+        return Judgement(
+            schedule.win_rates(matrix), matrix, metrics | self._agreement(game.group, leads), inferred=inferred
+        )
 
     # Direct.
 

@@ -204,9 +204,10 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
     counted = [group for weight, group in zip(weights, given, strict=True) if weight]
     contested = tuple(map(any, zip(*filter(None, (group.contested for group in counted)), strict=True)))
     tokens, preferences = _token_scores(given, weights, config.standardise), _preferences(given, weights)
+    trust = tuple(map(min, zip(*filter(None, (group.trust for group in counted)), strict=True)))
     # A mean of which a part was not asked is inferred.
     inferred = sorted({pair for group in counted for pair in group.inferred}) if preferences is not None else ()
-    return Judgement(scores, preferences, metrics, contested, tokens, tuple(inferred))
+    return Judgement(scores, preferences, metrics, contested, tokens, tuple(inferred), trust)
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:

@@ -217,8 +217,7 @@ def test_the_best_answers_alone(make, tmp_path):
 def test_what_the_scorer_failed_on_is_in_no_row_and_in_no_mean(label, tmp_path, monkeypatch):
     """Only every other prompt has a score at all, and failures are added up, as in a run."""
     (tmp_path / "my_half_rewards.py").write_text(
-        "def score(prompts, completions):\n"
-        "    return [float('nan') if '1' in prompt else 5.0 for prompt in prompts]\n"
+        "def score(prompts, completions):\n    return [float('nan') if '1' in prompt else 5.0 for prompt in prompts]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "numbers.jsonl"

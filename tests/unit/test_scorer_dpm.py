@@ -11,11 +11,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rayalign.algorithms.online_preference import OnlinePreference
 from rayalign.algorithms.pairing import Pairing
+from rayalign.collate import collate
 from rayalign.data.labels import record_of, rows_of
-from rayalign.errors import ConfigError
+from rayalign.errors import ConfigError, ScoreError
+from rayalign.learners.merge import weighted_sum
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.dpm import DpmScorer, beaten
 from rayalign.scorers.mix import Mix
+from rayalign.types import Judgement, Terms
 from tests.scored import group
 from tests.tiny_models import build_tokenizer
 from tests.unit.test_scorer_reward_model import check
@@ -120,6 +123,42 @@ def test_contested_answers_are_learned_from_in_no_pair_and_no_row(checkpoint):
     assert len(soft.examples([replace(found, completions=group(0, *TEXTS).completions)])[0]) == 1
     rows, left_out = rows_of(record_of(found, TEXTS), "ranked")
     assert left_out["contested answers"] == 2 and set(rows[0]["completions"]) == {TEXTS[index] for index in kept}
+
+
+def test_answers_count_by_agreement_and_a_pair_as_the_more_contested_of_its_two(checkpoint):
+    agreed = (own(checkpoint) ** 2).sum(-1)
+    (found,) = judged(checkpoint, weigh=True)
+    trust = ((agreed - 1 / 3) * 1.5).tolist()
+    assert found.trust == pytest.approx(trust, abs=1e-5) and len(set(trust)) == 4
+    assert found.metrics["dpm/trust"] == pytest.approx(sum(trust) / 4, abs=1e-5)
+    answered = replace(found, completions=group(0, *TEXTS).completions)
+    examples, _ = OnlinePreference(samples=4, pairs="all").examples([answered])
+    pairs, _ = Pairing("all").of([answered])
+    wanted = [min(trust[i], trust[j]) for _, i, j in pairs]
+    batch = collate(examples, pad_id=0)
+    assert batch.weight.tolist() == pytest.approx(wanted, abs=1e-5)
+    loss = torch.linspace(1, 2, len(examples))
+    assert float(weighted_sum(Terms(loss, {}), batch)) == pytest.approx(sum(loss.mul(torch.tensor(wanted)).tolist()))
+    assert collate(examples, pad_id=0, weight=[0.0] * len(examples)).weight.tolist() == [0.0] * len(examples)
+
+
+def test_a_labelling_keeps_the_classes_of_each_answer(checkpoint):
+    (found,) = judged(checkpoint)
+    record = json.loads(json.dumps(record_of(found, TEXTS)))
+    assert torch.tensor(record["shares"]).allclose(own(checkpoint), atol=1e-5) and "trust" not in record
+
+
+def test_a_mix_trusts_an_answer_as_the_part_that_trusts_it_least(checkpoint):
+    part = {"name": "dpm", "model": str(checkpoint), "weigh": True}
+    score = Mix(scorers=[{"scorer": part}, {"scorer": {"name": "rules", "rule": "brevity"}}]).start()
+    (found,) = score_groups(score, [group(0, *TEXTS)], who="scorer-0")
+    assert found.trust == judged(checkpoint, weigh=True)[0].trust
+
+
+@pytest.mark.parametrize("trust", [(1.0,), (1.0, 2.0), (float("nan"), 1.0), (-0.1, 1.0)])
+def test_a_trust_that_does_not_fit_is_refused(trust):
+    with pytest.raises(ScoreError, match="trust in answers"):
+        score_groups(lambda groups: [Judgement((1.0, 2.0), trust=trust)], [group(0, "a", "b")], who="scorer-0")
 
 
 def test_a_mix_leaves_out_what_one_of_its_parts_finds_contested(checkpoint):
