@@ -106,6 +106,16 @@ def optimum(start: Tensor, length: int, beta: float = BETA) -> Tensor:
     return (start.log() + rewards / beta).softmax(-1)
 
 
+def preference_optimum(start: Tensor, tau: float) -> Tensor:
+    """Where online IPO ends for answers of one token: π ∝ π_ref·exp(u/τ), u(y) = E_{y′∼π} σ(r(y) − r(y′))."""
+    rewards = torch.tensor(REWARD, dtype=torch.float64)
+    wins = torch.sigmoid(rewards.unsqueeze(1) - rewards)
+    found = start.clone()
+    for _ in range(20000):
+        found = 0.9 * found + 0.1 * (start.log() + wins @ found / tau).softmax(-1)
+    return found
+
+
 def standardised_optimum(start: Tensor, samples: int, beta: float) -> Tensor:
     """Where GRPO's own objective is stationary for answers of one token: E[Σ_k A_k ∇log π(y_k)]/K = β·∇KL(π_ref‖π),
     by enumeration of all groups; A = (r − mean)/(std + 1e-6), and k3 in the loss has the gradient of KL(π_ref‖π)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -358,6 +359,8 @@ def _vllm_environment(config: VLLMEngineConfig, cores: tuple[int, ...] | None, *
     if eager and not torch.cuda.is_available():
         # Even an eager vLLM compiles some helpers at its first step: 3 to 20 s on a CPU, and a C++ compiler.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "vllm.envs" in sys.modules:  # an engine that this process had before has fixed what vLLM knows of it
+        sys.modules["vllm.envs"].disable_envs_cache()
     set_num_threads = torch.set_num_threads
     _bind(config, cores)
     try:

@@ -1,10 +1,15 @@
-"""The control experiment, offline: every objective on the same labelled samples, at equal tokens.
+"""The control experiment: every objective at equal tokens, offline on the same labelled samples, and online.
 
 SmolLM2-135M-Instruct writes four film reviews for each training prompt; the sentiment rule VADER ranks them (the true
 reward, between −1 and 1). Each row of the table is a run of `rayalign train` on those answers, and differs from the
 others in its algorithm only: 16 answers a step, the same number of steps, the same learning rate schedule. Held-out
 prompts are sampled in the middle and after (the first row: before as well): reward, and KL to the start, with
 bootstrap intervals.
+
+Online rows (online-dpo, ppo, grpo) sample 16 answers to new prompts each step instead, and are measured on the same
+held-out prompts. `…, learned` are online rows whose reward is a Bradley-Terry reward model, trained on the offline
+pairs (`reward model`, made when one of them is asked for), without a KL in the way: the second table has what the model
+says and what VADER says along the run, the curve of over-optimisation (over.svg).
 
   python tests/bench/control.py                       all rows that are not there yet (some minutes each)
   python tests/bench/control.py --only dpo-0.1 sft    these
@@ -35,6 +40,10 @@ ANSWERS = 16  # of one training step
 GOOD = 0.4  # score from which an answer counts as good, about the median of the samples
 BETAS = (0.03, 0.1, 0.3)
 INTERRUPTED = 130  # the exit code of a run that was asked to stop
+HELD_OUT = 0.2  # of the prompts
+HELD_OUT_PROMPTS = 48
+TRUE = "scores/vader"  # of the evaluations of rows whose reward is learned
+VADER = {"name": "rules", "rule": "vader"}
 FLIPPED = {"kind": "flip", "prob": 0.2}
 
 
@@ -59,7 +68,26 @@ def rows() -> dict[str, dict[str, Any]]:
         "cringe-binary": _answers({"name": "cringe", "variant": "binary"}, "labels", ANSWERS),
         "cringe-pairwise": _answers({"name": "cringe", "variant": "pairwise"}, "pairs", ANSWERS // 2),
     }
-    return found
+    return found | online_rows()
+
+
+def online_rows() -> dict[str, dict[str, Any]]:
+    """Those that sample: 4 answers to each of 4 prompts a step, of PPO one answer to each of 16."""
+    online_dpo = {"name": "online_preference", "samples": 4, "pairs": "all", "loss": {"name": "dpo", "beta": 0.1}}
+    grpo = {"name": "policy_gradient", "advantage": "grpo", "samples": 4}
+    ppo = {
+        "name": "ppo",
+        "samples": 1,
+        "kl": {"in": "reward", "estimator": "k1", "coef": 0.02},
+        "critic": {"optimizer": {"lr": 1.0e-4}},
+    }
+    return {
+        "online-dpo-0.1": {"algorithm": online_dpo, "prompts": 4},
+        "ppo": {"algorithm": ppo, "prompts": ANSWERS},
+        "grpo": {"algorithm": grpo, "prompts": 4},
+        "grpo, learned": {"algorithm": {**grpo, "kl": {"coef": 0.0}}, "prompts": 4, "learned": True},
+        "ppo, learned": {"algorithm": {**ppo, "kl": {"coef": 0.0}}, "prompts": ANSWERS, "learned": True},
+    }
 
 
 def _pairs(loss: dict[str, Any], **source: Any) -> dict[str, Any]:
@@ -74,25 +102,57 @@ def config_of(
     row: dict[str, Any], out: Path, run_dir: Path, arguments: argparse.Namespace, first: bool
 ) -> dict[str, Any]:
     """`first`: of all rows that begin with the same model, the one that evaluates it."""
-    examples = {**row["examples"], "path": str(out / "data" / f"{row['examples']['path']}.jsonl")}
-    often = max(1, arguments.steps // 2)
+    learned = bool(row.get("learned"))
+    steps = arguments.steps * (2 if learned else 1)
+    often = max(1, arguments.steps // (3 if learned else 2))
+    if "examples" in row:
+        examples = {**row["examples"], "path": str(out / "data" / f"{row['examples']['path']}.jsonl")}
+        data = {"prompts": str(out / "data/held_out.jsonl"), "held_out": 0.0, "examples": examples}
+    else:
+        data = {"prompts": PROMPTS, "held_out": HELD_OUT}
     return {
         "model": {"path": arguments.model, "dtype": "bfloat16"},
-        "data": {"prompts": str(out / "data/held_out.jsonl"), "held_out": 0.0, "examples": examples},
+        "data": data,
         "algorithm": row["algorithm"],
-        "scorer": {"name": "rules", "rule": "vader"},
+        "scorer": scorer_of(out) if learned else VADER,
         "sampling": {"max_tokens": 40},
         "rollout": {"prompts": row["prompts"]},
-        "train": {"steps": arguments.steps},
+        "train": {"steps": steps},
         "optimizer": {"lr": 3.0e-5, "warmup_steps": 5},
         "engine": {"name": "vllm", "max_context": 128, "max_running": 64, "kv_cache_gib": 0.5},
         "learner": {"name": "deepspeed", "zero_stage": 0},
         "placement": {"name": "ray", "object_store_gib": 1.0},
-        "evaluation": {"samples": 4, "every": often, "rows": 0, "show": 0, "before": first, "reference": True},
+        "evaluation": {
+            "prompts": HELD_OUT_PROMPTS,
+            "samples": 4,
+            "every": often,
+            "rows": 0,
+            "show": 0,
+            "before": first or learned,
+            "reference": True,
+        },
         "checkpoint": {"every": often, "keep": 1},
         "run_dir": str(run_dir),
         "resume": (run_dir / "metrics.jsonl").is_file(),
     }
+
+
+def scorer_of(out: Path) -> dict[str, Any]:
+    """The reward model decides, VADER is only reported."""
+    model = max((out / "reward_model/checkpoints").glob("step-*"), key=lambda each: int(each.name[5:]))
+    learned = {"name": "reward_model", "model": str(model), "threads": 1}
+    return {"name": "mix", "scorers": [{"scorer": learned}, {"scorer": VADER, "weight": 0.0}]}
+
+
+def make_reward_model(out: Path, arguments: argparse.Namespace) -> bool:
+    """On all pairs of the offline rows, once."""
+    run_dir = out / "reward_model"
+    if (run_dir / "done").is_file():
+        return True
+    config = config_of(_answers({"name": "reward_model"}, "pairs", 24), out, run_dir, arguments, first=False)
+    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 15}, "train": {"steps": 2 * arguments.steps}}
+    config["data"] = {"examples": config["data"]["examples"], "held_out": 0.1}
+    return train("reward model", config, out)
 
 
 def make_data(out: Path, model: str) -> None:
@@ -115,7 +175,7 @@ def make_data(out: Path, model: str) -> None:
     data.mkdir(parents=True, exist_ok=True)
     path = str(Path(model).expanduser())
     tokenizer = AutoTokenizer.from_pretrained(path)
-    prompts = load_prompts(DataConfig(prompts=PROMPTS, held_out=0.2), tokenizer, max_prompt_tokens=88)
+    prompts = load_prompts(DataConfig(prompts=PROMPTS, held_out=HELD_OUT), tokenizer, max_prompt_tokens=88)
     engine = VLLMEngineConfig(name="vllm", dtype="bfloat16", max_context=128, kv_cache_gib=0.5).build(
         model=path, name="engine-0", cores=None, seed=0, trust_remote_code=False
     )
@@ -152,13 +212,21 @@ def make_data(out: Path, model: str) -> None:
 def run_row(name: str, row: dict[str, Any], out: Path, arguments: argparse.Namespace) -> bool:
     """Whether the row is there now."""
     run_dir = out / "rows" / name.replace(" ", "_")
-    if _evaluations(run_dir).get(arguments.steps):
+    if _evaluations(run_dir).get(arguments.steps * (2 if row.get("learned") else 1)):
         return True
+    if row.get("learned") and not make_reward_model(out, arguments):
+        return False
+    return train(name, config_of(row, out, run_dir, arguments, first=name == next(iter(rows()))), out)
+
+
+def train(name: str, config: dict[str, Any], out: Path) -> bool:
+    """Whether `rayalign train` of this ended well."""
     import yaml
 
+    run_dir = Path(config["run_dir"])
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     file = out / f"{run_dir.name}.yaml"
-    file.write_text(yaml.safe_dump(config_of(row, out, run_dir, arguments, first=name == next(iter(rows())))))
+    file.write_text(yaml.safe_dump(config))
     begun = time.time()
     command = [sys.executable, "-m", "rayalign.cli", "train", str(file)]
     log = (out / f"{run_dir.name}.log").open("a")
@@ -185,13 +253,28 @@ def _evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
 def table(out: Path, steps: int) -> str:
     lines = ["| objective | reward | KL (k3), nats | tokens | distinct-2 | min |", "|---|---|---|---|---|---|"]
     start = None
-    for name in rows():
+    for name in with_true_reward():
         found = _evaluations(out / "rows" / name.replace(" ", "_"))
         if start is None and found.get(0):
             start = lines.append(_line("reference", found[0], None)) or True
         if found.get(steps):
             lines.append(_line(name, found[steps], _minutes(out / "rows" / name.replace(" ", "_"))))
     return "\n".join(lines)
+
+
+def with_true_reward() -> list[str]:
+    return [name for name, row in rows().items() if not row.get("learned")]
+
+
+def over_optimisation(out: Path) -> str:
+    """Along the rows whose reward is learned: what the reward model says, and what VADER says of the same samples."""
+    lines = ["| row | step | KL (k3), nats | reward model | VADER |", "|---|---|---|---|---|"]
+    for name, row in rows().items():
+        found = _evaluations(out / "rows" / name.replace(" ", "_")) if row.get("learned") else {}
+        for step, m in sorted(found.items()):
+            numbers = [f"{m[key]:.3f} [{m[f'{key}/low']:.3f}, {m[f'{key}/high']:.3f}]" for key in ("reward", TRUE)]
+            lines.append(f"| {name} | {step} | {m['kl/k3']:.2f} | {' | '.join(numbers)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _line(name: str, m: dict[str, float], minutes: float | None) -> str:
@@ -217,7 +300,7 @@ def figure(out: Path) -> Path:
 
     drawn, axes = pyplot.subplots(figsize=(9, 5))
     families: dict[str, list[str]] = {}
-    for name in rows():
+    for name in with_true_reward():
         families.setdefault(name.split("-")[0], []).append(name)
     start = _evaluations(out / "rows" / next(iter(rows()))).get(0)
     for colour, names in enumerate(families.values()):
@@ -238,6 +321,34 @@ def figure(out: Path) -> Path:
     return path
 
 
+def figure_of_over_optimisation(out: Path) -> Path | None:
+    """Reward model and VADER over the square root of KL."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(figsize=(7, 4))
+    for colour, (name, row) in enumerate(rows().items()):
+        found = _evaluations(out / "rows" / name.replace(" ", "_")) if row.get("learned") else {}
+        if len(found) < 2:
+            continue
+        kl = [max(0.0, found[step]["kl/k3"]) ** 0.5 for step in sorted(found)]
+        for key, style, label in (("reward", "s--", "reward model"), (TRUE, "o-", "VADER")):
+            values = [found[step][key] for step in sorted(found)]
+            axes.plot(kl, values, style, ms=4, lw=1, color=f"C{colour % 10}", label=f"{name}: {label}")
+    if not axes.lines:
+        return None
+    axes.legend(fontsize=7, frameon=False)
+    axes.set_xlabel("square root of KL to the reference, k3")
+    axes.set_ylabel("reward, held-out prompts")
+    axes.grid(alpha=0.3)
+    path = out / "over.svg"
+    drawn.tight_layout()
+    drawn.savefig(path)
+    return path
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/control"))
@@ -251,6 +362,9 @@ def main() -> int:
         make_data(out, arguments.model)
         ended = [run_row(name, rows()[name], out, arguments) for name in arguments.only or rows()]
     print(table(out, arguments.steps))
+    if more := over_optimisation(out):
+        print(f"\n{more}")
+        print(f"figure: {figure_of_over_optimisation(out)}")
     from rayalign.run_dir import versions
 
     print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions()}")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayalign.engines.transformers import TransformersEngineConfig
-from rayalign.engines.vllm import VLLMEngineConfig
+from rayalign.engines.vllm import VLLMEngineConfig, _vllm_environment
 from rayalign.errors import DataError
 from rayalign.protocols import Engine
 from rayalign.sync.flat import pack
@@ -143,6 +143,19 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_taken_in(engine: 
     assert engine.poll(0.0) == []
     (completion,) = serve(engine, good)
     assert isinstance(completion, Completion)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks are bound to cores where there is no GPU")
+def test_a_process_that_has_had_an_engine_can_start_one_of_several_ranks() -> None:
+    """vLLM keeps the environment that it has seen once an engine has started."""
+    from vllm import envs
+
+    envs.enable_envs_cache()
+    config = VLLMEngineConfig(max_context=96, tensor_parallel=2)
+    assert "|" not in envs.VLLM_CPU_OMP_THREADS_BIND
+    with _vllm_environment(config, (0, 1), eager=True):
+        assert envs.VLLM_CPU_OMP_THREADS_BIND == "0|1"
+    assert "|" not in envs.VLLM_CPU_OMP_THREADS_BIND
 
 
 def test_tensor_parallel_ranks_search(folder: Path) -> None:
