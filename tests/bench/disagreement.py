@@ -253,6 +253,7 @@ def figure(out: Path, arguments: argparse.Namespace) -> Path:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch, 2 raters a word")
         axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")  # the published forms are far from all others
     axes[0].legend(fontsize=6)
     drawn.tight_layout()
     drawn.savefig(out / "disagreement.svg")
