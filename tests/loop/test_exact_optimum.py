@@ -2,8 +2,8 @@
 
 π* ∝ π_ref·exp(r/β) for what has k1 in the reward; the stationary point of its own objective, found by enumeration of
 all groups, for standardised advantages with k3 in the loss. Preference methods: test_exact_preferences.py. Total
-variation below 0.02 of an untrained policy's 0.22 to 0.62. A wrong coefficient or sign ends elsewhere (`MUTATIONS`; answers of one
-token, 40 steps instead of 100 to 150, total variation as measured):
+variation below 0.02 of an untrained policy's 0.22 to 0.62. A wrong coefficient or sign ends elsewhere (`MUTATIONS`;
+answers of one token, 40 steps instead of 100 to 150, total variation as measured):
 
                                         rloo     ppo      grpo
     as it is                            0.014    0.004    0.021
