@@ -104,7 +104,7 @@ def config_of(
     """`first`: of all rows that begin with the same model, the one that evaluates it."""
     learned = bool(row.get("learned"))
     steps = arguments.steps * (2 if learned else 1)
-    often = max(1, arguments.steps // (3 if learned else 2))
+    often = max(1, arguments.steps // 2)
     if "examples" in row:
         examples = {**row["examples"], "path": str(out / "data" / f"{row['examples']['path']}.jsonl")}
         data = {"prompts": str(out / "data/held_out.jsonl"), "held_out": 0.0, "examples": examples}
@@ -150,7 +150,7 @@ def make_reward_model(out: Path, arguments: argparse.Namespace) -> bool:
     if (run_dir / "done").is_file():
         return True
     config = config_of(_answers({"name": "reward_model"}, "pairs", 24), out, run_dir, arguments, first=False)
-    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 15}, "train": {"steps": 2 * arguments.steps}}
+    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 15}, "train": {"steps": arguments.steps}}
     config["data"] = {"examples": config["data"]["examples"], "held_out": 0.1}
     return train("reward model", config, out)
 
