@@ -113,7 +113,7 @@ def test_held_out_rows_are_measured_with_the_mass_that_was_kept_however_many_the
 
 def test_the_mass_may_be_that_of_the_votes():
     scores = logits(3)
-    total, found, mass = step(algorithm(mass="votes", detach_posterior=False), scores, PARTS[1])
+    total, found, mass = step(algorithm(objective="kl_r_q", mass="votes", detach_posterior=False), scores, PARTS[1])
     torch.testing.assert_close(mass, prior().sum(0))
     log_q = scores.log_softmax(-1)
     log_r = (log_q - prior().sum(0).log() + prior().log()).log_softmax(-1)
