@@ -19,7 +19,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayalign.algorithms import credits, policy_loss
+from rayalign.algorithms import credits, policy_loss, ppo
 from tests.exact import BETA, build_model, distribution, optimum, run, standardised_optimum, variation
 
 KL = {"in": "reward", "coef": BETA}
@@ -127,6 +127,29 @@ def test_a_wrong_coefficient_or_sign_would_be_seen(name, mutation, tiny, tmp_pat
     found = variation(policy, wanted)
     print(f"{name}, {mutation}: {found:.3f}")
     assert found < 0.03 if mutation == "as it is" else found > 0.08
+
+
+def late_values(monkeypatch):
+    real = ppo.gae
+    monkeypatch.setattr(
+        ppo, "gae", lambda rewards, values, mask, **more: real(rewards, values.roll(1, 1), mask, **more)
+    )
+
+
+CREDIT = {  # of answers of two tokens, where it matters which token earns what
+    "as it is": lambda monkeypatch: {},
+    "γ = 0.5": lambda monkeypatch: {"gamma": 0.5},
+    "values a token late": lambda monkeypatch: late_values(monkeypatch) or {},
+}
+
+
+@pytest.mark.parametrize("mutation", CREDIT)
+def test_credit_that_goes_to_the_wrong_token_would_be_seen(mutation, tiny, tmp_path, monkeypatch):
+    algorithm = {**PPO, "whiten": False, "lambda": 1.0, **CREDIT[mutation](monkeypatch)}
+    policy, start, _ = trained(tmp_path, tiny, 2, algorithm, train={"steps": 60, "minibatches": 2})
+    found = variation(policy, optimum(start, 2))
+    print(f"ppo at two tokens, {mutation}: {found:.3f}")
+    assert found < 0.05 if mutation == "as it is" else found > 0.08
 
 
 def test_an_answer_of_each_length_has_its_own_probability(tiny):

@@ -190,6 +190,7 @@ def test_a_folder_that_was_moved_is_still_known(rounds, tmp_path, monkeypatch):
 
 def test_reward_models_and_rejection_sampling_are_stages(rounds, tmp_path):
     prompts = {"prompts": str(tmp_path / "prompts.jsonl")}
+    learned = {"name": "reward_model", "model": "stage:reward", "dtype": "float32"}
     found = rounds(
         [
             {**STAGES[0], "algorithm": {"name": "label", "samples": 3}},
@@ -198,13 +199,21 @@ def test_reward_models_and_rejection_sampling_are_stages(rounds, tmp_path):
             {
                 "name": "online",
                 "algorithm": {"name": "online_preference", "samples": 2},
-                "scorer": {"name": "reward_model", "model": "stage:reward", "dtype": "float32"},
+                "scorer": learned,
+            },
+            {
+                "name": "ppo",
+                "algorithm": {"name": "ppo", "samples": 2, "critic": {"model": "stage:reward"}},
+                "scorer": learned,
             },
         ]
-    )  # fmt: skip
+    )
     config = load_job(found.run_dir / "stages/online/config.yaml")
     assert config.model.path == str(found.output("best"))  # not the reward model, which answers nothing
     assert config.scorer.model == str(found.output("reward"))
+    last = load_job(found.run_dir / "stages/ppo/config.yaml")
+    assert (last.model.path, last.algorithm.critic.model) == (str(found.output("online")), str(found.output("reward")))
+    assert records(found.run_dir / "stages/ppo")[-1]["critic/loss"] > 0
     step = records(found.run_dir / "stages/best")[0]
     assert step["best_of_n/gain"] == pytest.approx(step["best_of_n/reward"] - step["best_of_n/mean_reward"])
     assert step["best_of_n/kl_bound"] == pytest.approx(0.4319456220)  # ln 3 − ⅔
