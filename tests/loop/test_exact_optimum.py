@@ -12,6 +12,8 @@ answers of one token, 40 steps instead of 100 to 150, total variation as measure
     KL with the other sign              0.938    0.938    0.368
     advantages with the other sign      0.905    0.905    0.713
     not standardised                      –        –      0.467
+
+PPO at answers of two tokens (`CREDIT`, 60 steps): 0.018 as it is, 0.146 with γ = 0.5, 0.217 with values a token late.
 """
 
 from __future__ import annotations
