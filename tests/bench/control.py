@@ -103,8 +103,7 @@ def config_of(
 ) -> dict[str, Any]:
     """`first`: of all rows that begin with the same model, the one that evaluates it."""
     learned = bool(row.get("learned"))
-    steps = arguments.steps * (2 if learned else 1)
-    often = max(1, arguments.steps // 2)
+    often = max(1, arguments.steps // (3 if learned else 2))
     if "examples" in row:
         examples = {**row["examples"], "path": str(out / "data" / f"{row['examples']['path']}.jsonl")}
         data = {"prompts": str(out / "data/held_out.jsonl"), "held_out": 0.0, "examples": examples}
@@ -117,7 +116,7 @@ def config_of(
         "scorer": scorer_of(out) if learned else VADER,
         "sampling": {"max_tokens": 40},
         "rollout": {"prompts": row["prompts"]},
-        "train": {"steps": steps},
+        "train": {"steps": arguments.steps},
         "optimizer": {"lr": 3.0e-5, "warmup_steps": 5},
         "engine": {"name": "vllm", "max_context": 128, "max_running": 64, "kv_cache_gib": 0.5},
         "learner": {"name": "deepspeed", "zero_stage": 0},
@@ -150,7 +149,7 @@ def make_reward_model(out: Path, arguments: argparse.Namespace) -> bool:
     if (run_dir / "done").is_file():
         return True
     config = config_of(_answers({"name": "reward_model"}, "pairs", 24), out, run_dir, arguments, first=False)
-    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 15}, "train": {"steps": arguments.steps}}
+    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 15}, "train": {"steps": arguments.steps // 2}}
     config["data"] = {"examples": config["data"]["examples"], "held_out": 0.1}
     return train("reward model", config, out)
 
@@ -212,7 +211,7 @@ def make_data(out: Path, model: str) -> None:
 def run_row(name: str, row: dict[str, Any], out: Path, arguments: argparse.Namespace) -> bool:
     """Whether the row is there now."""
     run_dir = out / "rows" / name.replace(" ", "_")
-    if _evaluations(run_dir).get(arguments.steps * (2 if row.get("learned") else 1)):
+    if _evaluations(run_dir).get(arguments.steps):
         return True
     if row.get("learned") and not make_reward_model(out, arguments):
         return False
