@@ -40,6 +40,7 @@ ANSWERS = 16  # of one training step
 GOOD = 0.4  # score from which an answer counts as good, about the median of the samples
 BETAS = (0.03, 0.1, 0.3)
 INTERRUPTED = 130  # the exit code of a run that was asked to stop
+REWARD_STEPS = 40  # of the reward model, 24 pairs each: all of them once
 HELD_OUT = 0.2  # of the prompts
 HELD_OUT_PROMPTS = 48
 TRUE = "scores/vader"  # of the evaluations of rows whose reward is learned
@@ -149,7 +150,8 @@ def make_reward_model(out: Path, arguments: argparse.Namespace) -> bool:
     if (run_dir / "done").is_file():
         return True
     config = config_of(_answers({"name": "reward_model"}, "pairs", 24), out, run_dir, arguments, first=False)
-    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 15}, "train": {"steps": arguments.steps // 2}}
+    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 20}, "train": {"steps": REWARD_STEPS}}
+    config["optimizer"] = {"lr": 1.0e-4, "warmup_steps": 5}
     config["data"] = {"examples": config["data"]["examples"], "held_out": 0.1}
     return train("reward model", config, out)
 
