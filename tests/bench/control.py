@@ -292,14 +292,26 @@ def _minutes(run_dir: Path) -> float:
     return sum(record["time/step_s"] for record in records) / 60
 
 
-def figure(out: Path) -> Path:
-    """Reward against KL: a line a row, its points the evaluations along the run."""
+def _axes(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(figsize=(9, 5))
+    drawn, axes = pyplot.subplots(figsize=(width, height))
+    axes.grid(alpha=0.3)
+    return drawn, axes
+
+
+def _saved(drawn: Any, path: Path) -> Path:
+    drawn.tight_layout()
+    drawn.savefig(path)
+    return path
+
+
+def figure(out: Path) -> Path:
+    """Reward against KL: a line a row, its points the evaluations along the run."""
+    drawn, axes = _axes(9, 5)
     families: dict[str, list[str]] = {}
     for name in with_true_reward():
         families.setdefault(name.split("-")[0], []).append(name)
@@ -315,21 +327,12 @@ def figure(out: Path) -> Path:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.set_xlabel("KL to the reference, k3, nats a completion")
     axes.set_ylabel("reward (VADER), held-out prompts")
-    axes.grid(alpha=0.3)
-    path = out / "control.svg"
-    drawn.tight_layout()
-    drawn.savefig(path)
-    return path
+    return _saved(drawn, out / "control.svg")
 
 
 def figure_of_over_optimisation(out: Path) -> Path | None:
     """Reward model and VADER over the square root of KL."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(figsize=(7, 4))
+    drawn, axes = _axes(7, 4)
     for colour, (name, row) in enumerate(rows().items()):
         found = _evaluations(out / "rows" / name.replace(" ", "_")) if row.get("learned") else {}
         if len(found) < 2:
@@ -343,11 +346,7 @@ def figure_of_over_optimisation(out: Path) -> Path | None:
     axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("square root of KL to the reference, k3")
     axes.set_ylabel("reward, held-out prompts")
-    axes.grid(alpha=0.3)
-    path = out / "over.svg"
-    drawn.tight_layout()
-    drawn.savefig(path)
-    return path
+    return _saved(drawn, out / "over.svg")
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    GPT2Config,
     ModernBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -34,7 +33,7 @@ from rayalign.types import Column, Example
 from rayalign.types import Sequence as Row
 from tests.contract.learner_cases import pairs
 from tests.scored import group
-from tests.tiny_models import EOS_ID, PAD_ID, build_tiny_llama
+from tests.tiny_models import PAD_ID, build_tiny_llama
 from tests.unit.test_score_network import ENCODER
 
 CLASSES = ("bad", "neutral", "good")
@@ -67,16 +66,6 @@ def spread_out(made):
             if name in made.policy._last:
                 parameter.add_(torch.randn_like(parameter))
     return made
-
-
-@pytest.fixture(params=["llama", "llama-tied", "gpt2"])
-def causal(request, tmp_path):
-    if request.param.startswith("llama"):
-        return build_tiny_llama(tmp_path / "causal", tied=request.param == "llama-tied")
-    torch.manual_seed(1)
-    config = GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=2, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "causal")
-    return tmp_path / "causal"
 
 
 def test_the_logits_are_those_of_the_exported_classifier(causal, tmp_path):

@@ -8,7 +8,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
-    GPT2Config,
     RobertaConfig,
 )
 
@@ -59,16 +58,6 @@ def export(network, path):
     state = {name: parameter.detach() for name, parameter in network.named_weights()}
     network.export(path, state, torch.float32)
     return AutoModelForSequenceClassification.from_pretrained(path).eval()
-
-
-@pytest.fixture(params=["llama", "llama-tied", "gpt2"])
-def causal(request, tmp_path):
-    if request.param.startswith("llama"):
-        return build_tiny_llama(tmp_path / "causal", tied=request.param == "llama-tied")
-    torch.manual_seed(1)
-    config = GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=2, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "causal")
-    return tmp_path / "causal"
 
 
 def test_a_new_head_is_small_and_a_function_of_the_seed(causal):
