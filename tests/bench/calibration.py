@@ -59,7 +59,7 @@ REWARDS = {"scores/dpm": "d-PM", "scores/ratings": "ten people"}
 def shared(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs have in common."""
     config: dict[str, Any] = {
-        "model": {"path": arguments.model, "dtype": "bfloat16"},
+        "model": {"path": arguments.model, "dtype": arguments.dtype},
         "engine": {"name": "vllm", "max_context": 128, "max_running": 64, "kv_cache_gib": 0.5},
         "learner": {"name": "deepspeed", "zero_stage": 0},
         "placement": {"name": "ray", "object_store_gib": 1.0},
@@ -252,6 +252,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/calibration"))
     parser.add_argument("--model", default=MODEL)
     parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="float32: a CPU without it"
+    )
+    parser.add_argument(
         "--steps", type=int, help="of calibration, on 4 new prompts each; default 32, or 4 with --small"
     )
     parser.add_argument("--votes-steps", type=int, default=80, help="of the preference model, 32 words each")
@@ -274,7 +277,7 @@ def main() -> None:
         arguments.model = str(out / "tiny")
         if not (out / "tiny" / "config.json").is_file():
             build_tiny_llama(out / "tiny")
-    claim(out, arguments, "model", "steps", "votes_steps", "candidates", "tokens", "margin", "lr")
+    claim(out, arguments, "model", "dtype", "steps", "votes_steps", "candidates", "tokens", "margin", "lr")
     if not arguments.table:
         prepare(out, arguments)
         if not (out / "start.json").is_file():

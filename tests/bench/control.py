@@ -111,7 +111,7 @@ def config_of(
     else:
         data = {"prompts": PROMPTS, "held_out": HELD_OUT}
     return {
-        "model": {"path": arguments.model, "dtype": "bfloat16"},
+        "model": {"path": arguments.model, "dtype": arguments.dtype},
         "data": data,
         "algorithm": row["algorithm"],
         "scorer": scorer_of(out) if learned else VADER,
@@ -156,7 +156,7 @@ def make_reward_model(out: Path, arguments: argparse.Namespace) -> bool:
     return train("reward model", config, out)
 
 
-def make_data(out: Path, model: str) -> None:
+def make_data(out: Path, model: str, dtype: str) -> None:
     """Four answers a training prompt with their scores, as ranked rows, pairs and labels; and the held-out prompts."""
     data = out / "data"
     if (data / "made.json").is_file():
@@ -177,7 +177,7 @@ def make_data(out: Path, model: str) -> None:
     path = str(Path(model).expanduser())
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = load_prompts(DataConfig(prompts=PROMPTS, held_out=HELD_OUT), tokenizer, max_prompt_tokens=88)
-    engine = VLLMEngineConfig(name="vllm", dtype="bfloat16", max_context=128, kv_cache_gib=0.5).build(
+    engine = VLLMEngineConfig(name="vllm", dtype=dtype, max_context=128, kv_cache_gib=0.5).build(
         model=path, name="engine-0", cores=None, seed=0, trust_remote_code=False
     )
     collector = Collector(
@@ -353,13 +353,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/control"))
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="float32: a CPU without it"
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(rows()), help="these rows")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
     out, ended = arguments.out.resolve(), [True]
     if not arguments.table:
-        make_data(out, arguments.model)
+        make_data(out, arguments.model, arguments.dtype)
         ended = [run_row(name, rows()[name], out, arguments) for name in arguments.only or rows()]
     print(table(out, arguments.steps))
     if more := over_optimisation(out):

@@ -13,7 +13,7 @@ Reported on the words' ten raters: NLL of a vote and Jensen-Shannon divergence t
 majority, and expected calibration error (likeliest class against the share of raters who chose it, 10 bins).
 
   python tests/bench/disagreement.py                    the grid, about half an hour on two cores
-  python tests/bench/disagreement.py --whole            the fine-tunings too
+  python tests/bench/disagreement.py --whole            the fine-tunings instead
   python tests/bench/disagreement.py --only "js" soft   these rows
   python tests/bench/disagreement.py --table            what has been measured so far
   python tests/bench/disagreement.py --small            a trial with a tiny random model: a minute, in --out/small
@@ -67,7 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "majority": {"objective": "majority", "temperature_scaling": False},
 }
 SMOOTHINGS = (0.03, 0.1, 0.3, 1.0)
-WHOLE = ("kl_q_r", "kl_r_q", "js", "kl_r_q, detached, ½ prior", "prior", "soft", "majority")
+WHOLE = ("kl_q_r", "kl_r_q", "js", "js, detached, ½ prior", "prior", "soft", "majority")
 
 
 # The grid
@@ -134,7 +134,7 @@ def run_whole(name: str, out: Path, arguments: argparse.Namespace) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(lexicon, 3, words=200 * arguments.small)), "utf-8")
     settings = {name: value for name, value in ROWS[name].items() if name != "temperature_scaling"}
     config = {
-        "model": {"path": arguments.model, "dtype": "float32" if arguments.small else "bfloat16"},
+        "model": {"path": arguments.model, "dtype": "float32" if arguments.small else arguments.dtype},
         "data": {"examples": str(data), "held_out": 0.1},
         "algorithm": {"name": "disagreement", "classes": list(CLASSES), **settings, "temperature_scaling": False},
         "rollout": {"prompts": 64},
@@ -264,11 +264,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/disagreement"))
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="float32: a CPU without it"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30, help="of a head")
     parser.add_argument("--steps", type=int, default=60, help="of a whole fine-tuning, 64 words each; 94 are one pass")
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(ROWS), help="these rows")
-    parser.add_argument("--whole", action="store_true", help="fine-tune all of the model, too")
+    parser.add_argument("--whole", action="store_true", help="fine-tune all of the model instead")
     parser.add_argument("--small", action="store_true", help="a tiny random model and 200 words, to try it all")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
@@ -283,19 +286,21 @@ def main() -> None:
             build_tiny_llama(out / "tiny")
     claim(out / "cells", arguments, "model", "epochs")
     if arguments.whole:
-        claim(out / "whole", arguments, "model", "steps")
-    if not arguments.table:
+        claim(out / "whole", arguments, "model", "dtype", "steps")
+    if arguments.whole and not arguments.table:
+        for name in WHOLE:
+            if not arguments.only or name in arguments.only:
+                run_whole(name, out, arguments)
+    elif not arguments.table:
         data = load_data(out, arguments)
         for cell in cells(arguments):
             run_cell(cell, out, data, arguments)
-        for name in WHOLE if arguments.whole else ():
-            if not arguments.only or name in arguments.only:
-                run_whole(name, out, arguments)
     print(table(out, arguments))
     from rayalign.run_dir import versions
 
     print(f"\n{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions()}")
-    print(f"figure: {figure(out, arguments)}")
+    if any((out / "cells").glob("*-r*.json")):
+        print(f"figure: {figure(out, arguments)}")
 
 
 if __name__ == "__main__":
