@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rayalign.console import Console
+from rayalign.cpu import slow_bfloat16
 from rayalign.data.examples import ExampleSet, load_examples
 from rayalign.data.plain import PlainText
 from rayalign.data.prompts import PromptSet, load_prompts
@@ -252,7 +253,18 @@ def start_parts(
             from rayalign.runtime.start import start_actors
 
             parts = Parts(*start_actors(config, engine, arguments, specs, run_dir / "log", console.say, stack))
+        if not _on_gpus(config) and slow_bfloat16() and "bfloat16" in config.dtypes:
+            console.say("this CPU computes bfloat16 in software, many times slower: set model.dtype=float32")
         yield _with_lent_engine(config, parts, tokenizer)
+
+
+def _on_gpus(config: Config) -> bool:
+    """Whether there are any where engines and learners were started."""
+    if config.placement.name == "local":
+        return torch.cuda.is_available()
+    from rayalign.runtime import cluster
+
+    return any(node.gpus for node in cluster.nodes())
 
 
 def _with_lent_engine(config: Config, parts: Parts, tokenizer: Any) -> Parts:
@@ -381,5 +393,4 @@ def default_max_gap(config: Config) -> float:
     """Nats, mean over the probe: float32 engines and learners agree closely, 16-bit kernels round apart."""
     if config.sync.max_gap is not None:
         return config.sync.max_gap
-    dtypes = {config.engine.dtype or config.model.dtype, config.learner.dtype or config.model.dtype}
-    return 1e-3 if dtypes == {"float32"} and not torch.cuda.is_available() else 0.15
+    return 1e-3 if config.dtypes == {"float32"} and not torch.cuda.is_available() else 0.15

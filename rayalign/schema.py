@@ -311,6 +311,11 @@ class Config(Record):
         return OptimizerConfig(**{**self.optimizer.model_dump(), **self.algorithm.critic.optimizer})
 
     @property
+    def dtypes(self) -> set[str]:
+        """That learner and engine compute in."""
+        return {self.engine.dtype or self.model.dtype, self.learner.dtype or self.model.dtype}
+
+    @property
     def samples(self) -> bool:
         """Whether completions are sampled at all, in training or in evaluations."""
         return self.data.prompts is not None or self.self_play

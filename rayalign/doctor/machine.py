@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from rayalign.cpu import bfloat16_flags
 from rayalign.doctor.finding import Finding, gib
 from rayalign.memory import cgroup_folders, host_bytes, read_text
 
@@ -46,11 +47,10 @@ def core_findings(allowed: int, quota: float | None) -> list[Finding]:
 
 def bfloat16_findings(cpuinfo: str) -> list[Finding]:
     """`cpuinfo`: the text of /proc/cpuinfo."""
-    flags = {word for line in cpuinfo.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
-    known = sorted(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+    known = bfloat16_flags(cpuinfo)
     if known:
         return [Finding("ok", "bfloat16 on the CPU", f"in hardware ({', '.join(known)})")]
-    found = f"not in hardware ({platform.machine()}), so it is slower than float32"
+    found = f"not in hardware ({platform.machine()}), so it is many times slower than float32"
     return [Finding("note", "bfloat16 on the CPU", found, "model.dtype=float32 when the model runs on the CPU")]
 
 

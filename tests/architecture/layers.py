@@ -15,7 +15,7 @@ PACKAGE = "rayalign"
 # A module imports modules of a lower rank; those of one rank stay apart, except inside one package.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "record", "interrupt"),
-    ("registry", "memory", "sharding"),
+    ("registry", "memory", "cpu", "sharding"),
     ("maths", "decoding", "collate"),
     ("protocols",),
     ("algorithms", "sync", "trackers"),
