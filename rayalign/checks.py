@@ -50,6 +50,16 @@ def check_training(config: Config) -> None:
             rule="at least 2 with a judge that compares answers to the same prompt, or a rule beside it",
             remedy="set evaluation.samples=2, and scorer.report_agreement to see whether the policy gets better",
         )
+    least = getattr(config.algorithm, "min_candidates", 0)
+    if config.scored and config.evaluation.prompts and config.evaluation.samples < least:
+        raise ConfigError(
+            "evaluations would measure no ranking",
+            where="key evaluation.samples",
+            value=config.evaluation.samples,
+            rule=f"at least algorithm.min_candidates={least}, as of a prompt with fewer nothing is ranked",
+            remedy=f"set evaluation.samples={least}, or lower min_candidates",
+        )
+    _check_probabilities(config)
     if config.sampling.temperature == 0 and config.algorithm.request(config.sampling.sampling()):
         raise ConfigError(
             "greedy samples of one prompt are all the same",
@@ -58,6 +68,26 @@ def check_training(config: Config) -> None:
             rule="above 0 when an algorithm learns from its own samples",
             remedy="set sampling.temperature=1.0",
         )
+
+
+def _check_probabilities(config: Config) -> None:
+    """A loss of probabilities alone, beside a model that could give them: that it is not asked to is an oversight,
+    unless the config says what they are then. Raises ConfigError."""
+    algorithm = config.algorithm
+    if not getattr(algorithm, "takes_ties", False) or "unrated" in algorithm.model_fields_set:
+        return
+    asked = [(key, scorer) for key, scorer in parts_of(config.scorer) if hasattr(scorer, "preferences")]
+    samples = bool(algorithm.request(config.sampling.sampling()))
+    if not (config.scored and samples and asked) or any(scorer.preferences for _, scorer in asked):
+        return
+    raise ConfigError(
+        "the loss learns from probabilities, and the scorer is not asked for them",
+        where=f"key {asked[0][0]}.preferences",
+        value=False,
+        rule="true, so that soft labels are those of the annotators' classes, or algorithm.unrated, which says what "
+        "they are without: bradley_terry, by the difference of scores",
+        remedy="set scorer.preferences=true",
+    )
 
 
 def _check_split(config: Config, key: str, parts: int) -> None:

@@ -166,7 +166,8 @@ class Disagreement(Offline):
         loss = -(prior * log_q).sum(-1)
         if self.diverges:
             mass = statistics["mass"]
-            divergence = self._divergence(log_q, prior, mass.log())
+            # A class without any mass (votes alone, and none for it) stays as unlikely as its votes make it.
+            divergence = self._divergence(log_q, prior, torch.where(mass > 0, mass, 1.0).log())
             if "pull" in statistics:
                 # The mass is a number here; what is missing of its gradient is that of Σ_l pull_l·log mass_l. This
                 # row's part in it adds 0 to the loss.

@@ -31,6 +31,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 # A column beside these, in the words of engines: for each answer of a row "stop", or "length" where it was cut.
 REASONS = "finish_reasons"
+TRUST = "trust"
 
 
 @dataclass(frozen=True)

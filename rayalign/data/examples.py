@@ -164,6 +164,7 @@ def load_examples(
             first += table.rows
             sources.append(table)
     _hold_out(config, sources)
+    _rate_alike(sources)
     _check_labels(sources)
     turns = next((source.turns for source in sources if source.turns is not turns), turns)
     return ExampleSet(config, sources, turns, max_tokens=max_tokens, seed=seed)
@@ -237,6 +238,13 @@ class _HeldOut(Sequence[Group]):
     @staticmethod
     def _made(place: tuple[TableSource, int] | Group) -> Group | None:
         return place if isinstance(place, Group) else place[0].group(place[1], "held", noisy=False)
+
+
+def _rate_alike(sources: Sequence[AnySource]) -> None:
+    """A rating is a vote for the same class in all of them."""
+    known = [rating for source in sources for rating in source.rated or ()]
+    for source in sources:
+        source.rated = (min(known), max(known)) if known else None
 
 
 def _check_labels(sources: Sequence[AnySource]) -> None:

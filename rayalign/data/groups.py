@@ -99,6 +99,7 @@ class Tokeniser:
             row.scores,
             row.preferences,
             row.votes,
+            trust=row.trust,
         )
         return group, lost
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayalign.data.columns import REASONS
+from rayalign.data.columns import REASONS, TRUST
 from rayalign.data.files import set_aside
 from rayalign.data.gold import COLUMN
 from rayalign.errors import CheckpointError
@@ -37,7 +37,7 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "inferred": group.inferred,
         "metrics": dict(group.metrics),
         "contested": list(group.contested),
-        **{name: found for name, found in (("trust", group.trust), ("shares", group.shares)) if found},
+        **{name: found for name, found in ((TRUST, group.trust), ("shares", group.shares)) if found},
         REASONS: _reasons(group),
         **({COLUMN: group.prompt.extra[COLUMN]} if COLUMN in group.prompt.extra else {}),
     }
@@ -76,7 +76,7 @@ def rows_of(record: Record, write: str | None, *, drop_truncated: bool = False) 
 
 def _kept(record: Record, drop_truncated: bool) -> tuple[list[int], Counter[str]]:
     """The answers that a data set can have: not empty, each once."""
-    kept: dict[str, int] = {}
+    kept: dict[str, int] = {}  # by the text without the space around it
     contested = record.get("contested")
     left_out: Counter[str] = Counter()
     for index, text in enumerate(record["completions"]):
@@ -86,10 +86,10 @@ def _kept(record: Record, drop_truncated: bool) -> tuple[list[int], Counter[str]
             left_out["truncated answers"] += 1
         elif contested and contested[index]:
             left_out["contested answers"] += 1
-        elif text in kept:
+        elif text.strip() in kept:
             left_out["answers that are there twice"] += 1
         else:
-            kept[text] = index
+            kept[text.strip()] = index
     return list(kept.values()), left_out
 
 
@@ -112,8 +112,11 @@ def _pair(record: Record, i: int, j: int) -> Row | None:
 
 
 def _row(record: Record, answers: Sequence[int], **columns: Any) -> Row:
-    """A reference answer goes along, so that what learns from the rows has it; and what tells that answers were cut."""
+    """A reference answer goes along, so that what learns from the rows has it; how much is to be learned from each
+    answer, where the scorer says so; and what tells that answers were cut."""
     row = {"prompt": record["prompt"], **columns, **({COLUMN: record[COLUMN]} if COLUMN in record else {})}
+    if TRUST in record:
+        row[TRUST] = [record[TRUST][index] for index in answers]
     reasons = [record[REASONS][index] for index in answers] if REASONS in record else []
     return {**row, REASONS: reasons} if "length" in reasons else row
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rayalign.data.config import DataConfig
-from rayalign.data.gold import gold_ids
+from rayalign.data.gold import COLUMN, gold_ids
 from rayalign.data.messages import prompt_messages
 from rayalign.data.rows import read_rows
 from rayalign.data.tokens import Turns
@@ -34,7 +34,7 @@ class PromptSet:
     def fingerprint(self) -> str:
         """Of the prompts' tokens and reference answers, and of which are held out."""
         known = [
-            [(p.index, p.token_ids, p.gold_ids) if p.gold_ids else (p.index, p.token_ids) for p in part]
+            [(p.index, p.token_ids, *filter(None, (p.gold_ids, p.extra.get(COLUMN)))) for p in part]
             for part in (self.training, self.held_out)
         ]
         return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rayalign.data.columns import NAMES, REASONS, Reading
+from rayalign.data.columns import NAMES, REASONS, TRUST, Reading
 from rayalign.data.images import Found, flat, images_of, with_marks
 from rayalign.data.messages import Message, behind_prompt, prompt_messages, split_prompt
 from rayalign.data.votes import ANY, Classes
@@ -32,6 +32,7 @@ class Row:
         ratings: whole numbers of annotators, which become votes once the lowest and the highest are known.
         images: of the prompt, in the order of `<image>` in its texts.
         cut: for each answer whether it was cut when it was sampled, so that no token ends it; empty: none was.
+        trust: for each answer how much is learned from it, from 0 to 1; empty: all count the same.
     """
 
     kind: str
@@ -44,13 +45,15 @@ class Row:
     extra: Mapping[str, Any] | None = None
     images: tuple[Found, ...] = ()
     cut: tuple[bool, ...] = ()
+    trust: Numbers = ()
 
     def turned(self, order: Sequence[int]) -> Row:
         """With the annotators' word given to other answers: of a label, to the other class."""
         if self.kind == "label":
             return replace(self, scores=(1.0 - self.scores[0],))
         cut = tuple(self.cut[i] for i in order) if self.cut else ()
-        return replace(self, answers=tuple(self.answers[i] for i in order), cut=cut)
+        trust = tuple(self.trust[i] for i in order) if self.trust else ()
+        return replace(self, answers=tuple(self.answers[i] for i in order), cut=cut, trust=trust)
 
 
 class Reader:
@@ -105,8 +108,9 @@ class Reader:
         if "margin" in self._columns:
             extra["margin"] = _number(self._cell(row, "margin", where), "a margin", where)
         cut = _cut(extra.pop(REASONS, None), len(answers), where)
+        trust = _trust(extra.pop(TRUST, None), len(answers), where)
         said = getattr(self, f"_{self.kind}")(row, answers, where)
-        return Row(self.kind, messages, tuple(answers), extra=extra, images=images, cut=cut, **said)
+        return Row(self.kind, messages, tuple(answers), extra=extra, images=images, cut=cut, trust=trust, **said)
 
     def _check_columns(self, row: Mapping[str, Any], where: str) -> None:
         """What the first row has not, and what would be read otherwise if it had, is not left unread."""
@@ -314,6 +318,16 @@ def _cut(reasons: Any, count: int, where: str) -> tuple[bool, ...]:
         return ()
     found = tuple(reason == "length" for reason in _list(reasons, "finish reasons", where, length=count))
     return found if any(found) else ()
+
+
+def _trust(value: Any, count: int, where: str) -> Numbers:
+    """Of the column trust, which a row need not have."""
+    if value is None:
+        return ()
+    found = tuple(_number(each, "trust", where) for each in _list(value, "trust", where, length=count))
+    if not all(0 <= each <= 1 for each in found):
+        raise _bad("trust is out of range", value, "from 0 to 1: how much is learned from each answer", where)
+    return found
 
 
 def _bad(what: str, value: Any, rule: str, where: str, *, as_it_is: bool = False) -> DataError:

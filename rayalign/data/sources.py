@@ -72,6 +72,7 @@ class Source:
 
     Attributes:
         first: added to a row's number to make the prompt's index.
+        rated: the lowest and the highest rating of the data, where ratings are votes and no key says for what.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Source:
         self.source, self._data, self._kinds, self._tokeniser = source, data, kinds, tokeniser
         self.place, self.first, self.kind = place, 0, ""
         self.counts: Counts = Counter()
-        self.classes: tuple[int, int] | None = None
+        self.rated: tuple[int, int] | None = None
         self.labels: set[float] = set()
         self._reader: Reader | None = None
         self._dropped: set[int] = set()
@@ -125,8 +126,8 @@ class Source:
         """The group, and whether something of it was cut."""
         if noisy:
             row = self._noise.apply(row, index)
-        if row.ratings and self.classes is not None:
-            row = replace(row, votes=(counted(row.ratings, *self.classes),))
+        if row.ratings and self.rated is not None:
+            row = replace(row, votes=(counted(row.ratings, *self.rated),))
         return self._tokeniser.group(row, where, index=self.first + index, id=f"{self.place}/{name}/{index}")
 
     def _refuse(self, error: DataError) -> None:
@@ -194,8 +195,8 @@ class TableSource(Source):
             if row.kind == "label":
                 self.labels.update(row.scores)
             if row.ratings:
-                known = (*row.ratings, *(self.classes or ()))
-                self.classes = (min(known), max(known))
+                known = (*row.ratings, *(self.rated or ()))
+                self.rated = (min(known), max(known))
             self._keys.append(prompt_key(row))
             yield index
 

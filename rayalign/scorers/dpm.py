@@ -58,6 +58,24 @@ class DpmScorer(NetworkScorer):
         known = check_checkpoint(self)
         if known is not None:
             self.weights_of(known)
+            self.check_agreement(known)
+
+    def check_agreement(self, known: Any) -> None:
+        """Whether `min_agreement` can leave anything out. Raises ConfigError.
+
+        Args:
+            known: the checkpoint's config.
+        """
+        names, least = classes_of(known), self.min_agreement
+        if least is not None and least <= 1 / len(names):
+            raise ConfigError(
+                "no answer would be contested",
+                where="key scorer.min_agreement",
+                value=least,
+                rule=f"above {1 / len(names):.3g}: of {len(names)} classes two annotators choose the same one so often "
+                "by chance",
+                remedy="set min_agreement=0.5, say, or take it out",
+            )
 
     def weights_of(self, known: Any) -> tuple[float, ...]:
         """What each class of a checkpoint is worth. Raises ConfigError when `weights` are of other classes.
@@ -98,6 +116,7 @@ class _Annotators:
         self._numbers = NetworkScores(config)
         known = self._numbers.model_config
         self.classes, self.weights = classes_of(known), config.weights_of(known)
+        config.check_agreement(known)
 
     def distributions(self, groups: Sequence[Group]) -> list[Any]:
         """For each group a tensor [K, L], log q of the classes for each completion, in float64."""

@@ -207,7 +207,8 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
     trust = tuple(map(min, zip(*filter(None, (group.trust for group in counted)), strict=True)))
     # A mean of which a part was not asked is inferred.
     inferred = sorted({pair for group in counted for pair in group.inferred}) if preferences is not None else ()
-    return Judgement(scores, preferences, metrics, contested, tokens, tuple(inferred), trust)
+    shares = next((group.shares for group in counted if group.shares), ())  # of the first that has classes
+    return Judgement(scores, preferences, metrics, contested, tokens, tuple(inferred), trust, shares)
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:

@@ -240,3 +240,14 @@ def test_a_temperature_is_that_of_the_votes():
     assert fit_temperature(scores, torch.full_like(shares, 1 / 3)) == pytest.approx(20.0)
     with pytest.raises(ValueError, match="needs rows"):
         fit_temperature(scores[:0], shares[:0])
+
+
+def test_a_class_that_nobody_chose_stays_unlikely_where_the_mass_is_that_of_the_votes():
+    counts = torch.tensor([[3.0, 0.0, 0.0], [2.0, 1.0, 0.0]], dtype=torch.float64)
+    examples, _ = rows(counts.tolist())
+    batch, scores = collate(examples, pad_id=0), torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    wanted, columns = algorithm(objective="kl_r_q", mass="votes", smoothing=0.0), {"policy/classes": scores}
+    known = wanted.statistics(batch, columns)
+    assert known["mass"][2] == 0
+    pull = torch.autograd.grad(wanted.loss(batch, columns, known).loss.sum(), scores)[0]
+    assert (pull[:, 2] > 0.3).all()  # descent makes the third class less likely

@@ -156,3 +156,29 @@ def test_finish_reasons_are_one_for_each_answer(tmp_path):
     data = DataConfig(examples=str(tmp_path / "r.jsonl"), held_out=0.0)
     with pytest.raises(DataError, match="not as many finish reasons as answers"):
         load_examples(data, build_tokenizer(), kinds=("completion",), max_tokens=100, seed=0)
+
+
+@pytest.mark.parametrize("write", ["ranked", "pairs", "best"])
+def test_rows_say_how_much_is_learned_from_each_answer(tmp_path, write):
+    """As where nothing is written in between."""
+    kinds, trust = {"ranked": "ranked", "pairs": "pair", "best": "completion"}, {"a": 0.9, "b": 0.1, "c": 0.5}
+    judged = {**ABC, "scores": [2.0, 3.0, 1.0], "trust": [0.9, 0.1, 0.5]}
+    write_lines(tmp_path / "r.jsonl", rows_of(judged, write)[0])
+    data = DataConfig(examples=str(tmp_path / "r.jsonl"), held_out=0.0)
+    read = load_examples(data, build_tokenizer(), kinds=(kinds[write],), max_tokens=100, seed=0)
+    found = [group for part in read.once(9) for group in part]
+    assert found and all(group.trust == tuple(trust[text] for text in group.texts) for group in found)
+
+
+@pytest.mark.parametrize(("trust", "what"), [([1.0], "not as many trust"), ([0.5, 1.5], "trust is out of range")])
+def test_trust_is_a_share_for_each_answer(tmp_path, trust, what):
+    write_lines(tmp_path / "r.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b", "trust": trust}])
+    data = DataConfig(examples=str(tmp_path / "r.jsonl"), held_out=0.0)
+    with pytest.raises(DataError, match=what):
+        load_examples(data, build_tokenizer(), kinds=("pair",), max_tokens=100, seed=0)
+
+
+def test_answers_that_differ_in_the_space_around_them_are_one():
+    rows, left_out = rows_of(record([" good", "good", "bad"], [1.0, 2.0, 0.0]), "pairs")
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [(" good", "bad")]
+    assert left_out == {"answers that are there twice": 1}

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rayalign.algorithms.online_preference import OnlinePreference
 from rayalign.algorithms.pairing import Pairing
+from rayalign.checks import check_training
 from rayalign.collate import collate
 from rayalign.data.labels import record_of, rows_of
 from rayalign.errors import ConfigError, ScoreError
@@ -153,6 +154,7 @@ def test_a_mix_trusts_an_answer_as_the_part_that_trusts_it_least(checkpoint):
     score = Mix(scorers=[{"scorer": part}, {"scorer": {"name": "rules", "rule": "brevity"}}]).start()
     (found,) = score_groups(score, [group(0, *TEXTS)], who="scorer-0")
     assert found.trust == judged(checkpoint, weigh=True)[0].trust
+    assert found.shares == judged(checkpoint)[0].shares
 
 
 @pytest.mark.parametrize("trust", [(1.0,), (1.0, 2.0), (float("nan"), 1.0), (-0.1, 1.0)])
@@ -173,6 +175,9 @@ def test_what_it_refuses(checkpoint, tmp_path, model):
     error = check_weights(checkpoint, (1.0, 0.0))
     assert error.where == "key scorer.weights" and "bad, neutral, good" in error.rule
     assert check_weights(checkpoint, (0.0, 0.0, 0.0)).what == "all classes are worth the same"
+    with pytest.raises(ConfigError, match="no answer would be contested"):
+        DpmScorer(model=str(checkpoint), min_agreement=0.3).check("any")
+    DpmScorer(model=str(checkpoint), min_agreement=0.34).check("any")
     config = AutoConfig.from_pretrained(model)
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
@@ -184,3 +189,19 @@ def check_weights(checkpoint, weights):
     with pytest.raises(ConfigError) as raised:
         DpmScorer(model=str(checkpoint), weights=weights).check("any")
     return raised.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [({}, True), ({"loss": {"name": "dpo"}}, False), ({"unrated": "bradley_terry"}, False), ({"ask": True}, False)],
+)
+def test_a_loss_of_probabilities_wants_those_of_the_classes(make, checkpoint, settings, refused):
+    ask = settings.pop("ask", False)
+    algorithm = {"name": "online_preference", "samples": 4, "loss": {"name": "soft"}, **settings}
+    config = make(algorithm=algorithm, scorer={"name": "dpm", "model": str(checkpoint), "preferences": ask})
+    if not refused:
+        return check_training(config)
+    with pytest.raises(ConfigError, match="scorer is not asked for them") as raised:
+        check_training(config)
+    assert raised.value.where == "key scorer.preferences"
+    return None

@@ -130,3 +130,18 @@ def test_a_run_says_before_it_starts_that_ratings_make_other_classes(tmp_path, m
 
 def test_one_reads_what_a_group_has(tokenizer, tmp_path):
     assert one(tokenizer, tmp_path, SAID | {"votes": [3, 1]}).scores is None
+
+
+def test_a_rating_is_a_vote_for_the_same_class_in_each_source(tokenizer, tmp_path):
+    from rayalign.data.config import DataConfig
+    from rayalign.data.examples import load_examples
+
+    sources = []
+    for name, given in {"low": [1, 2, 3], "high": [3, 4, 5]}.items():
+        each = [SAID | {"completion": f"{name}{rating}", "rating": rating} for rating in given]
+        sources.append({"path": str(write(tmp_path / f"{name}.jsonl", each))})
+    config, five = DataConfig(examples=sources, held_out=0.0), Classes(tuple("abcde"))
+    rows = load_examples(config, tokenizer, kinds=("votes",), max_tokens=200, seed=0, classes=five)
+    votes = {group.texts[0]: group.votes[0] for group in rows.step(0, 6)}
+    assert votes["low3"] == votes["high3"] == (0.0, 0.0, 1.0, 0.0, 0.0)
+    assert votes["low1"].index(1.0) == 0 and votes["high5"].index(1.0) == 4
