@@ -204,6 +204,7 @@ class Algorithm(Protocol):
     at_first: Sequence[str]
     # What trains the role critic on the same examples, before the policy's update; None: there is no such role.
     critic_algorithm: Algorithm | None
+    policy_from: int  # the step, counted from 0, that trains the policy first; those before train the critic alone
 
     def useful(self, group: Group) -> bool:
         """Whether a scored group leaves anything to learn; another prompt may be sampled in place of one that does
@@ -227,9 +228,6 @@ class Algorithm(Protocol):
 
     def adapt(self, state: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
         """These numbers after a step with these metrics; they are kept in checkpoints."""
-
-    def trains_policy(self, step: int) -> bool:
-        """Whether this step (counted from 0) trains the policy, or its critic alone."""
 
     def dealt(self, examples: Sequence[Example], texts: Sequence[Row]) -> Sequence[Example]:
         """The examples of one optimiser step, over all ranks and micro-batches, as its loss wants them: with its plain

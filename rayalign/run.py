@@ -25,7 +25,7 @@ from rayalign.evaluate import (
 )
 from rayalign.interrupt import Interrupt
 from rayalign.metrics import FINAL, Recorder, timed
-from rayalign.protocols import Algorithm, Roles, UpdatePlan, columns_by_role
+from rayalign.protocols import Algorithm, Roles, Stretch, UpdatePlan, columns_by_role
 from rayalign.reading import Reading
 from rayalign.record import Record
 from rayalign.rollouts import Collector, Progress, Rollout, RolloutConfig, Rollouts
@@ -157,7 +157,9 @@ class Run:
                 with timed(metrics, "time/update_s/critic"):
                     found = self.roles.critic.update(examples, algorithm.critic_algorithm, plan)
                 metrics |= {f"critic/{name}": value for name, value in found.items()}
-            if algorithm.trains_policy(step):
+            if step >= (first := algorithm.policy_from):
+                if first and stretch is None:  # its warm-up begins with it, not with the critic's first steps
+                    plan = replace(plan, stretch=Stretch(first, training.steps - first))
                 if self.texts is not None:
                     plan = replace(plan, texts=self.texts.of_step(step))
                 metrics |= algorithm.summarise(self.roles.policy.update(examples, algorithm, plan))

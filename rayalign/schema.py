@@ -210,6 +210,28 @@ class Config(Record):
                 rule="not set, unless train.epochs × train.minibatches is above 1",
                 remedy="take algorithm.stop_kl out, or set train.minibatches=4, say",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_gradient(self) -> Config:
+        """Of policy gradients: what their KL, texts, critic and minibatches say of a step."""
+        if not getattr(self.algorithm, "whole_distribution", False):
+            return self
+        answers, follow = self.rollout.prompts * self.algorithm.samples, self.algorithm.kl.adaptive
+        if follow is not None and follow.horizon < answers:
+            raise Unfit(
+                "one step would move the KL coefficient by more than a fifth, or below 0",
+                key="algorithm.kl.adaptive",
+                rule=f"a horizon of at least the answers of a step, rollout.prompts × algorithm.samples = {answers}",
+                remedy="set horizon: 10000, the default",
+            )
+        if getattr(self.algorithm, "ptx", None) is not None and self.sampling.sampling().temperature != 1:
+            raise Unfit(
+                "plain texts would be learned at the temperature of the samples",
+                key="algorithm.ptx",
+                rule="sampling.temperature=1 with ptx, whose loss is that of the language model",
+                remedy="set sampling.temperature=1.0, or take algorithm.ptx out",
+            )
         critic = getattr(self.algorithm, "critic", None)
         if critic is not None:
             try:
@@ -222,7 +244,7 @@ class Config(Record):
                     rule="keys of optimizer, with values that they take",
                     remedy="set algorithm.critic.optimizer: {lr: 1.0e-5}, say",
                 ) from error
-        answers, parts = rollout.prompts * self.algorithm.samples, self.train.minibatches
+        parts = self.train.minibatches
         if answers % parts:
             raise Unfit(
                 "the minibatches do not divide the rollout",

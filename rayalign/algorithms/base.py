@@ -38,6 +38,7 @@ class Offline(Record):
     watched: ClassVar[Sequence[str]] = ()
     at_first: ClassVar[Sequence[str]] = ()
     critic_algorithm: ClassVar[Offline | None] = None
+    policy_from: ClassVar[int] = 0  # step, counted from 0, that trains the policy first; before it the critic alone
     each_answer: ClassVar[bool] = False  # whether each answer to a prompt is an example, and not all of them together
     whole_distribution: ClassVar[bool] = False  # whether top-p and the like would make its ratios wrong
     self_play: ClassVar[bool] = False  # whether answers of the data meet answers that the policy wrote, see selfplay
@@ -62,9 +63,6 @@ class Offline(Record):
 
     def adapt(self, state: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
         return dict(state)
-
-    def trains_policy(self, step: int) -> bool:
-        return True
 
     def dealt(self, examples: Sequence[Example], texts: Sequence[Row]) -> Sequence[Example]:
         return examples

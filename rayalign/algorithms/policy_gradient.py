@@ -75,7 +75,7 @@ class PolicyGradient(PolicyLoss):
 
     def advantages(self, rows: Rows, score: Tensor, kl: Tensor) -> tuple[dict[str, Tensor], Metrics]:
         if self.credits_tokens:
-            found = rows.whitened(later_sums(self._rewards(rows, score, kl)))
+            found = later_sums(self._rewards(rows, score, kl))
         else:
             total = score - self._coef * kl.sum(1)
             if self.advantage == "remax":
@@ -83,8 +83,11 @@ class PolicyGradient(PolicyLoss):
             else:
                 own = rows.by_group(total, SCALES[self.advantage])
             found = own.unsqueeze(1) * rows.mask
-        mean, std = rows.over_tokens(found)
-        return {ADVANTAGES: found}, {"advantage/mean": mean, "advantage/std": std}
+        mean, std = rows.over_tokens(found)  # before they are whitened
+        return {ADVANTAGES: rows.whitened(found) if self.credits_tokens else found}, {
+            "advantage/mean": mean,
+            "advantage/std": std,
+        }
 
     @model_validator(mode="before")
     @classmethod

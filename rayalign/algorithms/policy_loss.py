@@ -15,9 +15,10 @@ from rayalign.algorithms.base import Offline, refuse_cache
 from rayalign.algorithms.credits import ESTIMATORS, TOKEN_SCORES, Divergence, Rewards, Rows, running
 from rayalign.algorithms.groups import is_cut, row, scored, scores_of_tokens
 from rayalign.algorithms.reference import Reference
+from rayalign.errors import DataError
 from rayalign.maths.advantage import AdaptiveKL
 from rayalign.maths.divergence import kl_k3
-from rayalign.maths.policy_gradient import importance_weight, ppo_policy_loss, sequence_ratio
+from rayalign.maths.policy_gradient import importance_weight, ppo_policy_loss
 from rayalign.record import Unfit
 from rayalign.types import AnyColumn, Batch, Column, Example, Group, Metrics, Sampling, Terms
 from rayalign.types import Sequence as Row
@@ -113,33 +114,48 @@ class PolicyLoss(Offline):
         made: list[Example] = []
         left_out = cut = dropped = equal = 0
         by_token = any(group.token_scores for group in groups)
+        if by_token and self.credits_tokens:
+            self._check_tokens(groups)
         for number, group in enumerate(groups):
             usable = scored(group)
             own = [k for k in usable if k < self.samples]
             kept = [k for k in own if not (self.overlong == "drop" and is_cut(group, k))]
             left_out += min(self.samples, len(group.completions)) - len(own)
             cut += sum(is_cut(group, k) for k in own)
-            wanted = bool(kept) and self.keeps(group, kept, usable)
+            trained = [k for k in kept if not (self.overlong == "mask" and is_cut(group, k))]
+            wanted = bool(trained) and self.keeps(group, kept, usable)
             same = wanted and self.same(group, kept)
             equal += same
             if not wanted or (same and self.drops_equal):
                 dropped += 1
                 continue
             made += [self._example(group, number, k, by_token) for k in kept]
-        if not any(example.values["trained"] for example in made):
-            dropped, made = len(groups), []
         counts = {"groups/kept": len(groups) - dropped, "groups/dropped": dropped, "answers/kept": len(made)}
         counts |= {"groups/equal": equal, "answers/left_out": left_out, "answers/overlong": cut}
         return made, {name: float(count) for name, count in counts.items()}
+
+    def _check_tokens(self, groups: Sequence[Group]) -> None:
+        """Raises DataError where a scale or a clip of scores would pass the rewards of tokens by."""
+        for key in ("normalise", "clip"):
+            if getattr(self.reward, key):
+                raise DataError(
+                    "the scorer gives each token its own reward, and scores of answers would be scaled",
+                    where=f"key algorithm.reward.{key}",
+                    value=getattr(self.reward, key),
+                    rule="rewards of tokens are neither normalised nor clipped",
+                    remedy=f"take reward.{key} out, or let the scorer give scores of answers alone",
+                )
 
     def keeps(self, group: Group, kept: Sequence[int], usable: Sequence[int]) -> bool:
         """Whether there is all that it takes to learn from a group of which these answers are left."""
         return True
 
     def same(self, group: Group, places: Sequence[int]) -> bool:
-        """Whether there are several answers, and all have the same score once the penalty is taken off."""
-        worth = {group.scores[k] - self.reward.no_end_penalty * is_cut(group, k) for k in places}
-        return len(places) > 1 and len(worth) == 1
+        """Whether there are several answers, and all have the same score once the penalty is taken off, and the clip
+        made."""
+        limit = float("inf") if self.reward.clip is None or self.reward.normalise else self.reward.clip
+        worth = (group.scores[k] - self.reward.no_end_penalty * is_cut(group, k) for k in places)
+        return len(places) > 1 and len({min(max(each, -limit), limit) for each in worth}) == 1
 
     def useful(self, group: Group) -> bool:
         return bool(self.examples([group])[0])
@@ -167,7 +183,11 @@ class PolicyLoss(Offline):
         if self._kl_in("reward"):
             policy = rows.column("policy/logps") if rows.has("policy/logps") else rows.rollout_logps()
             kl = ESTIMATORS[self.kl.estimator](policy, rows.column("reference/logps")) * rows.mask
-            metrics[f"reward/kl_{self.kl.estimator}"] = float(kl.sum(1).mean())
+            # Of samples of older weights the penalty alone is no estimate of the policy's KL, which the controller
+            # follows: their tokens weigh as they do in the loss.
+            cap = self.importance_cap
+            own = 1.0 if cap is None else importance_weight(policy, rows.rollout_logps(), cap=cap)
+            metrics[f"reward/kl_{self.kl.estimator}"] = float((own * kl).sum(1).mean())
             metrics["reward/after_kl"] = float((score - self._coef * kl.sum(1)).mean())
         if self.kl.coef:
             metrics["kl/coef"] = self._coef
@@ -237,8 +257,9 @@ class PolicyLoss(Offline):
         """[R, T] twice: what the ratio of each token is the exponent of the difference of."""
         if self.ratio == "token":
             return logp, old
-        mean = sequence_ratio(logp, old, mask).log().unsqueeze(1).expand_as(logp)
-        return mean, torch.zeros_like(mean)
+        # The log of GSPO's ratio itself: that of a ratio which is too small for a number would have no gradient.
+        mean = torch.where(mask, logp - old, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        return mean.expand_as(logp), torch.zeros_like(logp)
 
     def _terms(self, loss: Tensor, mask: Tensor) -> Tensor:
         """[R, T] so that their sum ÷ `denominator` is what `maths.reduce.aggregate` gives."""
@@ -287,6 +308,13 @@ class PolicyLoss(Offline):
                 key="length",
                 rule="set with aggregate: constant, and only there",
                 remedy="set length to sampling.max_tokens" if constant else "take length out, or aggregate: constant",
+            )
+        if self.drops_equal and self.reward.normalise and self.reward.clip is not None:
+            raise Unfit(
+                "the clip of normalised scores would make answers equal after equal groups were dropped",
+                key="reward",
+                rule="clip without normalise, or equal_groups: keep",
+                remedy="take reward.normalise out: an answer's score is compared with its group's anyway",
             )
         if self.ratio == "sequence" and self.credits_tokens:
             raise Unfit(

@@ -137,8 +137,9 @@ class PPO(PolicyLoss):
     def critic_algorithm(self) -> ValueLoss | None:  # type: ignore[override]
         return None if self.critic.shared else ValueLoss(value_clip=self.critic.value_clip)
 
-    def trains_policy(self, step: int) -> bool:
-        return step >= self.critic.warmup_steps
+    @property
+    def policy_from(self) -> int:  # type: ignore[override]
+        return self.critic.warmup_steps
 
     def advantages(self, rows: Rows, score: Tensor, kl: Tensor) -> tuple[dict[str, Tensor], Metrics]:
         rewards, values = self._rewards(rows, score, kl), rows.column(f"{self._valued_by}/state_values")
