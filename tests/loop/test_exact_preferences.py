@@ -34,6 +34,11 @@ DRAWS = {"online DPO, drawn labels": DPO, "online IPO": IPO}  # whose labels are
 CASES = {"online DPO, probabilities": SOFT, "online Ψ-PO": PSI_PO, **DRAWS}
 SLOW = {"rollout": {"prompts": 24, "monitor": 0}, "train": {"steps": 100}, "optimizer": {"lr": 0.02}}
 FAST = {"rollout": {"prompts": 16, "monitor": 0}, "train": {"steps": 60}, "optimizer": {"lr": 0.03}}
+LONG = {
+    "iterations": 9,
+    "lam": [1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0],
+    "lr_scale": [1.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.15],
+}
 DATA = {(1, 0): 0.2, (3, 0): 0.5, (5, 0): 0.3}  # SPIN's: an answer → its share of the rows
 
 
@@ -92,8 +97,8 @@ def test_a_wrong_coefficient_or_sign_would_be_seen(loss, mutation, tiny, tmp_pat
     assert found < 0.05 if mutation == "as it is" else found > 0.1
 
 
-def play(folder, tiny, *, rows, iterations, **changes):
-    """The policy's answers [A] after self-play on rows of DATA, and the data's."""
+def play(folder, tiny, *, rows, iterations, more=None, **changes):
+    """The policy's answers [A] after self-play on rows of DATA, and the data's. `more`: of the config."""
     folder.mkdir(exist_ok=True)
     file = folder / "rows.jsonl"
     texts = [TOKENS[answer[0]] for answer, share in DATA.items() for _ in range(round(share * rows))]
@@ -110,15 +115,14 @@ def play(folder, tiny, *, rows, iterations, **changes):
         train={"steps": iterations * steps},
         scorer=None,
         evaluation={"prompts": 0, "rows": 0},
+        **(more or {}),
     )
     return policy, torch.tensor([DATA.get(answer, 0.0) for answer in answers(2)], dtype=torch.float64)
 
 
 def test_self_play_ends_at_the_distribution_of_the_data(tiny, tmp_path):
     """Opponents are samples, so that an iteration's error is theirs ÷ λ: λ rises once the policy is near."""
-    lam = [1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0]
-    scale = [1.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.15]
-    policy, data = play(tmp_path, tiny, rows=4000, iterations=9, lam=lam, lr_scale=scale)
+    policy, data = play(tmp_path, tiny, rows=4000, **LONG)
     start = distribution(tiny, (1, 2), 2)
     print(f"SPIN: {variation(policy, data):.4f}")
     assert variation(policy, data) < 0.02 < 0.9 < variation(start, data)
