@@ -20,7 +20,7 @@ from rayalign.algorithms.sft import SFT
 from rayalign.learners.base import LearnerSpec, merge_annotations, merge_metrics
 from rayalign.learners.deepspeed import DeepSpeedLearnerConfig
 from rayalign.protocols import UpdatePlan, needs_reference
-from rayalign.types import Example, Group
+from rayalign.types import Group
 from tests.contract.learner_cases import OPTIMIZER, weights
 from tests.unit.algorithm_cases import random_groups
 
@@ -35,6 +35,7 @@ SAMPLED = [
     replace(each, completions=tuple(replace(c, logps=(-4.0,) * len(c.token_ids)) for c in each.completions))
     for each in random_groups(3, (1.0, 0.0, 2.5), seed=9)
 ]
+FOLLOWS = {"target": 0.05, "horizon": 12}
 K1, K2 = ({"in": where, "estimator": name, "coef": 0.02} for where, name in (("reward", "k1"), ("loss", "k2")))
 MIX = {"name": "mix", "losses": ["ipo", {"name": "slic_hf", "target": "best"}], "weights": [1.0, 0.5]}
 CASES: dict[str, tuple[Any, list[Group]]] = {
@@ -55,7 +56,12 @@ CASES: dict[str, tuple[Any, list[Group]]] = {
         SAMPLED,
     ),
     "reinforce_pp": (PolicyGradient(samples=3, kl=K1, advantage="reinforce_pp", importance_cap=2.0), SAMPLED),
-    "ppo": (PPO(samples=3, kl=K1).planned(2), SAMPLED),
+    "ppo": (PPO(samples=3, kl={**K1, "adaptive": FOLLOWS}, reward={"normalise": True}).planned(2), SAMPLED),
+    "ppo, shared trunk": (PPO(samples=3, kl=K1, critic={"shared": True}).planned(2), SAMPLED),
+    "grpo, adaptive": (
+        PolicyGradient(samples=3, kl={**K2, "adaptive": FOLLOWS}, clip_low=1, clip_high=9).planned(2),
+        SAMPLED,
+    ),
     "d-PM as published": (Disagreement(classes=CLASSES, preset="published"), VOTED),
     "d-PM": (Disagreement(classes=CLASSES, objective="js"), VOTED),
     "d-PM of one row": (Disagreement(classes=CLASSES, preset="published", objective="kl_r_q"), VOTED[:1]),
@@ -70,7 +76,8 @@ def specs(folder: str, algorithm: Any, settings: Any) -> list[LearnerSpec]:
     """The policy, and where they are needed reference and critic, of a folder with two models."""
     common = dict(settings=settings, total_steps=5)
     head = dict(network=algorithm.network, classes=getattr(algorithm, "classes", ()))
-    found = [LearnerSpec("policy", f"{folder}/policy", optimizer=OPTIMIZER, **head, **common)]
+    shared = getattr(getattr(algorithm, "critic", None), "shared", False)
+    found = [LearnerSpec("policy", f"{folder}/policy", optimizer=OPTIMIZER, value_head=shared, **head, **common)]
     reference = LearnerSpec("reference", f"{folder}/reference", trainable=False, **common)
     critic = LearnerSpec("critic", f"{folder}/reference", optimizer=OPTIMIZER, network="score", **common)
     found += [reference] if needs_reference(algorithm) else []
@@ -98,16 +105,17 @@ def two_steps(roles: Any, algorithm: Any, groups: list[Group], *, everywhere: An
     examples, _ = algorithm.examples(groups)
     for role, column in algorithm.needs:
         examples = merge_annotations(examples, everywhere(roles[role].annotate_shard(examples, (column,))))
-    examples: list[Example] = list(algorithm.credit(examples)[0])
-    found = []
+    found, state, annotated = [], {}, examples
     for step in (1, 2):
-        plan = UpdatePlan(step=step)
+        algorithm, plan = algorithm.adapted(state), UpdatePlan(step=step)
+        examples, said = algorithm.credit(annotated)
         metrics = merge_metrics(everywhere(roles["policy"].update_shard(examples, algorithm, plan)))
         if "critic" in roles:
             of_critic = roles["critic"].update_shard(examples, algorithm.critic_algorithm, plan)
             found_there = merge_metrics(everywhere(of_critic))
             metrics |= {f"critic/{name}": value for name, value in found_there.items() if name != "padding"}
-        found.append(metrics)
+        state = algorithm.adapt(state, {**said, **metrics, "answers/kept": float(len(examples))})
+        found.append({**metrics, **{f"state/{name}": value for name, value in state.items()}})
     return [*found, merge_metrics(everywhere(roles["policy"].measure_shard(examples, algorithm)))]
 
 
