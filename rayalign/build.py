@@ -14,7 +14,6 @@ import torch
 from rayalign.console import Console
 from rayalign.cpu import slow_bfloat16
 from rayalign.data.examples import ExampleSet, load_examples
-from rayalign.data.plain import PlainText
 from rayalign.data.prompts import PromptSet, load_prompts
 from rayalign.data.tokens import Turns
 from rayalign.data.votes import Classes
@@ -208,14 +207,6 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
         classes=Classes(getattr(config.algorithm, "classes", ()), getattr(config.algorithm, "ratings", None)),
         segments=config.algorithm.network == "score",
     )
-
-
-def texts_for(config: Config, tokenizer: Any) -> PlainText | None:
-    """The plain texts that the algorithm mixes into its updates, if it does. Raises DataError."""
-    ptx = getattr(config.algorithm, "ptx", None)
-    if ptx is None:
-        return None
-    return PlainText(ptx.path, tokenizer, column=ptx.column, tokens=ptx.tokens, count=ptx.count, seed=config.seed)
 
 
 def decoder(tokenizer: Any) -> Callable[[Any], str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rayalign.api import run_training
-from rayalign.errors import ConfigError
+from rayalign.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,13 @@ def test_parts_that_do_not_fit(make, tmp_path, changes, expected):
         run_training(make(**changes))
     for part in expected:
         assert part in str(error.value), str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["nope.txt", "nope.jsonl", "./nope"])
+def test_plain_texts_that_are_not_there(make, tmp_path, name):
+    with pytest.raises(DataError, match=f"^key algorithm.ptx.path, {name.strip('./')}: there is no such file"):
+        run_training(make(algorithm={"name": "ppo", "ptx": {"path": name}}))
     assert not (tmp_path / "run").exists()
 
 
