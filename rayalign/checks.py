@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from rayalign.build import (
+    CRITIC,
     empty_score_model,
     learner_specs,
     load_tokenizer,
@@ -81,21 +82,21 @@ def check_critic(config: Config) -> None:
     path = getattr(getattr(config.algorithm, "critic", None), "model", None)
     if path is None or path.startswith(STAGE):  # what a stage will train is trained from the policy's own tokens
         return
-    own, other = load_tokenizer(config).get_vocab(), load_tokenizer(config, path).get_vocab()
+    own, other = load_tokenizer(config).get_vocab(), load_tokenizer(config, path, CRITIC).get_vocab()
     if foreign := sorted(token for token, number in own.items() if other.get(token) != number):
         raise ConfigError(
             "the critic reads other tokens than the policy writes",
-            where="key algorithm.critic.model",
+            where=f"key {CRITIC}",
             value=f"{path}: {len(foreign):,} of the policy's {len(own):,} tokens are none of its own, or have another "
             f"number, as {foreign[0]!r}",
             rule="a model with the policy's tokenizer; it may have further tokens",
             remedy="start it as the policy (take algorithm.critic.model out), or as a reward model trained from it",
         )
-    model = empty_score_model(config, path)
+    model = empty_score_model(config, path, CRITIC)
     if not values_tokens(model):
         raise ConfigError(
             "the critic gives no value to each token",
-            where="key algorithm.critic.model",
+            where=f"key {CRITIC}",
             value=f"{path}: {type(model).__name__}",
             rule="a decoder, whose head scores what it has read so far; an encoder scores an answer as a whole",
             remedy="start it as the policy (take algorithm.critic.model out), or as a reward model that is a decoder",
