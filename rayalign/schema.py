@@ -210,18 +210,6 @@ class Config(Record):
                 rule="not set, unless train.epochs × train.minibatches is above 1",
                 remedy="take algorithm.stop_kl out, or set train.minibatches=4, say",
             )
-        critic = getattr(self.algorithm, "critic", None)
-        if critic is not None:
-            try:
-                self.critic_optimizer()
-            except ValidationError as error:
-                first = error.errors()[0]
-                raise Unfit(
-                    f"the critic's optimizer cannot be made: {first['loc'][0] if first['loc'] else ''}: {first['msg']}",
-                    key="algorithm.critic.optimizer",
-                    rule="keys of optimizer, with values that they take",
-                    remedy="set algorithm.critic.optimizer: {lr: 1.0e-5}, say",
-                ) from error
         answers, parts = rollout.prompts * self.algorithm.samples, self.train.minibatches
         if answers % parts:
             raise Unfit(
@@ -229,6 +217,31 @@ class Config(Record):
                 key="train.minibatches",
                 rule=f"a divisor of rollout.prompts × algorithm.samples = {answers}",
                 remedy=f"set train.minibatches={next(n for n in range(parts, 0, -1) if answers % n == 0)}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _taught(self) -> Config:
+        """Of a critic: it can be trained, and does not take the whole run for itself."""
+        critic = getattr(self.algorithm, "critic", None)
+        if critic is None:
+            return self
+        try:
+            self.critic_optimizer()
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Unfit(
+                f"the critic's optimizer cannot be made: {first['loc'][0] if first['loc'] else ''}: {first['msg']}",
+                key="algorithm.critic.optimizer",
+                rule="keys of optimizer, with values that they take",
+                remedy="set algorithm.critic.optimizer: {lr: 1.0e-5}, say",
+            ) from error
+        if critic.warmup_steps >= self.train.steps:
+            raise Unfit(
+                "the run would end before the policy is trained at all",
+                key="algorithm.critic.warmup_steps",
+                rule=f"below train.steps={self.train.steps}: in these steps the critic is trained alone",
+                remedy="lower algorithm.critic.warmup_steps, or raise train.steps",
             )
         return self
 

@@ -52,10 +52,12 @@ def test_a_step_of_ppo_says_what_it_did(tiny, tmp_path):
 
 def test_a_critic_is_warmed_up_alone(tiny, tmp_path):
     algorithm = {**PPO, "critic": {"warmup_steps": 3, "optimizer": {"lr": 1e-3}}}
-    policy, steps = run(tmp_path, tiny, algorithm, length=1, train={"steps": 3})
-    assert torch.equal(policy, distribution(tiny, (1, 2), 1))
-    assert all("critic/loss" in record and "loss" not in record for record in steps)
-    assert len({record["critic/values_mean"] for record in steps}) == 3
+    policy, steps = run(tmp_path, tiny, algorithm, length=1, train={"steps": 4}, checkpoint={"every": 1, "keep": 2})
+    start, warm = (distribution(path, (1, 2), 1) for path in (tiny, tmp_path / "run" / "checkpoints" / "step-3"))
+    assert torch.equal(warm, start) and not torch.equal(policy, start)
+    assert all("critic/loss" in record for record in steps)
+    assert ["loss" in record for record in steps] == [False, False, False, True]
+    assert len({record["critic/values_mean"] for record in steps}) == 4
 
 
 @pytest.mark.parametrize("old_logps", ["learner", "engine"])
