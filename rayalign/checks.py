@@ -19,6 +19,7 @@ from rayalign.data.prompts import PromptSet
 from rayalign.decoding.diverse_beam import check_search
 from rayalign.engines.common import end_token_ids
 from rayalign.errors import ConfigError
+from rayalign.learners.models import most_positions
 from rayalign.learners.score_model import values_tokens
 from rayalign.learners.settings import LearnerSettings
 from rayalign.schema import Config
@@ -77,8 +78,8 @@ def _check_split(config: Config, key: str, parts: int) -> None:
 
 
 def check_critic(config: Config) -> None:
-    """Whether a critic of another checkpoint reads the policy's tokens and values each: a run's check, as a plan needs
-    no tokenizer. Raises ConfigError."""
+    """Whether a critic of another checkpoint reads the policy's tokens, all of them, and values each: a run's check, as
+    a plan needs no tokenizer. Raises ConfigError."""
     path = getattr(getattr(config.algorithm, "critic", None), "model", None)
     if path is None or path.startswith(STAGE):  # what a stage will train is trained from the policy's own tokens
         return
@@ -100,6 +101,15 @@ def check_critic(config: Config) -> None:
             value=f"{path}: {type(model).__name__}",
             rule="a decoder, whose head scores what it has read so far; an encoder scores an answer as a whole",
             remedy="start it as the policy (take algorithm.critic.model out), or as a reward model that is a decoder",
+        )
+    longest, context = most_positions(model.config), config.engine.max_context
+    if longest and longest < context:
+        raise ConfigError(
+            "the critic has no room for the policy's context",
+            where=f"key {CRITIC}",
+            value=f"{path}: {longest} positions, as its config says",
+            rule=f"at least engine.max_context={context}: it values each token that the policy reads or writes",
+            remedy=f"set engine.max_context={longest}, or start the critic as a model with more positions",
         )
 
 

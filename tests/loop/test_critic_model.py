@@ -84,6 +84,20 @@ def test_a_plan_names_the_key_too(make):
     assert raised.value.where == "key algorithm.critic.model"
 
 
+def test_one_with_too_few_positions_is_refused(tiny, tmp_path):
+    """The policy has 16, and engine.max_context is as much."""
+    for name, positions in (("short", 8), ("as_long", 16)):
+        model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+        model.config.max_position_embeddings = positions
+        for each in (model, AutoTokenizer.from_pretrained(tiny)):
+            each.save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match="the critic has no room for the policy's context") as raised:
+        train(tmp_path / "run", tiny, tmp_path / "short")
+    assert raised.value.where == "key algorithm.critic.model" and "engine.max_context=8" in raised.value.remedy
+    assert not (tmp_path / "run" / "run").exists()
+    assert len(train(tmp_path / "again", tiny, tmp_path / "as_long")) == 1
+
+
 def test_an_encoder_is_refused(tiny, tmp_path):
     config = BertConfig(
         vocab_size=len(TOKENS),
