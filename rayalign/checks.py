@@ -167,13 +167,34 @@ def _relative(config: Config) -> bool:
     return getattr(config.scorer, "relative", False)
 
 
+def _check_stop(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
+    """Whether anything is evaluated that could end the run early. Raises ConfigError."""
+    evaluation, rows = config.evaluation, examples.held_out if examples is not None else ()
+    answered = prompts.held_out or (rows if config.self_play else ())
+    if config.train.stop is None or (answered and evaluation.prompts) or (rows and evaluation.rows):
+        return
+    remedy = "data.held_out=0.1"
+    if rows or prompts.held_out:
+        remedy = "evaluation.rows=200" if rows else "evaluation.prompts=40"
+    raise ConfigError(
+        "nothing is evaluated that could say when to stop",
+        where="key train.stop",
+        value=f"data.held_out={config.data.held_out:g}, evaluation.prompts={evaluation.prompts}, "
+        f"evaluation.rows={evaluation.rows}: no prompt and no row",
+        rule="prompts or rows that are held out, whose evaluations train.stop compares",
+        remedy=f"set {remedy}, say, or take train.stop out",
+    )
+
+
 def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
-    """Whether the prompts, or the rows, are enough for one step, and have what the algorithm wants of them.
+    """Whether the prompts, or the rows, are enough for one step, and have what the algorithm wants of them; and whether
+    any are held out where the end of the run hangs on them.
 
     Raises:
         ConfigError: there are too few.
         DataError: a row of the first step lacks something.
     """
+    _check_stop(config, prompts, examples)
     if examples is not None:
         if examples.known_rows is not None and examples.known_rows < config.rollout.prompts:
             raise ConfigError(

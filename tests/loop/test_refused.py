@@ -23,6 +23,14 @@ from rayalign.errors import ConfigError, DataError
         ({"engine__count": 2}, ["key engine.count", "placement"]),
         ({"sampling__temperature": 0}, ["key sampling.temperature", "all the same"]),
         ({"engine__max_context": 4096}, ["key engine.max_context", "at most 512"]),
+        (
+            {"train__stop": {"metric": "reward"}, "evaluation": {"every": 1, "prompts": 4}, "data__held_out": 0},
+            ["key train.stop", "data.held_out=0, evaluation.prompts=4", "set data.held_out=0.1"],
+        ),
+        (
+            {"train__stop": {"metric": "reward"}, "evaluation": {"every": 1, "prompts": 0}},
+            ["key train.stop", "data.held_out=0.2, evaluation.prompts=0", "set evaluation.prompts=40"],
+        ),
         ({"sampling__max_tokens": 64}, ["key sampling.max_tokens", "below engine.max_context=64"]),
     ],
 )
