@@ -20,13 +20,13 @@ from rayalign.build import (
     model_path,
     prompts_for,
     start_parts,
-    texts_for,
     with_cached_reference,
 )
 from rayalign.checkpoint import Checkpoints
 from rayalign.checks import check_critic, check_parts, check_rollouts, check_scorer, check_training
 from rayalign.console import Console, logged, print_before_after, print_evaluation
 from rayalign.data.examples import ExampleSet
+from rayalign.data.plain import PlainText, load_texts
 from rayalign.data.prompts import PromptSet
 from rayalign.errors import ConfigError
 from rayalign.evaluate import Evaluation, evaluate, measure, measures
@@ -48,10 +48,12 @@ QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 
 @dataclass(frozen=True)
 class Data:
-    """What a run samples from and learns from; `examples` is None where it learns from its samples."""
+    """What a run samples from and learns from; `examples` is None where it learns from its samples, `texts` where it
+    learns from no plain texts besides."""
 
     prompts: PromptSet
     examples: ExampleSet | None
+    texts: PlainText | None
 
     def describe(self) -> str:
         prompts, parts = self.prompts, [self.examples.describe()] if self.examples else []
@@ -103,10 +105,11 @@ def run_training(config: Config, *, name: str = "run") -> Result:
     check_scorer(config)
     prompts = prompts_for(config, tokenizer)
     examples = examples_for(config, tokenizer)
+    texts = load_texts(config.algorithm, tokenizer, seed=config.seed)
     check_rollouts(config, prompts, examples)
     check_opponents(config, examples)
     config = settled(config, examples.rows if examples else None)
-    data = Data(prompts, examples)
+    data = Data(prompts, examples, texts)
     with run_directory(config, name, data.fingerprints()) as run_dir:
         return _run(config, tokenizer, data, run_dir)
 
@@ -174,7 +177,7 @@ def _train(
         evaluations=before,
         interrupt=interrupt,
         contest=contest,
-        texts=texts_for(config, tokenizer),
+        texts=data.texts,
     )
     counts = data.examples.counts if data.examples else {}
     try:

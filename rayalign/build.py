@@ -14,7 +14,6 @@ import torch
 from rayalign.console import Console
 from rayalign.cpu import slow_bfloat16
 from rayalign.data.examples import ExampleSet, load_examples
-from rayalign.data.plain import PlainText
 from rayalign.data.prompts import PromptSet, load_prompts
 from rayalign.data.tokens import Turns
 from rayalign.data.votes import Classes
@@ -29,6 +28,8 @@ from rayalign.schema import Config
 from rayalign.scorers.base import LocalScorer
 from rayalign.selfplay.contest import Unscored
 
+MODEL, CRITIC = "model.path", "algorithm.critic.model"  # keys that name a checkpoint
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -41,15 +42,15 @@ class Parts:
     memory: Callable[[], float]
 
 
-def load_tokenizer(config: Config, path: str | None = None) -> Any:
-    """The tokenizer of the model, or of another checkpoint. Raises ConfigError when there is no model."""
+def load_tokenizer(config: Config, path: str | None = None, key: str = MODEL) -> Any:
+    """The tokenizer of the model, or of another checkpoint that a key names. Raises ConfigError when it has none."""
     from transformers import AutoTokenizer
 
-    where = model_path(path or config.model.path)
+    where = model_path(path or config.model.path, key)
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError and KeyError for the same thing
-        raise _not_loaded("tokenizer", where, error) from error
+        raise _not_loaded("tokenizer", where, error, key) from error
 
 
 def load_processor(config: Config) -> Any:
@@ -88,42 +89,42 @@ def load_processor(config: Config) -> Any:
     return found
 
 
-def empty_score_model(config: Config, path: str) -> Any:
+def empty_score_model(config: Config, path: str, key: str) -> Any:
     """What a checkpoint's config.json makes as a score network, without storage. Raises ConfigError when there is
-    none."""
+    none where the key says."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    where, trusted = model_path(path), {"trust_remote_code": config.model.trust_remote_code}
+    where, trusted = model_path(path, key), {"trust_remote_code": config.model.trust_remote_code}
     try:
         known = AutoConfig.from_pretrained(where, **trusted)
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(known, **trusted)
     except Exception as error:  # transformers raises OSError, ValueError and KeyError for the same thing
-        raise _not_loaded("score model", where, error) from error
+        raise _not_loaded("score model", where, error, key) from error
 
 
-def _not_loaded(what: str, where: str, error: Exception) -> ConfigError:
+def _not_loaded(what: str, where: str, error: Exception, key: str = MODEL) -> ConfigError:
     found, remedy = where, "check the id and the network, or download the model and give its folder"
     if Path(where).is_dir():
         found += f"; transformers says: {' '.join(str(error).split())}"
         remedy = "save it again: model and tokenizer .save_pretrained(folder)"
     return ConfigError(
         f"no {what} could be loaded from there",
-        where="key model.path",
+        where=f"key {key}",
         value=found,
         rule=f"a folder with a Hugging Face {what} that transformers can read, or a hub id that can be reached",
         remedy=remedy,
     )
 
 
-def model_path(path: str) -> str:
+def model_path(path: str, key: str = MODEL) -> str:
     """With ~ expanded. What looks like a folder has to be one. Raises ConfigError."""
     expanded = Path(path).expanduser()
     if expanded.is_dir():
         if not (expanded / "config.json").is_file():
             raise ConfigError(
                 "this folder holds no model",
-                where="key model.path",
+                where=f"key {key}",
                 value=path,
                 rule="config.json, tokenizer and weights in it",
                 remedy=_nearest_model(expanded),
@@ -132,10 +133,12 @@ def model_path(path: str) -> str:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(
             "there is no such folder",
-            where="key model.path",
+            where=f"key {key}",
             value=path,
             rule="a folder with a Hugging Face checkpoint",
-            remedy="launch/demo.sh makes the demo's model; else give the path of yours",
+            remedy="launch/demo.sh makes the demo's model; else give the path of yours"
+            if key == MODEL
+            else f"correct {key}, or take it out",
         )
     return path
 
@@ -208,14 +211,6 @@ def examples_for(config: Config, tokenizer: Any) -> ExampleSet | None:
         classes=Classes(getattr(config.algorithm, "classes", ()), getattr(config.algorithm, "ratings", None)),
         segments=config.algorithm.network == "score",
     )
-
-
-def texts_for(config: Config, tokenizer: Any) -> PlainText | None:
-    """The plain texts that the algorithm mixes into its updates, if it does. Raises DataError."""
-    ptx = getattr(config.algorithm, "ptx", None)
-    if ptx is None:
-        return None
-    return PlainText(ptx.path, tokenizer, column=ptx.column, tokens=ptx.tokens, count=ptx.count, seed=config.seed)
 
 
 def decoder(tokenizer: Any) -> Callable[[Any], str]:
@@ -344,7 +339,7 @@ def learner_specs(config: Config, tokenizer: Any, *, policy: str | None, train: 
     if reference:
         specs.append(LearnerSpec("reference", initial, dtype=dtype, trainable=False, shares=shares, **shared))
     if critic is not None and not critic.shared and train:
-        from_model, optimizer = model_path(critic.model) if critic.model else initial, config.critic_optimizer()
+        from_model, optimizer = model_path(critic.model, CRITIC) if critic.model else initial, config.critic_optimizer()
         specs.append(LearnerSpec("critic", from_model, dtype=dtype, optimizer=optimizer, network="score", **shared))
     return [replace(spec, settings=config.learner.of_role(spec.role)) for spec in specs]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from rayalign.build import (
+    CRITIC,
     empty_score_model,
     learner_specs,
     load_tokenizer,
@@ -18,6 +19,7 @@ from rayalign.data.prompts import PromptSet
 from rayalign.decoding.diverse_beam import check_search
 from rayalign.engines.common import end_token_ids
 from rayalign.errors import ConfigError
+from rayalign.learners.models import most_positions
 from rayalign.learners.score_model import values_tokens
 from rayalign.learners.settings import LearnerSettings
 from rayalign.schema import Config
@@ -106,29 +108,38 @@ def _check_split(config: Config, key: str, parts: int) -> None:
 
 
 def check_critic(config: Config) -> None:
-    """Whether a critic of another checkpoint reads the policy's tokens and values each: a run's check, as a plan needs
-    no tokenizer. Raises ConfigError."""
+    """Whether a critic of another checkpoint reads the policy's tokens, all of them, and values each: a run's check, as
+    a plan needs no tokenizer. Raises ConfigError."""
     path = getattr(getattr(config.algorithm, "critic", None), "model", None)
     if path is None or path.startswith(STAGE):  # what a stage will train is trained from the policy's own tokens
         return
-    own, other = load_tokenizer(config).get_vocab(), load_tokenizer(config, path).get_vocab()
+    own, other = load_tokenizer(config).get_vocab(), load_tokenizer(config, path, CRITIC).get_vocab()
     if foreign := sorted(token for token, number in own.items() if other.get(token) != number):
         raise ConfigError(
             "the critic reads other tokens than the policy writes",
-            where="key algorithm.critic.model",
+            where=f"key {CRITIC}",
             value=f"{path}: {len(foreign):,} of the policy's {len(own):,} tokens are none of its own, or have another "
             f"number, as {foreign[0]!r}",
             rule="a model with the policy's tokenizer; it may have further tokens",
             remedy="start it as the policy (take algorithm.critic.model out), or as a reward model trained from it",
         )
-    model = empty_score_model(config, path)
+    model = empty_score_model(config, path, CRITIC)
     if not values_tokens(model):
         raise ConfigError(
             "the critic gives no value to each token",
-            where="key algorithm.critic.model",
+            where=f"key {CRITIC}",
             value=f"{path}: {type(model).__name__}",
             rule="a decoder, whose head scores what it has read so far; an encoder scores an answer as a whole",
             remedy="start it as the policy (take algorithm.critic.model out), or as a reward model that is a decoder",
+        )
+    longest, context = most_positions(model.config), config.engine.max_context
+    if longest and longest < context:
+        raise ConfigError(
+            "the critic has no room for the policy's context",
+            where=f"key {CRITIC}",
+            value=f"{path}: {longest} positions, as its config says",
+            rule=f"at least engine.max_context={context}: it values each token that the policy reads or writes",
+            remedy=f"set engine.max_context={longest}, or start the critic as a model with more positions",
         )
 
 
@@ -186,13 +197,34 @@ def _relative(config: Config) -> bool:
     return getattr(config.scorer, "relative", False)
 
 
+def _check_stop(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
+    """Whether anything is evaluated that could end the run early. Raises ConfigError."""
+    evaluation, rows = config.evaluation, examples.held_out if examples is not None else ()
+    answered = prompts.held_out or (rows if config.self_play else ())
+    if config.train.stop is None or (answered and evaluation.prompts) or (rows and evaluation.rows):
+        return
+    remedy = "data.held_out=0.1"
+    if rows or prompts.held_out:
+        remedy = "evaluation.rows=200" if rows else "evaluation.prompts=40"
+    raise ConfigError(
+        "nothing is evaluated that could say when to stop",
+        where="key train.stop",
+        value=f"data.held_out={config.data.held_out:g}, evaluation.prompts={evaluation.prompts}, "
+        f"evaluation.rows={evaluation.rows}: no prompt and no row",
+        rule="prompts or rows that are held out, whose evaluations train.stop compares",
+        remedy=f"set {remedy}, say, or take train.stop out",
+    )
+
+
 def check_rollouts(config: Config, prompts: PromptSet, examples: ExampleSet | None) -> None:
-    """Whether the prompts, or the rows, are enough for one step, and have what the algorithm wants of them.
+    """Whether the prompts, or the rows, are enough for one step, and have what the algorithm wants of them; and whether
+    any are held out where the end of the run hangs on them.
 
     Raises:
         ConfigError: there are too few.
         DataError: a row of the first step lacks something.
     """
+    _check_stop(config, prompts, examples)
     if examples is not None:
         if examples.known_rows is not None and examples.known_rows < config.rollout.prompts:
             raise ConfigError(

@@ -81,6 +81,8 @@ class Console:
         parts = [f"{'step' if learns else 'shard'} {step:>{len(str(self._total))}}/{self._total}"]
         if "loss" in metrics:
             parts.append(f"loss {metrics['loss']:.4f}")
+        elif "critic/loss" in metrics:  # the first steps may train the critic alone
+            parts.append(f"critic only, its loss {metrics['critic/loss']:.4f}")
         elif learns:
             parts.append("skipped: nothing to learn from")
         if "reward/mean" in metrics:

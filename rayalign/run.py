@@ -31,7 +31,7 @@ from rayalign.record import Record
 from rayalign.rollouts import Collector, Progress, Rollout, RolloutConfig, Rollouts
 from rayalign.selfplay import Contest, Generations
 from rayalign.sync.handshake import push_weights
-from rayalign.types import Example, Group, Metrics, Prompt, Sampling
+from rayalign.types import FAILED, Example, Group, Metrics, Prompt, Sampling
 
 
 class TrainConfig(Record):
@@ -294,14 +294,16 @@ class Run:
         self.say(f"step {best} was the best on {stop.metric}: its weights are what the run leaves")
         return best
 
-    def check_learning(self, state: TrainerState) -> None:
-        """Raises TrainingStopped when many rollouts in a row left nothing to learn from."""
+    def check_learning(self, state: TrainerState, metrics: Metrics, rollout: Rollout) -> None:
+        """Raises TrainingStopped when many rollouts in a row left nothing to learn from.
+
+        Args:
+            metrics, rollout: of the last of them, which tells why.
+        """
         if state.empty_rollouts < self.rollout.max_empty:
             return
         if self.algorithm.request(self.sampling):
-            what, remedy = "rollouts", "look at samples.jsonl: the scorer has to tell answers apart; or raise "
-            value = "no prompt left an example: completions were scored the same, or were the same; */dropped and "
-            value, remedy = f"{value}pairs/same_answer in metrics.jsonl count them", f"{remedy}sampling.temperature"
+            what, (value, remedy) = "rollouts", self._why_nothing({**rollout.metrics(), **metrics}, rollout)
         else:
             what, value = "steps", "no row left an example: what */dropped and pairs/same_answer in metrics.jsonl count"
             remedy = "answers of a row have to differ, and one has to be better, also once they are cut: "
@@ -313,6 +315,27 @@ class Run:
             rule=f"rollout.max_empty={self.rollout.max_empty}",
             remedy=remedy,
         )
+
+    def _why_nothing(self, metrics: Metrics, rollout: Rollout) -> tuple[str, str]:
+        """What became of samples that left no example, and the remedy: most of them were left out one by one, or the
+        scorer told them not apart."""
+        drops = getattr(self.algorithm, "overlong", "keep") != "keep"
+        cut = metrics.get("answers/overlong", 0.0) if drops else 0.0
+        name = "answers/left_out" if "answers/left_out" in metrics else FAILED  # the latter where pairs are counted
+        unscored = sum(count for key, count in metrics.items() if key.endswith(name))
+        total = sum(len(group.completions) for group in rollout.groups)
+        if 2 * (cut + unscored) < total:
+            value = "no prompt left an example: completions were scored the same, or were the same; */dropped and "
+            remedy = "look at samples.jsonl: the scorer has to tell answers apart; or raise sampling.temperature"
+            return f"{value}pairs/same_answer in metrics.jsonl count them", remedy
+        found = {}
+        if cut:
+            remedy = "raise sampling.max_tokens, or set algorithm.overlong=keep"
+            found[f"{cut:.0f} were cut at max_tokens (answers/overlong)"] = remedy
+        if unscored:
+            remedy = "look at samples.jsonl: answers have to have a token, and the scorer has to score them"
+            found[f"{unscored:.0f} had no score, or no token ({name})"] = remedy
+        return f"no prompt left an example: of the last {total} answers {', '.join(found)}", "; ".join(found.values())
 
     def _evaluation_due(self, step: int) -> bool:
         if not (self.held_out or self.held_out_rows or self.contest is not None):

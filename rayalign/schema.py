@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from rayalign.algorithms import ALGORITHMS
@@ -14,6 +14,7 @@ from rayalign.data.prompts import DataConfig
 from rayalign.decoding import SAMPLINGS
 from rayalign.engines import ENGINES
 from rayalign.evaluate import EvaluationConfig
+from rayalign.gradient_rules import check_course_of_critic, check_ratios, check_steps
 from rayalign.learners import LEARNERS
 from rayalign.learners.settings import LoraConfig, OptimizerConfig
 from rayalign.protocols import needs_reference
@@ -185,73 +186,12 @@ class Config(Record):
 
     @model_validator(mode="after")
     def _ratios(self) -> Config:
-        """Of policy gradients: ratios are of whole distributions, and of the policy that sampled."""
-        if not getattr(self.algorithm, "whole_distribution", False):
-            return self
-        name, sampling, rollout = self.algorithm.name, self.sampling.sampling(), self.rollout
-        if sampling.truncated:
-            raise Unfit(
-                f"{name} takes ratios of probabilities, and these samples are not of the whole distribution",
-                key="sampling",
-                rule="temperature above 0, and no top_p, top_k, min_tokens or search",
-                remedy="take them out of sampling",
-            )
-        if (rollout.depth or rollout.resample_every != 1) and self.algorithm.importance_cap is None:
-            raise Unfit(
-                "samples of older weights would count as the policy's own",
-                key="algorithm.importance_cap",
-                rule="set with rollout.depth above 0, or samples that are used for several steps",
-                remedy="set algorithm.importance_cap=2.0",
-            )
-        if self.algorithm.stop_kl is not None and self.train.epochs * self.train.minibatches == 1:
-            raise Unfit(
-                "an update of one optimiser step has no later one that could be left out",
-                key="algorithm.stop_kl",
-                rule="not set, unless train.epochs × train.minibatches is above 1",
-                remedy="take algorithm.stop_kl out, or set train.minibatches=4, say",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _policy_gradient(self) -> Config:
-        """Of policy gradients: what their KL, texts, critic and minibatches say of a step."""
-        if not getattr(self.algorithm, "whole_distribution", False):
-            return self
-        answers, follow = self.rollout.prompts * self.algorithm.samples, self.algorithm.kl.adaptive
-        if follow is not None and follow.horizon < answers:
-            raise Unfit(
-                "one step would move the KL coefficient by more than a fifth, or below 0",
-                key="algorithm.kl.adaptive",
-                rule=f"a horizon of at least the answers of a step, rollout.prompts × algorithm.samples = {answers}",
-                remedy="set horizon: 10000, the default",
-            )
-        if getattr(self.algorithm, "ptx", None) is not None and self.sampling.sampling().temperature != 1:
-            raise Unfit(
-                "plain texts would be learned at the temperature of the samples",
-                key="algorithm.ptx",
-                rule="sampling.temperature=1 with ptx, whose loss is that of the language model",
-                remedy="set sampling.temperature=1.0, or take algorithm.ptx out",
-            )
-        critic = getattr(self.algorithm, "critic", None)
-        if critic is not None:
-            try:
-                self.critic_optimizer()
-            except ValidationError as error:
-                first = error.errors()[0]
-                raise Unfit(
-                    f"the critic's optimizer cannot be made: {first['loc'][0] if first['loc'] else ''}: {first['msg']}",
-                    key="algorithm.critic.optimizer",
-                    rule="keys of optimizer, with values that they take",
-                    remedy="set algorithm.critic.optimizer: {lr: 1.0e-5}, say",
-                ) from error
-        parts = self.train.minibatches
-        if answers % parts:
-            raise Unfit(
-                "the minibatches do not divide the rollout",
-                key="train.minibatches",
-                rule=f"a divisor of rollout.prompts × algorithm.samples = {answers}",
-                remedy=f"set train.minibatches={next(n for n in range(parts, 0, -1) if answers % n == 0)}",
-            )
+        """Of policy gradients, whose ratios are of whole distributions, and of the policy that sampled."""
+        if getattr(self.algorithm, "whole_distribution", False):
+            check_ratios(self)
+            check_steps(self)
+        if getattr(self.algorithm, "critic", None) is not None:
+            check_course_of_critic(self)
         return self
 
     @model_validator(mode="after")

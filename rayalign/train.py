@@ -33,7 +33,7 @@ def train(run: Run) -> TrainerState:
             with clock("sync"):
                 metrics |= run.push(state.step, rollout)
         run.record(state.step, metrics | clock.stop(), rollout)
-        run.check_learning(state)
+        run.check_learning(state, metrics, rollout)
         run.save_when_due(state)
         run.evaluate_when_due(state.step)
         run.keep_best(state)

@@ -65,6 +65,13 @@ class Critic(Record):
                 rule="not set with shared: true",
                 remedy=f"take {given[0]} out, or shared: true",
             )
+        if not self.shared and self.weight != type(self).model_fields["weight"].default:
+            raise Unfit(
+                "a critic of its own has an optimizer of its own: its loss is added to no other one",
+                key="weight",
+                rule="not set, unless shared: true",
+                remedy="take weight out, or set shared: true; how fast the critic learns is optimizer: {lr: …}",
+            )
         return self
 
 

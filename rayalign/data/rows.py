@@ -14,7 +14,8 @@ from typing import Any
 from rayalign.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-RULE = f"a file ({', '.join(SUFFIXES)}) or a hub id"
+RULE = "a file ({}) or a hub id"
+SPLITS = {"data.prompts": "data.split", "data.examples": "split"}  # the key of a data set → the one of its split
 
 
 def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
@@ -31,20 +32,26 @@ def read_rows(source: str, *, split: str = "train") -> list[dict[str, Any]]:
         raise not_loaded(source, error) from error
 
 
-def check_path(path: Path, source: str, key: str = "data.prompts") -> None:
-    """Refuse what can neither be a data file nor a hub id. Raises DataError."""
+def check_path(path: Path, source: str, key: str = "data.prompts", *, also: Sequence[str] = ()) -> None:
+    """Refuse what can neither be a data file nor a hub id. Raises DataError.
+
+    Args:
+        also: suffixes of files that are read there besides those of data.
+    """
+    kinds = (*also, *SUFFIXES)
+    rule = RULE.format(", ".join(kinds))
     if path.is_dir():
         inside = sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES)
         raise DataError(
             "this is a folder, not a file",
             where=source,
             value=f"a folder with {', '.join(inside)}" if inside else "a folder without a data file",
-            rule=RULE,
+            rule=rule,
             remedy=f"did you mean {path / inside[0]}?" if inside else "name a file",
         )
-    if path.suffix in SUFFIXES:
+    if path.suffix in kinds:
         if not path.is_file():
-            raise _no_file(path, key)
+            raise _no_file(path, key, rule)
         if path.stat().st_size == 0:
             raise DataError(
                 "this file is empty",
@@ -58,11 +65,13 @@ def check_path(path: Path, source: str, key: str = "data.prompts") -> None:
             "this kind of file is not read",
             where=source,
             value=path.suffix or "a name without a suffix",
-            rule=RULE,
-            remedy='write one JSON object a line, {"prompt": "…"}, into a file that ends in .jsonl',
+            rule=rule,
+            remedy=f"name it {path.stem}{also[0]} if it is one plain text"
+            if also
+            else 'write one JSON object a line, {"prompt": "…"}, into a file that ends in .jsonl',
         )
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise _no_file(path, key)
+        raise _no_file(path, key, rule)
 
 
 def not_loaded(source: str, error: Exception, key: str = "data.prompts") -> DataError:
@@ -71,19 +80,19 @@ def not_loaded(source: str, error: Exception, key: str = "data.prompts") -> Data
         "this data set could not be loaded",
         where=source,
         value=f"{type(error).__name__}: {error}",
-        rule=RULE,
-        remedy=f"check the id, {'data.split' if key == 'data.prompts' else 'split'} and the network; "
+        rule=RULE.format(", ".join(SUFFIXES)),
+        remedy=f"check the id{f', {SPLITS[key]}' if key in SPLITS else ''} and the network; "
         "a file is named with its suffix",
     )
 
 
-def _no_file(path: Path, key: str) -> DataError:
+def _no_file(path: Path, key: str, rule: str) -> DataError:
     near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.*")], n=1, cutoff=0.75)
     return DataError(
         "there is no such file",
         where=str(path),
         value="no file",
-        rule=f"{RULE}; relative paths start at {Path.cwd()}",
+        rule=f"{rule}; relative paths start at {Path.cwd()}",
         remedy=f"did you mean {path.parent / near[0]}?" if near else f"correct {key}",
     )
 
@@ -106,7 +115,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def json_row(raw: bytes, where: str) -> dict[str, Any]:
     """One line of a .jsonl file. Raises DataError."""
-    line = _decoded(raw, where).strip()
+    line = decoded(raw, where).strip()
     try:
         row = json.loads(line, object_pairs_hook=_once)
     except ValueError as error:
@@ -124,7 +133,7 @@ def json_row(raw: bytes, where: str) -> dict[str, Any]:
 
 def json_list(path: Path) -> list[dict[str, Any]]:
     """One list of objects, or an object a line."""
-    text = _decoded(path.read_bytes(), str(path))
+    text = decoded(path.read_bytes(), str(path))
     lines = text.splitlines()
     try:
         rows = json.loads(text, object_pairs_hook=_once)
@@ -179,7 +188,7 @@ def csv_table(path: Path, *, texts: Sequence[str] = ()) -> Any:
             convert_options=arrow.ConvertOptions(column_types=dict.fromkeys(texts, string())),
         )
     except (UnicodeDecodeError, csv.Error, ArrowInvalid) as error:
-        text = _decoded(path.read_bytes(), str(path))
+        text = decoded(path.read_bytes(), str(path))
         if not width:
             return Table.from_pylist([])
         raise DataError(
@@ -218,7 +227,7 @@ def _beginning(path: Path) -> str:
         return f"a file that begins with {file.read(24)!r}"
 
 
-def _decoded(raw: bytes, where: str) -> str:
+def decoded(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8-sig")  # Windows puts a mark before the first line
     except UnicodeDecodeError as error:

@@ -123,12 +123,17 @@ class Stream:
                 yield index, where, error
 
 
-def open_table(source: SourceConfig) -> Table:
-    """Raises DataError."""
+def open_table(source: SourceConfig, key: str = KEY, *, also: Sequence[str] = ()) -> Table:
+    """Raises DataError.
+
+    Args:
+        key: of the config, where the source stands.
+        also: suffixes of files that are read there besides those of tables.
+    """
     path = Path(source.path).expanduser()
     if path.is_dir() and _is_saved(path):
-        return _dataset(_of_split(_saved(path), source), source.path)
-    check_path(path, source.path, KEY)
+        return _dataset(_of_split(_saved(path, key), source, key), source.path)
+    check_path(path, source.path, key, also=also)
     if path.suffix == ".jsonl":
         return JsonLines(path)
     if path.suffix == ".json":
@@ -137,7 +142,7 @@ def open_table(source: SourceConfig) -> Table:
         return Rows(_mapped(path, texts_of(source.columns)), source.path, _digest(path))
     if path.suffix == ".parquet":
         return Rows(_parquet(source, path), source.path, _digest(path))
-    return _dataset(_of_split(_hub(source), source), source.path)
+    return _dataset(_of_split(_hub(source, key), source, key), source.path)
 
 
 @contextmanager
@@ -154,10 +159,9 @@ def quiet_datasets() -> Iterator[Any]:
             datasets.enable_progress_bars()
 
 
-def _hub(source: SourceConfig, *, streaming: bool = False) -> Any:
-    return _loaded(
-        source, source.path, source.subset, split=source.split, revision=source.revision, streaming=streaming
-    )
+def _hub(source: SourceConfig, key: str = KEY, *, streaming: bool = False) -> Any:
+    named = {"split": source.split, "revision": source.revision}
+    return _loaded(source, source.path, source.subset, key=key, streaming=streaming, **named)
 
 
 def _parquet(source: SourceConfig, path: Path, *, streaming: bool = False) -> Any:
@@ -166,13 +170,13 @@ def _parquet(source: SourceConfig, path: Path, *, streaming: bool = False) -> An
     return _loaded(source, "parquet", data_files=str(path), streaming=streaming)
 
 
-def _loaded(source: SourceConfig, *names: str | None, split: str = "train", **arguments: Any) -> Any:
+def _loaded(source: SourceConfig, *names: str | None, key: str = KEY, split: str = "train", **arguments: Any) -> Any:
     """By `datasets.load_dataset`; a file is one split, which is called train."""
     with quiet_datasets() as datasets:
         try:
             return datasets.load_dataset(*names, split=split, **arguments).with_format(None)
         except Exception as error:  # datasets raises a different class for every way of not finding something
-            raise not_loaded(source.path, error, KEY) from error
+            raise not_loaded(source.path, error, key) from error
         finally:
             _free()
 
@@ -209,15 +213,15 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved(path: Path) -> Any:
+def _saved(path: Path, key: str) -> Any:
     with quiet_datasets() as datasets:
         try:
             return datasets.load_from_disk(str(path))
         except Exception as error:
-            raise not_loaded(str(path), error, KEY) from error
+            raise not_loaded(str(path), error, key) from error
 
 
-def _of_split(data: Any, source: SourceConfig) -> Any:
+def _of_split(data: Any, source: SourceConfig, key: str) -> Any:
     """The rows themselves, where a folder holds several splits."""
     if not isinstance(data, dict):
         return data
@@ -227,7 +231,9 @@ def _of_split(data: Any, source: SourceConfig) -> Any:
             where=source.path,
             value=source.split,
             rule=f"one of {', '.join(data)}",
-            remedy=f"set split: {next(iter(data))}, say",
+            remedy=f"set split: {next(iter(data))}, say"
+            if key == KEY
+            else f"save the rows of {next(iter(data))} apart",
         )
     return data[source.split]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from rayalign.build import learner_specs, model_path
+from rayalign.build import CRITIC, learner_specs, model_path
 from rayalign.errors import ConfigError
 from rayalign.learners.deepspeed_config import engine_config
 from rayalign.learners.settings import LearnerSpec, by_group
@@ -70,7 +70,7 @@ def _looked_for(model: str, network: str, trust_remote_code: bool) -> Shape | No
 def critic_is_there(config: Config) -> bool:
     """Whether the critic's own checkpoint, if it has one, can be planned as it is."""
     path = getattr(getattr(config.algorithm, "critic", None), "model", None)
-    return path is None or _looked_for(model_path(path), "score", config.model.trust_remote_code) is not None
+    return path is None or _looked_for(model_path(path, CRITIC), "score", config.model.trust_remote_code) is not None
 
 
 def _planned(config: Config, spec: LearnerSpec, shape: Shape, policy: LearnerSpec, whole: Shape) -> PlannedRole:

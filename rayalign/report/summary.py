@@ -203,8 +203,11 @@ def _kl_tile(run: Run) -> Tile | None:
 def _steps_tile(run: Run) -> Tile:
     planned = run.planned_steps
     done = f"{run.last_step:,}" + (f" / {planned:,}" if planned else "")
-    skipped = sum("loss" not in r for r in run.metrics) if "loss" in run.keys else 0
-    return Tile("Steps", done, detail=f"{skipped:,} skipped, every pair tied" if skipped else "")
+    learns = not {"loss", "critic/loss"}.isdisjoint(run.keys)
+    others = [record for record in run.metrics if "loss" not in record] if learns else []
+    critic = sum("critic/loss" in record for record in others)
+    counts = {"critic only": critic, "skipped: nothing to learn from": len(others) - critic}
+    return Tile("Steps", done, detail=", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
 
 
 def _machine_tiles(run: Run) -> list[Tile]:

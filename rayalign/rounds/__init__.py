@@ -21,6 +21,7 @@ from rayalign.checks import check_critic, check_labelling, check_rollouts, check
 from rayalign.config import Rounds, Stage, parse_config, save_config
 from rayalign.config.references import renamed
 from rayalign.console import Console
+from rayalign.data.plain import load_texts
 from rayalign.errors import CheckpointError, RayalignError
 from rayalign.label import Labelled, run_labelling
 from rayalign.metrics import read_records
@@ -125,6 +126,7 @@ def _check_stage(rounds: Rounds, stage: Stage) -> None:
     prompts = prompts_for(config, tokenizer)
     from_stages = any(key.startswith("data.examples") for key in stage.references)
     examples = None if from_stages else examples_for(config, tokenizer)
+    load_texts(config.algorithm, tokenizer, seed=config.seed)
     if config.learns and not from_stages:
         check_rollouts(config, prompts, examples)
         check_opponents(config, examples)

@@ -17,6 +17,7 @@ from rayalign.build import examples_for, load_tokenizer, model_path, prompts_for
 from rayalign.checks import check_labelling, check_rollouts, check_training
 from rayalign.config import Rounds, parse_job, save_config
 from rayalign.config.rounds import STAGE
+from rayalign.data.plain import TEXT, load_texts
 from rayalign.data.rows import SUFFIXES, read_rows
 from rayalign.errors import ConfigError
 from rayalign.schema import Config
@@ -155,6 +156,9 @@ def check(config: Config | Rounds) -> None:
     if has_model and all(map(_is_here, named)):
         tokenizer = load_tokenizer(config)
         prompts, examples = prompts_for(config, tokenizer), examples_for(config, tokenizer)
+        beside = getattr(config.algorithm, "ptx", None)
+        if beside is not None and _is_here(beside.path):
+            load_texts(config.algorithm, tokenizer, seed=config.seed)
         if config.learns:
             check_rollouts(config, prompts, examples)
     elif config.data.prompts and _is_here(config.data.prompts):
@@ -164,7 +168,7 @@ def check(config: Config | Rounds) -> None:
 def _is_here(data: str) -> bool:
     """Whether data are, or were to be, on this machine: a relative path to a file travels, so that it has to be."""
     path = Path(data).expanduser()
-    return path.exists() or (path.suffix in SUFFIXES and not os.path.isabs(data))
+    return path.exists() or (path.suffix in (TEXT, *SUFFIXES) and not os.path.isabs(data))
 
 
 def collect(config: Config | Rounds, *, name: str) -> Upload:

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report", "console", "selfplay"),
     ("run",),
     ("train",),
-    ("runtime",),
+    ("runtime", "gradient_rules"),
     ("schema",),
     ("config", "build"),
     ("checks", "opponents"),

@@ -89,6 +89,7 @@ def test_a_run_without_variance_stops_and_says_why(train):
         train(scorer={"name": "tests.parts:SameScore"}, train__steps=9, rollout__max_empty=2,
               algorithm={**ALGORITHMS["grpo"], "equal_groups": "drop"})  # fmt: skip
     assert "max_empty=2" in raised.value.rule
+    assert "scored the same" in raised.value.value and "sampling.temperature" in raised.value.remedy
 
 
 def test_a_run_of_which_all_answers_are_cut(train, tmp_path):
@@ -96,10 +97,35 @@ def test_a_run_of_which_all_answers_are_cut(train, tmp_path):
     cut = {"sampling__max_tokens": 2, "train__steps": 2}
     steps = records(train(algorithm=ALGORITHMS["ppo"], **cut).run_dir)
     assert all(record["completion/truncated"] > 0.9 and math.isfinite(record["loss"]) for record in steps)
-    dropped = {**ALGORITHMS["grpo"], "overlong": "drop"}
-    with pytest.raises(TrainingStopped, match="no training example"):
-        train(algorithm=dropped, run_dir=str(tmp_path / "dropped"), sampling__max_tokens=1, train__steps=9,
-              rollout__max_empty=2)  # fmt: skip
+    for name, overlong in (("grpo", "drop"), ("ppo", "mask")):
+        without = {**ALGORITHMS[name], "overlong": overlong}
+        with pytest.raises(TrainingStopped, match="no training example") as raised:
+            train(algorithm=without, run_dir=str(tmp_path / overlong), sampling__max_tokens=1, train__steps=9,
+                  rollout__max_empty=2)  # fmt: skip
+        assert (
+            "2 rollouts" in raised.value.value and "16 were cut at max_tokens (answers/overlong" in raised.value.value
+        )
+        assert raised.value.remedy == "raise sampling.max_tokens, or set algorithm.overlong=keep"
+        assert len(f"{raised.value}".splitlines()) == 4 and "…" not in f"{raised.value}"
+
+
+@pytest.mark.parametrize(("name", "metric"), [("grpo", "answers/left_out"), ("dpo", "scores/failed")])
+@pytest.mark.parametrize("every", [1, 6])
+def test_a_run_of_which_no_answer_is_scored_says_so(train, tmp_path, monkeypatch, name, metric, every):
+    """One of six that has no score is no reason."""
+    (tmp_path / f"my_silence_{every}.py").write_text(
+        "def score(prompts, completions):\n"
+        f"    return [float('nan') if sum(map(ord, text)) % {every} == 0 else 0.5 for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = {"name": "python", "function": f"my_silence_{every}:score", "on_error": "skip"}
+    algorithm = {**ALGORITHMS[name], **({"equal_groups": "drop"} if name == "grpo" else {})}
+    with pytest.raises(TrainingStopped, match="no training example") as raised:
+        train(scorer=scorer, algorithm=algorithm, train__steps=9, rollout__max_empty=2)
+    said = f"16 had no score, or no token ({metric})"
+    assert (said in raised.value.value, "the scorer has to score" in raised.value.remedy) == (every == 1,) * 2
+    assert ("sampling.temperature" in raised.value.remedy) == (every == 6)
+    assert "…" not in f"{raised.value}"
 
 
 def test_a_scorer_that_fails_is_skipped_and_counted(train, tmp_path, monkeypatch):

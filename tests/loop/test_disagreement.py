@@ -146,3 +146,17 @@ def test_a_stop_without_evaluations_is_refused(tmp_path, model, data):
     with pytest.raises(ConfigError, match="whether more of this metric is better is not known") as caught:
         config_of(tmp_path, model, data, train={"stop": {"metric": "spin/gap"}})
     assert "higher_is_better" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"data__held_out": 0}, "set data.held_out=0.1"),
+        ({"evaluation": {"every": 2, "rows": 0}}, "set evaluation.rows=200"),
+    ],
+)
+def test_a_stop_with_nothing_held_out_is_refused(tmp_path, model, data, changes, remedy):
+    with pytest.raises(ConfigError, match="nothing is evaluated that could say when to stop") as caught:
+        run_training(config_of(tmp_path, model, data, train={"steps": 4, "stop": STOP}, **changes))
+    assert caught.value.where == "key train.stop" and remedy in caught.value.remedy
+    assert not (tmp_path / "run").exists()

@@ -52,11 +52,13 @@ def test_a_step_of_ppo_says_what_it_did(tiny, tmp_path):
 
 def test_a_critic_is_warmed_up_alone(tiny, tmp_path):
     algorithm = {**PPO, "critic": {"warmup_steps": 3, "optimizer": {"lr": 1e-3}}}
-    rate = {"lr": 0.02, "warmup_steps": 2, "schedule": "constant"}
-    policy, steps = run(tmp_path, tiny, algorithm, length=1, train={"steps": 4}, optimizer=rate)
-    assert all("critic/loss" in record and "loss" not in record for record in steps[:3])
+    rate, often = {"lr": 0.02, "warmup_steps": 2, "schedule": "constant"}, {"every": 1, "keep": 2}
+    policy, steps = run(tmp_path, tiny, algorithm, length=1, train={"steps": 4}, optimizer=rate, checkpoint=often)
+    start, warm = (distribution(path, (1, 2), 1) for path in (tiny, tmp_path / "run" / "checkpoints" / "step-3"))
+    assert torch.equal(warm, start) and not torch.equal(policy, start)
+    assert all("critic/loss" in record for record in steps)
+    assert ["loss" in record for record in steps] == [False, False, False, True]
     assert len({record["critic/values_mean"] for record in steps}) == 4
-    assert steps[3]["reward/kl_k1"] == 0.0 and not torch.equal(policy, distribution(tiny, (1, 2), 1))
     assert steps[3]["lr"] == 0.01  # the policy's own warm-up begins now
 
 

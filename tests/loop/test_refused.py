@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rayalign.api import run_training
-from rayalign.errors import ConfigError
+from rayalign.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,14 @@ from rayalign.errors import ConfigError
         ({"engine__count": 2}, ["key engine.count", "placement"]),
         ({"sampling__temperature": 0}, ["key sampling.temperature", "all the same"]),
         ({"engine__max_context": 4096}, ["key engine.max_context", "at most 512"]),
+        (
+            {"train__stop": {"metric": "reward"}, "evaluation": {"every": 1, "prompts": 4}, "data__held_out": 0},
+            ["key train.stop", "data.held_out=0, evaluation.prompts=4", "set data.held_out=0.1"],
+        ),
+        (
+            {"train__stop": {"metric": "reward"}, "evaluation": {"every": 1, "prompts": 0}},
+            ["key train.stop", "data.held_out=0.2, evaluation.prompts=0", "set evaluation.prompts=40"],
+        ),
         ({"sampling__max_tokens": 64}, ["key sampling.max_tokens", "below engine.max_context=64"]),
     ],
 )
@@ -31,6 +39,13 @@ def test_parts_that_do_not_fit(make, tmp_path, changes, expected):
         run_training(make(**changes))
     for part in expected:
         assert part in str(error.value), str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["nope.txt", "nope.jsonl", "./nope"])
+def test_plain_texts_that_are_not_there(make, tmp_path, name):
+    with pytest.raises(DataError, match=f"^key algorithm.ptx.path, {name.strip('./')}: there is no such file"):
+        run_training(make(algorithm={"name": "ppo", "ptx": {"path": name}}))
     assert not (tmp_path / "run").exists()
 
 

@@ -215,6 +215,15 @@ def test_gaps_skips_and_a_cut_line(tmp_path):
     assert "4 of 9 steps" in page.text and "1 skipped" in page.text and "resume=true" in page.text
 
 
+def test_steps_that_train_the_critic_alone_are_not_skipped(tmp_path):
+    def change(record):
+        kept = {key: value for key, value in record.items() if key != "loss"}
+        return {1: {**kept, "critic/loss": 0.4}, 2: {**kept, "critic/loss": 0.3}, 3: kept}.get(record["step"], record)
+
+    page = Page(write_report([make_run(tmp_path / "demo", change=change)]))
+    assert "2 critic only, 1 skipped: nothing to learn from" in page.text
+
+
 def test_no_key_and_no_password_is_in_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [make_run(Path("runs/a")), make_run(Path("runs/b"))]

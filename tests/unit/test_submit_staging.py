@@ -319,6 +319,10 @@ def test_what_is_here_is_checked_before_anything_is_uploaded(config, place):
         check(config(model__path="./absent"))
     with pytest.raises(ConfigError, match=r"key rollout\.prompts"):
         check(config(rollout__prompts=50))
+    for texts in ("absent.txt", "absent.jsonl"):
+        with pytest.raises(DataError, match=f"key algorithm.ptx.path, {texts}: there is no such file"):
+            check(config(algorithm={"name": "ppo", "ptx": {"path": texts}}))
+    check(config(algorithm={"name": "ppo", "ptx": {"path": "/data/not-here.txt"}}))
     check(config(data__prompts="/data/not-here.jsonl"))
     check(config(data__prompts="/data/not-here.jsonl", model__path="/models/there-only"))
 
