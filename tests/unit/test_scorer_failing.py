@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from rayalign.errors import ConfigError, ScoreError, ScorerLost
-from rayalign.rollouts import Rollout, group_metrics
+from rayalign.samples import Rollout, group_metrics
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.failing import FAILED
 from rayalign.scorers.mix import Mix
