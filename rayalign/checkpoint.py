@@ -25,7 +25,7 @@ from pydantic import Field
 from rayalign.errors import CheckpointError, RayalignError, TrainingStopped
 from rayalign.protocols import Roles
 from rayalign.record import Record
-from rayalign.rollouts import Rollout
+from rayalign.samples import Rollout
 from rayalign.types import Example
 
 FULL = 256 * 2**20  # bytes that are free on a disk on which a checkpoint finds no room

@@ -16,7 +16,8 @@ from rayalign.maths.divergence import kl_k1, kl_k3
 from rayalign.protocols import Algorithm, Roles
 from rayalign.record import Record, Unfit
 from rayalign.registry import did_you_mean
-from rayalign.rollouts import Collector, Progress, group_metrics, sample_seed
+from rayalign.rollouts import Collector, Progress, sample_seed
+from rayalign.samples import group_metrics
 from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling
 from rayalign.types import Sequence as Row
 

@@ -30,8 +30,9 @@ from rayalign.interrupt import Interrupt
 from rayalign.metrics import Recorder, in_order
 from rayalign.protocols import Scorer
 from rayalign.reference_cache import fingerprint
-from rayalign.rollouts import Collector, Rollout, heard, mean_metrics, sample_seed
+from rayalign.rollouts import Collector, sample_seed
 from rayalign.run_dir import OPEN, decides, run_directory, scorer_files
+from rayalign.samples import Rollout, heard, mean_metrics
 from rayalign.schema import Config
 from rayalign.trackers import start_trackers
 from rayalign.types import Group, Metrics, Prompt, known_scores, unscored

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from rayalign.rollouts import Progress, Rollout
+from rayalign.rollouts import Progress
+from rayalign.samples import Rollout
 from rayalign.types import Group
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -21,10 +21,10 @@ from pydantic import Field, model_validator
 from rayalign.errors import EngineLost
 from rayalign.protocols import Engine, Scorer
 from rayalign.record import Record, Unfit
-from rayalign.types import FAILED, Completion, Group, Metrics, Prompt, Request, Sampling, unscored
+from rayalign.samples import Rollout, as_told
+from rayalign.types import Completion, Group, Metrics, Prompt, Request, Sampling
 
 Progress = Callable[[int, int], None]  # completions done, completions asked for
-T = TypeVar("T")
 Often = Annotated[int, Field(ge=1)] | Literal["never"]
 
 
@@ -81,81 +81,6 @@ def sample_seed(run_seed: int, rollout: int | str, prompt: int, sample: int) -> 
     """The seed of one completion: a function of what is asked for, never of who serves it."""
     text = f"{run_seed}/{rollout}/{prompt}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One set of scored groups.
-
-    Attributes:
-        index: s, counted from 0.
-        version: of the weights that sampled it; None for rows of a data set.
-        rollout_s: seconds until the last completion, scoring in between not counted; or those of reading.
-        score_s: seconds spent in, or waiting for, the scorer.
-        age: training steps since the set that it belongs to was taken into use.
-        refill: of dynamic sampling: how many groups left nothing to learn from, and how many were sampled besides.
-        baselines: the last completions of each group, which others are compared with: metrics are of the others.
-    """
-
-    index: int
-    version: int | None
-    groups: tuple[Group, ...]
-    rollout_s: float
-    score_s: float
-    age: int = 0
-    refill: Mapping[str, float] = field(default_factory=dict)
-    baselines: int = 0
-
-    def metrics(self, *, first_use: bool = True) -> Metrics:
-        """Of the samples; and, in the step that uses them first, of the time they took."""
-        completions = [c for group in self.groups for c in self._own(group.completions)]
-        lengths = np.array([len(c.token_ids) for c in completions])
-        shared = {
-            "completion/length_mean": float(lengths.mean()),
-            "completion/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
-        }
-        if self.version is None:
-            return {**shared, "time/read_s": self.rollout_s}
-        scores = np.array([s for group in heard(self.groups) for s in self._own(group.known_scores) if s is not None])
-        return {
-            **shared,
-            **({"reward/mean": float(scores.mean()), "reward/std": float(scores.std())} if scores.size else {}),
-            **group_metrics(self.groups),
-            **self.refill,
-            "rollout/version": float(self.version),
-            **(self._speed() if first_use else {}),
-        }
-
-    def _own(self, each: Sequence[T]) -> Sequence[T]:
-        return each[: len(each) - self.baselines]
-
-    def _speed(self) -> Metrics:
-        tokens = sum(len(c.token_ids) for group in self.groups for c in group.completions)
-        return {
-            "rollout/tokens_per_s": tokens / max(self.rollout_s, 1e-9),
-            "time/rollout_s": self.rollout_s,
-            "time/score_s": self.score_s,
-        }
-
-
-def heard(groups: Sequence[Group]) -> list[Group]:
-    """Those that the scorer said something of: what stands for a refusal is no part of a mean."""
-    return [group for group in groups if not unscored(group.metrics)]
-
-
-def group_metrics(groups: Sequence[Group]) -> Metrics:
-    """What the scorer says of groups besides their scores."""
-    return mean_metrics([group.metrics for group in groups])
-
-
-def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    """What the scorer says of each group besides its scores, in one: the mean of each number over the groups that have
-    it, and of completions that it failed on their number."""
-    found: dict[str, list[float]] = {}
-    for said in metrics:
-        for name, value in said.items():
-            found.setdefault(name, []).append(value)
-    return {name: float((np.sum if name.endswith(FAILED) else np.mean)(each)) for name, each in sorted(found.items())}
 
 
 def searched(sampling: Sequence[Sampling]) -> bool:
@@ -362,18 +287,20 @@ class Rollouts:
         groups, rollout_s, score_s = self._collect(index, prompts, f"rollout-{index}")
         if not self._refill:
             return Rollout(index, version, groups, rollout_s, score_s, baselines=self._baselines)
-        filled, besides = list(groups), self._others(index, prompts)
+        filled, sampled, besides = list(groups), list(groups), self._others(index, prompts)
         useless = [place for place, group in enumerate(filled) if not self._useful(group)]
         counts = {"groups/useless": float(len(useless)), "groups/refilled": 0.0, "groups/sampled_besides": 0.0}
         while useless and besides:
             taken, besides = besides[: len(useless)], besides[len(useless) :]
             counts["groups/sampled_besides"] += len(taken)
             more, sampling_s, scoring_s = self._collect(index, taken, f"rollout-{index}-refill-{len(besides)}")
-            rollout_s, score_s = rollout_s + sampling_s, score_s + scoring_s
+            rollout_s, score_s, sampled = rollout_s + sampling_s, score_s + scoring_s, [*sampled, *more]
             for group in filter(self._useful, more):
                 filled[useless.pop(0)] = group
                 counts["groups/refilled"] += 1
-        return Rollout(index, version, tuple(filled), rollout_s, score_s, refill=counts, baselines=self._baselines)
+        trained = {id(group) for group in filled}
+        told = tuple(group if id(group) in trained else as_told(group) for group in sampled)
+        return Rollout(index, version, tuple(filled), rollout_s, score_s, 0, counts, self._baselines, told)
 
     def _collect(self, index: int, prompts: Sequence[Prompt], label: str) -> tuple[tuple[Group, ...], float, float]:
         return self._collector.collect(

@@ -28,7 +28,8 @@ from rayalign.metrics import FINAL, Recorder, timed
 from rayalign.protocols import Algorithm, Roles, Stretch, UpdatePlan, columns_by_role
 from rayalign.reading import Reading
 from rayalign.record import Record
-from rayalign.rollouts import Collector, Progress, Rollout, RolloutConfig, Rollouts
+from rayalign.rollouts import Collector, Progress, RolloutConfig, Rollouts
+from rayalign.samples import Rollout
 from rayalign.selfplay import Contest, Generations
 from rayalign.sync.handshake import push_weights
 from rayalign.types import FAILED, Example, Group, Metrics, Prompt, Sampling
@@ -133,7 +134,7 @@ class Run:
         for role, columns in columns_by_role(self.algorithm.needs).items():
             with timed(metrics, f"time/annotate_s/{role}"):
                 examples = self.roles[role].annotate(examples, columns)
-        unselected = [replace(g, completions=g.completions[:1]) for g in rollout.groups[: self.rollout.monitor]]
+        unselected = [replace(g, completions=g.completions[:1]) for g in rollout.unselected[: self.rollout.monitor]]
         another = self.sampling.truncated or (self.sampling.temperature or 1.0) != self.learner_temperature
         sampled = rollout.version == step and not another
         if self.roles.reference is None or not sampled or not unselected:
@@ -186,7 +187,7 @@ class Run:
         """One record a step. What a rollout cost, and its samples, stand in the step that uses it first."""
         first_use = self.rollouts.fresh(step - 1)
         if first_use and rollout.version is not None:
-            self.recorder.samples(step, rollout.version, rollout.groups)
+            self.recorder.samples(step, rollout.version, rollout.drawn)
         metrics = {**metrics, **rollout.metrics(first_use=first_use), "memory/peak_gib": self.peak_gib}
         self.recorder.step(step, metrics)
         self.advance(step, metrics)

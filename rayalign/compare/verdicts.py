@@ -11,7 +11,7 @@ import numpy as np
 
 from rayalign.errors import ScoreError
 from rayalign.evaluate import bootstrap_interval
-from rayalign.rollouts import group_metrics
+from rayalign.samples import group_metrics
 from rayalign.types import Group, Metrics
 
 COLUMNS = ("win", "tie", "loss", "quality")

@@ -27,11 +27,11 @@ class Python(ScorerConfig, Tolerance):
 
     It is called by keyword, with lists of the same length: `prompts` and `completions` are texts (a prompt of
     several messages is one, each behind its role), and every other parameter gets the column of the prompt file that
-    has its name, or what `arguments` says. A function that takes `**columns` gets all columns. Each scorer actor
-    imports it once, and keeps what its module holds. Where a call fails, its groups are scored one by one, then the
-    completions of groups that fail too, so that those at fault are known. With `timeout_s`, or an `on_error` that goes
-    on, the function is called in a process of its own: a call that takes longer, or ends its process, has failed. That
-    process is then started again, without what the module held. Without them it is called where the scorer is.
+    has its name, or what `arguments` says. A function that takes `**columns` gets all columns. Each scorer calls it in
+    a process of its own, which imports it once, and keeps what its module holds. Where a call fails, its groups are
+    scored one by one, then the completions of groups that fail too, so that those at fault are known. A call that takes
+    longer than `timeout_s`, or ends its process, has failed, whatever `on_error` says. That process is then started
+    again, without what the module held.
     """
 
     paper: ClassVar = "Lambert et al. 2024, arXiv:2411.15124 (rewards that are functions)"
@@ -44,8 +44,8 @@ class Python(ScorerConfig, Tolerance):
     timeout_s: float | None = Field(
         None,
         gt=0,
-        description="seconds after which a call of the function has failed; default a tenth of deadline_s with "
-        "on_error zero or skip, else none: a function that hangs has the scorer replaced after deadline_s",
+        description="seconds after which a call of the function has failed; default a tenth of deadline_s; with "
+        "on_error: error half of it, and a tenth for the calls that then find out which completion is at fault",
     )
 
     @model_validator(mode="after")
@@ -67,8 +67,14 @@ class Python(ScorerConfig, Tolerance):
 
     def start(self) -> ScoreFunction:
         """Raises ConfigError when the function is not there, on another node than the one that read the config, say."""
-        in_time = self.on_error != "error" or self.timeout_s is not None
-        return _Calls(self, _InTime(self) if in_time else Reward(self.function, self.arguments))
+        return _Calls(self, _InTime(self))
+
+    def limits_s(self) -> tuple[float, float]:
+        """Seconds for a call of all groups, and for one that looks for what made such a call fail: short enough for a
+        completion that hangs to be named before the scorer counts as lost. Where a call that took too long ends the
+        run, it has as long as that leaves: it may be slow, and hang nowhere."""
+        usual = self.timeout_s or self.deadline_s / 10
+        return self.deadline_s / 2 if self.timeout_s is None and self.on_error == "error" else usual, usual
 
 
 class _TimeIsOut(Exception):
@@ -76,11 +82,10 @@ class _TimeIsOut(Exception):
 
 
 class _InTime:
-    """The function in a process of its own, each call within `timeout_s`, and all for some groups in `deadline_s`."""
+    """The function in a process of its own, each call within its limit, and all for some groups in `deadline_s`."""
 
     def __init__(self, config: Python):
         self._config, self._where = config, f"scorer.function {config.function}"
-        self._timeout_s = config.timeout_s or config.deadline_s / 10
         self._child = Child(Reward, config.function, config.arguments)
         self.memory_gib, self.close = self._child.memory_gib, self._child.close
         self._until = time.monotonic() + config.deadline_s
@@ -93,22 +98,21 @@ class _InTime:
         """The calls for some groups begin."""
         self._until = time.monotonic() + 0.9 * self._config.deadline_s
 
-    def __call__(self, rows: Sequence[Row]) -> list[float]:
-        """Raises CallFailed, ScoreError as the function does, ScorerLost, and _TimeIsOut."""
+    def __call__(self, rows: Sequence[Row], *, searching: bool) -> list[float]:
+        """Raises CallFailed, ScoreError as the function does, ScorerLost, and _TimeIsOut.
+
+        Args:
+            searching: for what made a call fail.
+        """
         self._start()
-        allowed = min(self._timeout_s, self._until - time.monotonic())
+        limit = self._config.limits_s()[searching]
+        allowed = min(limit, self._until - time.monotonic())
         try:
             return self._child(rows, allowed)
         except TooLate:
-            if allowed < self._timeout_s:
+            if allowed < limit:
                 raise _TimeIsOut from None
-            raise CallFailed(
-                "the scoring function gave nothing in time",
-                where=self._where,
-                value=f"nothing after {allowed:.3g} s for {len(rows)} completions",
-                rule=f"scorer.timeout_s={self._timeout_s:g}",
-                remedy="give it a deadline of its own for what it waits for, or raise scorer.timeout_s and deadline_s",
-            ) from None
+            raise self._too_late(len(rows), limit) from None
         except Died as died:
             raise CallFailed(
                 "the process of the scoring function ended",
@@ -117,6 +121,17 @@ class _InTime:
                 rule="a number for every completion",
                 remedy="look for what it printed in the scorer's log; it may have wanted more memory than there is",
             ) from None
+
+    def _too_late(self, count: int, limit: float) -> CallFailed:
+        given = self._config.timeout_s is not None
+        return CallFailed(
+            "the scoring function gave nothing in time",
+            where=self._where,
+            value=f"nothing after {limit:.3g} s for {count} completion{'s' * (count > 1)}",
+            rule=f"scorer.timeout_s={limit:g}" if given else f"{limit:g} s of scorer.deadline_s, without a timeout_s",
+            remedy="give it a deadline of its own for what it waits for, or raise "
+            f"{'scorer.timeout_s and deadline_s' if given else 'scorer.deadline_s'}",
+        )
 
     def _start(self) -> None:
         try:
@@ -135,8 +150,9 @@ class _InTime:
 class _Calls:
     """The ScoreFunction: groups → judgements, by as few calls as will do."""
 
-    def __init__(self, config: Python, call: Reward | _InTime):
+    def __init__(self, config: Python, call: _InTime):
         self._config, self._call = config, call
+        self.memory_gib, self.close = call.memory_gib, call.close
 
     def __call__(self, groups: Sequence[Group]) -> list[Sequence[float] | Judgement]:
         """All groups in one call, then, of what failed, each group, and then each completion."""
@@ -144,13 +160,13 @@ class _Calls:
         known: dict[Place, float | None] = {}
         first: CallFailed | None = None
         parts = [everything]
-        if isinstance(self._call, _InTime):
-            self._call.begin()
+        self._call.begin()
         while parts:
             failed = []
             for part in parts:
                 try:
-                    known |= zip(part, self._call([_row(groups, place) for place in part]), strict=True)
+                    rows = [_row(groups, place) for place in part]
+                    known |= zip(part, self._call(rows, searching=parts[0] is not everything), strict=True)
                 except CallFailed as error:
                     first = first or error
                     failed.append(part)
@@ -158,7 +174,8 @@ class _Calls:
                         self._at_fault(named(error, groups[part[0][0]], part[0][1]))
                         known[part[0]] = None
                 except _TimeIsOut:
-                    raise self._unasked(len(everything) - len(known), len(everything)) from first
+                    unasked = sorted({groups[i].prompt.index for i, k in everything if (i, k) not in known})
+                    raise self._unasked(len(everything) - len(known), len(everything), unasked) from first
             parts = [smaller for part in failed for smaller in _smaller(part)]
         if first is not None and None not in known.values():
             self._at_fault(first)  # it fails on several at once only
@@ -168,24 +185,18 @@ class _Calls:
         numbers = iter(flat)
         return [[next(numbers) for _ in group.texts] for group in groups]  # type: ignore[misc]
 
-    def memory_gib(self) -> float:
-        return self._call.memory_gib() if isinstance(self._call, _InTime) else 0.0
-
-    def close(self) -> None:
-        if isinstance(self._call, _InTime):
-            self._call.close()
-
     def _at_fault(self, error: ScoreError) -> None:
         if self._config.on_error == "error":
             raise error
         log.warning("%s", error)
 
-    def _unasked(self, count: int, total: int) -> ScoreError:
+    def _unasked(self, count: int, total: int, prompts: Sequence[int]) -> ScoreError:
         """No policy is for those: nothing is known of them."""
         return ScoreError(
             "no time was left to score all completions, after calls that gave nothing",
             where=f"scorer.function {self._config.function}",
-            value=f"{count} of {total} completions of a call never asked for alone, or with others that fare well",
+            value=f"{count} of {total} completions of a call never asked for alone, or with others that fare well; "
+            f"prompts {', '.join(map(str, prompts[:4]))}{', …' * (len(prompts) > 4)}",
             rule=f"all calls for some groups within scorer.deadline_s={self._config.deadline_s:g}",
             remedy="give the function a deadline of its own, lower scorer.timeout_s, or raise scorer.deadline_s",
         )

@@ -18,7 +18,8 @@ from typing import Protocol
 from rayalign.data.files import set_aside
 from rayalign.data.order import Passes
 from rayalign.errors import TrainingStopped
-from rayalign.rollouts import Progress, Rollout
+from rayalign.rollouts import Progress
+from rayalign.samples import Rollout
 from rayalign.selfplay.asking import Opponent, Rate, Work
 from rayalign.selfplay.shards import Answer, Shard, settings_of
 from rayalign.types import Group, Metrics

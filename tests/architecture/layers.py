@@ -16,7 +16,7 @@ PACKAGE = "rayalign"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "types", "record", "interrupt"),
     ("registry", "memory", "cpu", "sharding"),
-    ("maths", "decoding", "collate"),
+    ("maths", "decoding", "collate", "samples"),
     ("protocols",),
     ("algorithms", "sync", "trackers"),
     ("engines", "learners", "data"),

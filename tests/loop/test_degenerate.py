@@ -10,7 +10,7 @@ from rayalign.build import learner_specs, load_tokenizer
 from rayalign.errors import TrainingStopped
 from rayalign.evaluate import sequence_kl
 from rayalign.protocols import Roles, UpdatePlan
-from rayalign.rollouts import Rollout
+from rayalign.samples import Rollout
 from rayalign.types import Completion, Group, Prompt
 from tests.loop.conftest import records
 

@@ -12,7 +12,7 @@ from rayalign.checks import check_training
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError, TrainingStopped
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
-from tests.exact import build_model, distribution, run
+from tests.exact import EOS, TOKENS, build_model, distribution, run
 from tests.loop.conftest import timeless
 from tests.parts import tiny_config
 from tests.tiny_models import build_tiny_llama
@@ -111,6 +111,25 @@ def test_dropped_groups_are_filled_up_with_other_prompts(tiny, tmp_path):
     for record in found[0]:
         assert record["groups/useless"] > 0 and record["groups/refilled"] == record["groups/useless"]
         assert record["groups/sampled_besides"] <= 20 and record["groups/kept"] == 8
+
+
+def test_what_is_replaced_stays_in_the_records_and_kl_is_of_the_first_draw(tiny, tmp_path):
+    """Answers of one token: the log-probs of both models are at hand, and so is what the KL of any of them is."""
+    algorithm = {**GROUP, "kl": {"coef": 0.01}, "equal_groups": "drop", "refill": 20}
+    changes = {"rollout": {"monitor": 8}, "checkpoint": {"every": 1, "keep": 9}, **SHORT}
+    _, steps = run(tmp_path, tiny, algorithm, length=1, **changes)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    start = distribution(tiny, (1, 2), 1)
+    for record in steps:
+        own = [each for each in samples if each["step"] == record["step"]]
+        assert record["groups/refilled"] > 0 and len(own) == 2 * (8 + record["groups/sampled_besides"])
+        scores = torch.tensor([each["score"] for each in own], dtype=torch.float64)
+        assert record["reward/mean"] == pytest.approx(float(scores.mean()))
+        assert record["reward/std"] == pytest.approx(float(scores.std(correction=0)))
+        before = tmp_path / "run" / "checkpoints" / f"step-{record['step'] - 1}"
+        policy = distribution(before, (1, 2), 1) if record["step"] > 1 else start
+        first = [TOKENS.index(each["completion"].strip() or TOKENS[EOS]) for each in own[:16:2]]
+        assert record["kl/k1"] == pytest.approx(float((policy / start).log()[first].mean()), abs=1e-5)
 
 
 def test_what_the_budget_does_not_fill_is_dropped_and_counted(tiny, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rayalign.errors import ScoreError
 from rayalign.label import run_labelling
 from tests.loop.conftest import records
 from tests.ray.conftest import LIGHT
@@ -14,6 +15,14 @@ from tests.tiny_models import build_tokenizer
 FUNCTION = """
 def score(prompts, completions, weight):
     return [weight * len(text) for text in completions]
+"""
+HANGS = """
+import threading
+
+def score(prompts, completions):
+    if any(prompt.endswith("film 3") for prompt in prompts):
+        threading.Event().wait()
+    return [0.0 for _ in completions]
 """
 
 
@@ -54,3 +63,14 @@ def test_two_actors_score_as_this_process_does(make, tmp_path, scorer, shared):
     one, two = (records(folder, "metrics")[0] for folder in (here, there))
     assert two["scores/reward_model"] == pytest.approx(one["scores/reward_model"], abs=1e-4)
     assert two["scores/length"] == pytest.approx(one["scores/length"]) and one["scores/length"] > 0
+
+
+def test_a_function_that_hangs_names_the_completion_before_its_actor_counts_as_lost(
+    make, tmp_path, monkeypatch, shared
+):
+    (tmp_path / "my_hanging_rewards.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = {"name": "python", "function": "my_hanging_rewards:score", "deadline_s": 20.0, "max_replacements": 0}
+    with pytest.raises(ScoreError, match="gave nothing in time, for completion 0 of prompt 3: ") as raised:
+        run_labelling(make(**LIGHT, algorithm={"name": "label", "samples": 4}, scorer=scorer))
+    assert raised.value.value == "nothing after 2 s for 1 completion"

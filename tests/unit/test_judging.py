@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayalign.checks import check_training
 from rayalign.config import parse_config
 from rayalign.errors import ConfigError, ScoreError
-from rayalign.rollouts import Rollout, group_metrics
+from rayalign.samples import Rollout, group_metrics
 from rayalign.scorers.asking import Answer
 from rayalign.scorers.base import LocalScorer, score_groups
 from rayalign.scorers.judge import Judge

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from rayalign.errors import ConfigError, ScoreError, ScorerLost
-from rayalign.rollouts import Rollout, group_metrics
-from rayalign.scorers.base import score_groups
+from rayalign.samples import Rollout, group_metrics
+from rayalign.scorers.base import LocalScorer, score_groups
 from rayalign.scorers.failing import FAILED
 from rayalign.scorers.mix import Mix
 from rayalign.scorers.python import Python
@@ -46,6 +48,7 @@ def alarm(prompts, completions):
     signal.setitimer(signal.ITIMER_REAL, 0)
     return [float(os.getpid()) for _ in completions]
 """
+POLICIES = ["error", "zero", "skip"]
 ONCE = ["raises", "nan", "none", "few", "exits"]
 GROUPS = [group(3, "a", "bb"), group(4, "ccc", "bad one", "dd"), group(5, "e", "f")]
 
@@ -77,6 +80,32 @@ def test_an_error_names_the_completion(kind, timeout_s):
         scored(kind, timeout_s=timeout_s)
     assert raised.value.where == f"scorer.function my_failing_rewards:{kind}"
     assert raised.value.value and raised.value.rule and raised.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["hangs", "dies"])
+def test_an_error_names_it_before_the_deadline_where_nothing_is_said_of_time(kind):
+    """Also without actors, which somebody would wait for."""
+    scorer = LocalScorer(Python(function=f"my_failing_rewards:{kind}", deadline_s=16.0))
+    try:
+        scorer.submit(GROUPS)
+        begun = time.monotonic()
+        with pytest.raises(ScoreError, match="for completion 1 of prompt 4: 'bad one'") as raised:
+            scorer.poll()
+        assert time.monotonic() - begun < 16.0
+    finally:
+        scorer.close()
+    assert [len(call) for call in calls()][:3] == [7, 2, 3]
+    if kind == "hangs":
+        assert raised.value.value == "nothing after 1.6 s for 1 completion"
+        assert raised.value.rule == "1.6 s of scorer.deadline_s, without a timeout_s"
+        assert raised.value.remedy.endswith("or raise scorer.deadline_s")
+
+
+def test_a_call_that_only_takes_long_has_half_of_the_deadline():
+    limits = {policy: Python(function="my_failing_rewards:nan", on_error=policy).limits_s() for policy in POLICIES}
+    assert limits == {"error": (150.0, 30.0), "zero": (30.0, 30.0), "skip": (30.0, 30.0)}
+    set_ = Python(function="my_failing_rewards:nan", timeout_s=60.0)
+    assert set_.limits_s() == (60.0, 60.0)
 
 
 @pytest.mark.parametrize(("kind", "timeout_s"), [("raises", None), ("holds", 1.5), ("dies", 60.0)])
@@ -158,13 +187,12 @@ def test_when_time_is_out_no_policy_is_for_those_never_asked():
     assert "fine" in {text for call in calls() for text in call if len(call) == 2}
 
 
-@pytest.mark.parametrize(
-    ("settings", "here"), [({}, True), ({"timeout_s": 60.0}, False), ({"on_error": "skip"}, False)]
-)
-def test_it_is_called_in_a_main_thread_whatever_is_tolerated(settings, here):
+@pytest.mark.parametrize("settings", [{}, {"timeout_s": 60.0}, {"on_error": "skip"}])
+def test_it_is_called_in_the_main_thread_of_its_process_whatever_is_tolerated(settings):
     """As rewards with time limits of their own (signal.alarm) want it."""
-    found = scored("alarm", **settings)
-    assert (found[0].scores[0] == os.getpid()) is here and len({s for each in found for s in each.scores}) == 1
+    with ThreadPoolExecutor(1) as sampling:
+        found = sampling.submit(scored, "alarm", **settings).result()
+    assert found[0].scores[0] != os.getpid() and len({s for each in found for s in each.scores}) == 1
 
 
 def test_its_process_is_started_once_and_ends_with_the_scorer():
@@ -177,12 +205,15 @@ def test_its_process_is_started_once_and_ends_with_the_scorer():
     assert score.memory_gib() == 0
 
 
-def test_a_function_that_is_not_there_in_its_process(monkeypatch):
-    config = Python(function="my_failing_rewards:nan", on_error="skip")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_function_that_is_not_there_in_its_process(policy):
+    config = Python(function="my_failing_rewards:nan", on_error=policy)
     with open("my_failing_rewards.py", "w") as file:
         print("limit = 1", file=file)  # as on a node with another version of the module
-    with pytest.raises(ConfigError, match="holds no nan"):
+    with pytest.raises(ConfigError, match="holds no nan") as raised:
         config.start()
+    assert raised.value.where == "key scorer.function" and raised.value.value.startswith("my_failing_rewards:nan on ")
+    assert raised.value.rule and raised.value.remedy
 
 
 def test_a_module_that_never_ends_being_imported_or_ends_its_process():

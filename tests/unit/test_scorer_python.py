@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -18,21 +19,26 @@ from tests.parts import tiny_config
 from tests.scored import group
 
 REWARDS = """
-import numpy, torch
-calls = []
+import json
+
+def called(arguments):
+    with open("calls.jsonl", "a") as file:
+        print(json.dumps(arguments), file=file)
 
 def score(prompts, completions):
-    calls.append((prompts, completions))
+    called((prompts, completions))
     return [float(len(text)) for text in completions]
 
 def stars(completions, prompts, stars, topic="none", scale=1):
     return [scale * s + (t == "space") for s, t in zip(stars, topic)] if topic != "none" else [scale * s for s in stars]
 
 def everything(**columns):
-    calls.append(columns)
+    import numpy
+    called(columns)
     return numpy.array([1.0] * len(columns["completions"]), dtype="float32")
 
 def tensor(prompts, completions):
+    import torch
     return torch.tensor([len(text) for text in completions])
 
 class Polite:
@@ -58,20 +64,26 @@ def rewards(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_of_tests.py").write_text(REWARDS)
     (tmp_path / "my_broken_rewards.py").write_text("import no_such_lexicon\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    import my_rewards_of_tests
-
-    my_rewards_of_tests.calls.clear()
-    return my_rewards_of_tests
+    monkeypatch.chdir(tmp_path)
 
 
 def scored(name: str, groups=GROUPS, **settings):
     score = Python(function=f"my_rewards_of_tests:{name}", **settings).start()
-    return [each.scores for each in score_groups(score, groups, who="scorer-0")]
+    try:
+        return [each.scores for each in score_groups(score, groups, who="scorer-0")]
+    finally:
+        score.close()
 
 
-def test_it_gets_texts_and_gives_numbers(rewards):
+def calls() -> list:
+    """What the function was asked, in its process."""
+    with open("calls.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_it_gets_texts_and_gives_numbers():
     assert scored("score") == [(1.0, 2.0), (3.0, 0.0)]
-    assert rewards.calls == [(["prompt 0"] * 2 + ["prompt 1"] * 2, ["a", "bb", "ccc", ""])]
+    assert calls() == [[["prompt 0"] * 2 + ["prompt 1"] * 2, ["a", "bb", "ccc", ""]]]
 
 
 def test_it_gets_the_columns_that_it_names_and_arguments():
@@ -80,9 +92,9 @@ def test_it_gets_the_columns_that_it_names_and_arguments():
     assert scored("stars", [group(0, "a", stars=4)]) == [(4.0,)]  # its own default where no row has a topic
 
 
-def test_with_two_stars_it_gets_every_column(rewards):
+def test_with_two_stars_it_gets_every_column():
     assert scored("everything", arguments={"mood": "calm"}) == [(1.0, 1.0), (1.0, 1.0)]
-    (columns,) = rewards.calls
+    (columns,) = calls()
     assert columns["stars"] == [2, 2, 5, 5] and columns["topic"] == ["space", "space", None, None]
     assert columns["mood"] == "calm" and sorted(columns) == ["completions", "mood", "prompts", "stars", "topic"]
 
@@ -90,17 +102,6 @@ def test_with_two_stars_it_gets_every_column(rewards):
 @pytest.mark.parametrize(("name", "want"), [("tensor", [(1.0, 2.0), (3.0, 0.0)]), ("polite", [(1.0, 1.0)] * 2)])
 def test_tensors_arrays_and_objects_that_can_be_called_will_do(name, want):
     assert scored(name) == want and isinstance(want[0][0], float)
-
-
-def test_a_function_that_is_not_where_the_scorer_starts_is_a_configs_fault(rewards, monkeypatch):
-    config = Python(function="my_rewards_of_tests:score")
-    monkeypatch.delattr(rewards, "score")  # as on a node with another version of the module
-    with pytest.raises(ConfigError, match="holds no score") as raised:
-        config.start()
-    assert raised.value.where == "key scorer.function" and raised.value.value.startswith(
-        "my_rewards_of_tests:score on "
-    )
-    assert raised.value.rule and raised.value.remedy
 
 
 def test_numbers_of_any_kind_are_floats():
@@ -175,4 +176,5 @@ def test_the_function_that_is_shipped():
     texts = ("The camera glides over glaciers", "I liked it", "", "glaciers glaciers " * 8)
     asked = replace(group(0, *texts), prompt=replace(group(0).prompt, text="Praise the camera work about glaciers"))
     (found,) = score([asked])
+    score.close()
     assert found == pytest.approx([2 / 4 * 4 / 5, 0.0, 0.0, 1 / 4 * 4 / 16])
