@@ -37,7 +37,7 @@ def test_gae_worked_values():
 
 def definition(rewards, values, last, gamma, lam):
     """A_t = Σ_l (γλ)^l δ_{t+l}, straight from the article, over the counted tokens alone."""
-    ahead = values[1:] + [last]
+    ahead = [*values, last][1:]
     delta = [r + gamma * n - v for r, n, v in zip(rewards, ahead, values, strict=True)]
     return [sum((gamma * lam) ** k * d for k, d in enumerate(delta[i:])) for i in range(len(delta))]
 
