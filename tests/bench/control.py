@@ -40,9 +40,7 @@ ANSWERS = 16  # of one training step
 GOOD = 0.4  # score from which an answer counts as good, about the median of the samples
 BETAS = (0.03, 0.1, 0.3)
 INTERRUPTED = 130  # the exit code of a run that was asked to stop
-REWARD_STEPS = 40  # of the reward model, 24 pairs each: all of them once
 HELD_OUT = 0.2  # of the prompts
-HELD_OUT_PROMPTS = 48
 TRUE = "scores/vader"  # of the evaluations of rows whose reward is learned
 VADER = {"name": "rules", "rule": "vader"}
 FLIPPED = {"kind": "flip", "prob": 0.2}
@@ -123,7 +121,7 @@ def config_of(
         "learner": {"name": "deepspeed", "zero_stage": 0},
         "placement": {"name": "ray", "object_store_gib": 1.0},
         "evaluation": {
-            "prompts": HELD_OUT_PROMPTS,
+            "prompts": arguments.held_out,
             "samples": 4,
             "every": often,
             "rows": 0,
@@ -150,7 +148,7 @@ def make_reward_model(out: Path, arguments: argparse.Namespace) -> bool:
     if (run_dir / "done").is_file():
         return True
     config = config_of(_answers({"name": "reward_model"}, "pairs", 24), out, run_dir, arguments, first=False)
-    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 20}, "train": {"steps": REWARD_STEPS}}
+    config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 20}, "train": {"steps": arguments.reward_steps}}
     config["optimizer"] = {"lr": 1.0e-4, "warmup_steps": 5}
     config["data"] = {"examples": config["data"]["examples"], "held_out": 0.1}
     return train("reward model", config, out)
@@ -269,11 +267,13 @@ def with_true_reward() -> list[str]:
 
 def over_optimisation(out: Path) -> str:
     """Along the rows whose reward is learned: what the reward model says, and what VADER says of the same samples."""
-    lines = ["| row | step | KL (k3), nats | reward model | VADER |", "|---|---|---|---|---|"]
+    lines = ["| row | step | KL (k3), nats | reward model | VADER | tokens | distinct-2 | min |", "|---" * 8 + "|"]
     for name, row in rows().items():
-        found = _evaluations(out / "rows" / name.replace(" ", "_")) if row.get("learned") else {}
+        folder = out / "rows" / name.replace(" ", "_")
+        found = _evaluations(folder) if row.get("learned") else {}
         for step, m in sorted(found.items()):
             numbers = [f"{m[key]:.3f} [{m[f'{key}/low']:.3f}, {m[f'{key}/high']:.3f}]" for key in ("reward", TRUE)]
+            numbers += [f"{m['length']:.1f}", f"{m['distinct_2']:.3f}", f"{_minutes(folder, step):.1f}"]
             lines.append(f"| {name} | {step} | {m['kl/k3']:.2f} | {' | '.join(numbers)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -287,8 +287,9 @@ def _line(name: str, m: dict[str, float], minutes: float | None) -> str:
     )
 
 
-def _minutes(run_dir: Path) -> float:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+def _minutes(run_dir: Path, steps: int | None = None) -> float:
+    """Of the first steps, or all."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()[:steps])
     return sum(record["time/step_s"] for record in records) / 60
 
 
@@ -357,6 +358,10 @@ def main() -> int:
         "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="float32: a CPU without it"
     )
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--held-out", type=int, default=48, help="prompts of an evaluation, 4 answers each")
+    parser.add_argument(
+        "--reward-steps", type=int, default=40, help="of the reward model, 24 pairs each; 40: all pairs"
+    )
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(rows()), help="these rows")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()

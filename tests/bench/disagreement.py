@@ -142,7 +142,7 @@ def run_whole(name: str, out: Path, arguments: argparse.Namespace) -> None:
         "optimizer": {"lr": 3.0e-5, "warmup_steps": 6},
         "learner": {"name": "torch", "micro_batch_tokens": 2048},
         "placement": {"name": "local"},
-        "evaluation": {"every": max(1, arguments.steps // 4), "rows": 300},
+        "evaluation": {"prompts": 0, "rows": 0},  # no step is chosen by them
         "checkpoint": {"every": max(1, arguments.steps // 2), "keep": 1},
         "trackers": [],
     }
