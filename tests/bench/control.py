@@ -359,9 +359,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--held-out", type=int, default=48, help="prompts of an evaluation, 4 answers each")
-    parser.add_argument(
-        "--reward-steps", type=int, default=40, help="of the reward model, 24 pairs each; 40: all pairs"
-    )
+    parser.add_argument("--reward-steps", type=int, default=40, help="of the reward model, 24 pairs each")
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(rows()), help="these rows")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
