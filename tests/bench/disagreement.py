@@ -67,6 +67,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "majority": {"objective": "majority", "temperature_scaling": False},
 }
 SMOOTHINGS = (0.03, 0.1, 0.3, 1.0)
+WORDS = 32  # of a step of a whole fine-tuning
 WHOLE = ("kl_q_r", "kl_r_q", "js", "js, detached, ½ prior", "prior", "soft", "majority")
 
 
@@ -137,9 +138,9 @@ def run_whole(name: str, out: Path, arguments: argparse.Namespace) -> None:
         "model": {"path": arguments.model, "dtype": "float32" if arguments.small else arguments.dtype},
         "data": {"examples": str(data), "held_out": 0.1},
         "algorithm": {"name": "disagreement", "classes": list(CLASSES), **settings, "temperature_scaling": False},
-        "rollout": {"prompts": 64},
+        "rollout": {"prompts": WORDS},
         "train": {"steps": arguments.steps},
-        "optimizer": {"lr": 3.0e-5, "warmup_steps": 6},
+        "optimizer": {"lr": 1.0e-4, "warmup_steps": max(1, arguments.steps // 10)},
         "learner": {"name": "torch", "micro_batch_tokens": 2048},
         "placement": {"name": "local"},
         "evaluation": {"prompts": 0, "rows": 0},  # no step is chosen by them
@@ -152,7 +153,7 @@ def run_whole(name: str, out: Path, arguments: argparse.Namespace) -> None:
     words = words_of(lexicon, arguments.small)["test"]
     found = metrics_of(scored(folder / "checkpoints" / f"step-{arguments.steps}", words), _votes(lexicon, words))
     found["minutes"] = minutes(folder)
-    found["passes"] = arguments.steps * 64 / sum(1 for _ in data.open(encoding="utf-8"))
+    found["passes"] = arguments.steps * WORDS / sum(1 for _ in data.open(encoding="utf-8"))
     folder.with_suffix(".json").write_text(json.dumps(found))
     print(f"whole, {name}: nll {found['nll']:.3f}, {found['minutes']:.1f} min", flush=True)
 
@@ -269,7 +270,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30, help="of a head")
-    parser.add_argument("--steps", type=int, default=60, help="of a whole fine-tuning, 64 words each; 94 are one pass")
+    parser.add_argument("--steps", type=int, default=60, help="of a whole fine-tuning, 32 words each; 170 are one pass")
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=list(ROWS), help="these rows")
     parser.add_argument("--whole", action="store_true", help="fine-tune all of the model instead")
     parser.add_argument("--small", action="store_true", help="a tiny random model and 200 words, to try it all")
