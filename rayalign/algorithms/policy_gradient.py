@@ -84,10 +84,9 @@ class PolicyGradient(PolicyLoss):
                 own = rows.by_group(total, SCALES[self.advantage])
             found = own.unsqueeze(1) * rows.mask
         mean, std = rows.over_tokens(found)  # before they are whitened
-        return {ADVANTAGES: rows.whitened(found) if self.credits_tokens else found}, {
-            "advantage/mean": mean,
-            "advantage/std": std,
-        }
+        if self.credits_tokens:
+            found = rows.whitened(found)
+        return {ADVANTAGES: found}, {"advantage/mean": mean, "advantage/std": std}
 
     @model_validator(mode="before")
     @classmethod

@@ -115,7 +115,7 @@ class PolicyLoss(Offline):
         left_out = cut = dropped = equal = 0
         by_token = any(group.token_scores for group in groups)
         if by_token and self.credits_tokens:
-            self._check_tokens(groups)
+            self._check_tokens()
         for number, group in enumerate(groups):
             usable = scored(group)
             own = [k for k in usable if k < self.samples]
@@ -134,7 +134,7 @@ class PolicyLoss(Offline):
         counts |= {"groups/equal": equal, "answers/left_out": left_out, "answers/overlong": cut}
         return made, {name: float(count) for name, count in counts.items()}
 
-    def _check_tokens(self, groups: Sequence[Group]) -> None:
+    def _check_tokens(self) -> None:
         """Raises DataError where a scale or a clip of scores would pass the rewards of tokens by."""
         for key in ("normalise", "clip"):
             if getattr(self.reward, key):

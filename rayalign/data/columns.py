@@ -31,7 +31,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 # A column beside these, in the words of engines: for each answer of a row "stop", or "length" where it was cut.
 REASONS = "finish_reasons"
-TRUST = "trust"
+TRUST = "trust"  # another: for each answer from 0 to 1, how much is learned from it
 
 
 @dataclass(frozen=True)
