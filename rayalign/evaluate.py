@@ -18,7 +18,7 @@ from rayalign.record import Record, Unfit
 from rayalign.registry import did_you_mean
 from rayalign.rollouts import Collector, Progress, sample_seed
 from rayalign.samples import group_metrics
-from rayalign.types import Column, Example, Group, Metrics, Prompt, Sampling
+from rayalign.types import FAILED, Column, Example, Group, Metrics, Prompt, Sampling
 from rayalign.types import Sequence as Row
 
 RESAMPLES = 2000  # of the bootstrap
@@ -272,9 +272,11 @@ def said(groups: Sequence[Group], *, seed: int) -> Metrics:
     """What the scorer says of groups besides their scores, as `summarise` gives it: over the groups that have it."""
     metrics: Metrics = {}
     for name, mean in group_metrics(groups).items():
+        metrics[name] = mean
+        if name.endswith(FAILED):
+            continue  # a count, and no mean that could have an interval
         values = np.array([group.metrics[name] for group in groups if name in group.metrics])
-        low, high = bootstrap_interval(values, seed=seed)
-        metrics |= {name: mean, f"{name}/low": low, f"{name}/high": high}
+        metrics[f"{name}/low"], metrics[f"{name}/high"] = bootstrap_interval(values, seed=seed)
     return metrics
 
 

@@ -38,6 +38,19 @@ def check_ratios(config: Any) -> None:
         )
 
 
+def check_scores(config: Any) -> None:
+    """An answer's score says something of it."""
+    alone = len(config.algorithm.request(config.sampling.sampling())) == 1
+    if alone and getattr(config.scorer, "compares", False):
+        raise Unfit(
+            "each answer is the only one to its prompt, and the scorer would give all of them the same",
+            key="algorithm.samples",
+            rule="2 or more with a scorer that compares answers to one prompt: a pairwise judge, or a mix with one or "
+            "with standardise: group",
+            remedy="set algorithm.samples=4, or a judge with mode: direct, or a mix with standardise: none",
+        )
+
+
 def check_steps(config: Any) -> None:
     """What KL, plain texts and minibatches say of a step."""
     answers, follow = config.rollout.prompts * config.algorithm.samples, config.algorithm.kl.adaptive
@@ -46,7 +59,7 @@ def check_steps(config: Any) -> None:
             "one step would move the KL coefficient by more than a fifth, or below 0",
             key="algorithm.kl.adaptive",
             rule=f"a horizon of at least the answers of a step, rollout.prompts × algorithm.samples = {answers}",
-            remedy="set horizon: 10000, the default",
+            remedy=f"set horizon: {max(10_000, answers)}",
         )
     if getattr(config.algorithm, "ptx", None) is not None and config.sampling.sampling().temperature != 1:
         raise Unfit(
@@ -66,7 +79,7 @@ def check_steps(config: Any) -> None:
 
 
 def check_course_of_critic(config: Any) -> None:
-    """The critic can be trained, and does not take the whole run for itconfig."""
+    """The critic can be trained, and does not take the whole run for it."""
     critic = config.algorithm.critic
     try:
         config.critic_optimizer()

@@ -244,8 +244,7 @@ def _finish(config: Config, records: Sequence[Record], run_dir: Path, console: C
         rows += made
         left_out += lost
     heard_of = [record for record in records if not unscored(record["metrics"])]
-    parts = [(tuple(r["scores"]), tuple(r.get("contested", ())), r["metrics"]) for r in heard_of]
-    scores = [_there(known_scores(*part)) for part in parts]
+    scores = [_there(known_scores(record["scores"], record.get("skipped", ()))) for record in heard_of]
     metrics = best_of_n(scores, drawn=drawn(config)) | mean_metrics([record["metrics"] for record in records])
     answers = sum(len(record["completions"]) for record in records)
     inferred = {"inferred": sum(row["inferred"] for row in rows)} if rows and "inferred" in rows[0] else {}

@@ -14,7 +14,7 @@ from rayalign.data.prompts import DataConfig
 from rayalign.decoding import SAMPLINGS
 from rayalign.engines import ENGINES
 from rayalign.evaluate import EvaluationConfig
-from rayalign.gradient_rules import check_course_of_critic, check_ratios, check_steps
+from rayalign.gradient_rules import check_course_of_critic, check_ratios, check_scores, check_steps
 from rayalign.learners import LEARNERS
 from rayalign.learners.settings import LoraConfig, OptimizerConfig
 from rayalign.protocols import needs_reference
@@ -189,6 +189,7 @@ class Config(Record):
         """Of policy gradients, whose ratios are of whole distributions, and of the policy that sampled."""
         if getattr(self.algorithm, "whole_distribution", False):
             check_ratios(self)
+            check_scores(self)
             check_steps(self)
         if getattr(self.algorithm, "critic", None) is not None:
             check_course_of_critic(self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -199,7 +199,7 @@ class Group:
         inferred: the pairs i < j that nobody compared: their preferences are worked out from those of others.
         seed: of what an algorithm draws of this group: a function of run, step and prompt where it was sampled.
         token_scores: of each completion a reward for each of its tokens, where the scorer gives them; empty: none.
-        trust, shares: see `Judgement`.
+        trust, shares, skipped: see `Judgement`.
     """
 
     id: str
@@ -216,12 +216,13 @@ class Group:
     inferred: tuple[tuple[int, int], ...] = ()
     trust: tuple[float, ...] = ()
     shares: tuple[tuple[float, ...], ...] = ()
+    skipped: tuple[bool, ...] = ()
 
     @property
     def known_scores(self) -> tuple[float | None, ...]:
         """For means and tables: None where the scorer failed and the completion is skipped, whose number in `scores`
         stands for one that nobody knows."""
-        return known_scores(self.scores or (), self.contested, self.metrics)
+        return known_scores(self.scores or (), self.skipped)
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,8 @@ class Judgement:
         trust: for each completion from 0 to 1: how much is learned from it; empty: all count the same, 1. What is
             learned from several counts as the one that is trusted least.
         shares: for each completion the probability of each class, where the scorer has classes; a labelling keeps them.
+        skipped: for each completion whether the scorer failed on it, so that its score stands for nothing: it is
+            contested, too; empty: none.
     """
 
     scores: tuple[float, ...]
@@ -249,14 +252,12 @@ class Judgement:
     inferred: tuple[tuple[int, int], ...] = ()
     trust: tuple[float, ...] = ()
     shares: tuple[tuple[float, ...], ...] = ()
+    skipped: tuple[bool, ...] = ()
 
 
-def known_scores(
-    scores: tuple[float, ...], contested: tuple[bool, ...], metrics: Mapping[str, float]
-) -> tuple[float | None, ...]:
+def known_scores(scores: Collection[float], skipped: Collection[bool]) -> tuple[float | None, ...]:
     """See `Group.known_scores`."""
-    failed = any(name.endswith(FAILED) and count for name, count in metrics.items())
-    skipped = contested if failed and contested else (False,) * len(scores)
+    skipped = skipped or (False,) * len(scores)
     return tuple(None if out else score for score, out in zip(scores, skipped, strict=True))
 
 

@@ -37,6 +37,15 @@ class Says(ScorerConfig):
         return judge
 
 
+class Hurried(ScorerConfig):
+    """Gives the seconds that it has as scores."""
+
+    name: str
+
+    def start(self) -> ScoreFunction:
+        return lambda groups: [[self.deadline_s] * len(each.texts) for each in groups]
+
+
 class Counts(ScorerConfig):
     """Keeps count of what is started and closed."""
 

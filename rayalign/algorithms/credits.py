@@ -188,4 +188,5 @@ def explained(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     the returns are all the same."""
     kept = mask > 0
     spread = returns[kept].var(unbiased=False)
-    return float(1 - (returns - values)[kept].var(unbiased=False) / spread) if spread > 0 else 0.0
+    same = spread <= 1e-12 * returns[kept].square().mean()  # but for roundings
+    return 0.0 if same else float(1 - (returns - values)[kept].var(unbiased=False) / spread)

@@ -37,8 +37,8 @@ class PolicyGradient(PolicyLoss):
     equal_groups: Literal["drop", "keep"] | None = Field(
         None,
         description="prompts whose answers all score the same; default: drop where nothing would be learned from them "
-        "(grpo, dr_grpo and rloo without KL), and with grpo and KL in the reward, which would divide by the spread of "
-        "the KL alone; else keep",
+        "(all but reinforce_pp, without KL and entropy bonus), and with grpo and KL in the reward, which would divide "
+        "by the spread of the KL alone; else keep",
     )
     refill: int = Field(
         0, ge=0, description="dynamic sampling: at most so many more prompts a rollout, in place of dropped ones"
@@ -56,7 +56,9 @@ class PolicyGradient(PolicyLoss):
     def drops_equal(self) -> bool:  # type: ignore[override]
         if self.equal_groups is not None:
             return self.equal_groups == "drop"
-        return self.advantage in SCALES and (not self.kl.coef or (self.advantage == "grpo" and self._kl_in("reward")))
+        if self.advantage == "grpo" and self.kl.coef and self._kl_in("reward"):
+            return True
+        return self.advantage != "reinforce_pp" and not self.kl.coef and not self.entropy_weight
 
     def keeps(self, group: Group, kept: Sequence[int], usable: Sequence[int]) -> bool:
         """At least two answers where they are compared, and the greedy one, which comes last, where it is the

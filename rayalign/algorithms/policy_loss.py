@@ -277,7 +277,8 @@ class PolicyLoss(Offline):
         """The KL coefficient of the controller, and what is known of all scores."""
         found, count = dict(state), int(metrics["answers/kept"])
         measured = metrics.get(f"{'reward' if self.kl.where == 'reward' else 'policy'}/kl_{self.kl.estimator}")
-        if self.kl.adaptive is not None and measured is not None:
+        learned = "loss" in metrics  # a policy that waits for its critic has the KL of nothing that it learned
+        if self.kl.adaptive is not None and measured is not None and learned:
             follow = self.kl.adaptive
             controller = AdaptiveKL(self._coef, target=follow.target, horizon=follow.horizon)
             found["kl_coef"] = controller.update(measured, count)

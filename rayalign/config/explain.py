@@ -88,6 +88,7 @@ def _also(problems: Sequence[Mapping[str, Any]]) -> str:
 
 def _unknown(path: Path, value: Any, source: Source, owners: Sequence[str], also: str) -> ConfigError:
     record, section, word = _owner(path, source.data), ".".join(map(str, path[:-1])), str(path[-1])
+    owners = () if _parts_with(path, source) else owners  # a key of ours, of another part
     what = f"looks like a key of {' or '.join(owners)}, unknown here" if owners else "unknown key"
     found = f"{word}: {source.written(path, value)}"
     rule = f"{section or 'a config'} has the keys {', '.join(_names(record))}"
@@ -98,8 +99,9 @@ def _unknown(path: Path, value: Any, source: Source, owners: Sequence[str], also
 def _right_key(path: Path, record: type[BaseModel], source: Source, *, of_others: bool) -> str:
     """Which key was meant: another library's, the same elsewhere, one of another part, or one spelt alike."""
     word = str(path[-1])
-    offline = bool(getattr(_owner(("algorithm", ""), source.data), "rows", ()))
-    if ours := habit(word, offline=offline):
+    algorithm = _owner(("algorithm", ""), source.data)
+    offline, gradients = bool(getattr(algorithm, "rows", ())), bool(getattr(algorithm, "whole_distribution", False))
+    if ours := habit(word, offline=offline, gradients=gradients):
         purpose = _schema_of(tuple(ours.split(".")), source).get("description", "")
         return f"here this is {ours}" + (f": {purpose}" if purpose else "")
     if of_others:

@@ -121,6 +121,53 @@ OFFLINE = {
     "engine.max_context": "data.max_tokens",
 }
 
+# With PPO and the group methods, which have a KL and a clip in the place of a loss with a strength.
+GRADIENTS = {
+    "TRL": {
+        "beta": "algorithm.kl.coef",
+        "kl_coef": "algorithm.kl.coef",
+        "kl_estimator": "algorithm.kl.estimator",
+        "loss_type": "algorithm.aggregate",
+        "epsilon": "algorithm.clip_low",
+        "epsilon_high": "algorithm.clip_high",
+        "cliprange": "algorithm.clip_low",
+        "importance_sampling_level": "algorithm.ratio",
+        "mask_truncated_completions": "algorithm.overlong",
+        "missing_eos_penalty": "algorithm.reward.no_end_penalty",
+        "whiten_rewards": "algorithm.reward.normalise",
+        "entropy_coef": "algorithm.entropy_weight",
+        "num_ppo_epochs": "train.epochs",
+        "num_mini_batches": "train.minibatches",
+    },
+    "OpenRLHF": {
+        "init_kl_coef": "algorithm.kl.coef",
+        "kl_estimator": "algorithm.kl.estimator",
+        "kl_target": "algorithm.kl.adaptive",
+        "kl_horizon": "algorithm.kl.adaptive",
+        "advantage_estimator": "algorithm.advantage",
+        "eps_clip": "algorithm.clip_low",
+        "eps_clip_low_high": "algorithm.clip_high",
+        "normalize_reward": "algorithm.reward.normalise",
+        "reward_clip_range": "algorithm.reward.clip",
+        "entropy_loss_coef": "algorithm.entropy_weight",
+        "dynamic_filtering": "algorithm.equal_groups",
+    },
+    "verl": {
+        "kl_coef": "algorithm.kl.coef",
+        "kl_loss_coef": "algorithm.kl.coef",
+        "kl_loss_type": "algorithm.kl.estimator",
+        "use_kl_loss": "algorithm.kl",
+        "use_kl_in_reward": "algorithm.kl",
+        "loss_agg_mode": "algorithm.aggregate",
+        "clip_ratio": "algorithm.clip_low",
+        "clip_ratio_low": "algorithm.clip_low",
+        "clip_ratio_high": "algorithm.clip_high",
+        "clip_ratio_c": "algorithm.dual_clip",
+        "entropy_coeff": "algorithm.entropy_weight",
+        "filter_groups": "algorithm.equal_groups",
+    },
+}
+
 # Sections of other libraries whose keys are spread over several of ours.
 SECTIONS = {
     "TRL": ("script_args", "training_args", "model_args"),
@@ -129,13 +176,17 @@ SECTIONS = {
 }
 
 
-def habit(key: str, *, offline: bool = False) -> str:
+def habit(key: str, *, offline: bool = False, gradients: bool = False) -> str:
     """Our key that says the same; "" where there is none.
 
     Args:
         offline: in a config whose algorithm learns from rows of data.
+        gradients: in one whose algorithm is a policy gradient.
     """
-    ours = HABITS.get(_plain(key), "")
+    plain = _plain(key)
+    of_gradients = (own[plain] for own in GRADIENTS.values() if plain in own)
+    ours = next(of_gradients, "") if gradients else ""
+    ours = ours or HABITS.get(plain, "")
     return OFFLINE.get(ours, ours) if offline else ours
 
 
@@ -148,7 +199,8 @@ def libraries(key: str, beside: Iterable[str] = ()) -> list[str]:
 
 
 def _owners(key: str) -> list[str]:
-    return [name for name, keys in LIBRARIES.items() if _plain(key) in keys or _plain(key) in SECTIONS.get(name, ())]
+    plain, more = _plain(key), (GRADIENTS, SECTIONS)
+    return [name for name, keys in LIBRARIES.items() if plain in keys or any(plain in of.get(name, ()) for of in more)]
 
 
 def _plain(key: str) -> str:

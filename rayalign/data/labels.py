@@ -38,8 +38,9 @@ def record_of(group: Group, texts: Sequence[str]) -> Record:
         "metrics": dict(group.metrics),
         "contested": list(group.contested),
         **{name: found for name, found in ((TRUST, group.trust), ("shares", group.shares)) if found},
+        **({"skipped": list(group.skipped)} if any(group.skipped) else {}),
         REASONS: _reasons(group),
-        **({COLUMN: group.prompt.extra[COLUMN]} if COLUMN in group.prompt.extra else {}),
+        **({COLUMN: gold} if (gold := group.prompt.extra.get(COLUMN)) is not None else {}),
     }
 
 

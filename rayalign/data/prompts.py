@@ -65,6 +65,7 @@ def load_prompts(
         )
     turns = Turns(tokenizer, chat_template=config.chat_template)
     prompts, skipped, cut, room = [], 0, 0, max_tokens or config.max_tokens
+    columns = dict.fromkeys(key for row in rows for key in row)
     for index, row in enumerate(rows):
         where = f"{source}, row {index + 1}"
         _check_column(row, config.prompt_column, where)
@@ -81,7 +82,8 @@ def load_prompts(
                 )
             skipped += 1
             continue
-        extra = {key: value for key, value in row.items() if key != config.prompt_column}
+        extra = {**columns, **row}  # a column that only some rows have is there for all
+        extra.pop(config.prompt_column, None)
         whole = gold_ids(extra, messages, turns, where) if gold else ()
         answer = whole[: max(room - len(token_ids), 0)]
         cut += answer != whole

@@ -101,7 +101,7 @@ def group_advantage(scores: Tensor, *, scale: str, mask: Tensor | None = None) -
         mask: [B, K], for groups of unequal size.
 
     Returns:
-        Exactly 0 for a group whose scores are all equal, or that has one.
+        Exactly 0 for a group whose scores are all equal, or that has one. NaN for one with a NaN among what counts.
 
     Source: Shao et al. 2024 (GRPO) section 4.1.2; Liu et al. 2025 (Dr. GRPO) section 3.2.
 
@@ -117,7 +117,7 @@ def group_advantage(scores: Tensor, *, scale: str, mask: Tensor | None = None) -
     if scale == "none":
         return centred
     var = divide(centred.square().sum(-1, keepdim=True), (sizes - 1).clamp(min=0))
-    spread = var > 0
+    spread = ~(var <= 0)  # a NaN is no group of equal scores, and has to be seen
     std = torch.where(spread, var, torch.ones_like(var)).sqrt()  # sqrt has no gradient at 0
     return torch.where(spread, centred / (std + 1e-6), torch.zeros_like(centred))
 
@@ -181,5 +181,5 @@ def _centred(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     mean = divide(keep(scores, mask).sum(-1, keepdim=True), sizes)
     high = scores.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     low = scores.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
-    # The mean of equal numbers may be off by a rounding, which a division by std would blow up.
-    return torch.where(mask & (high > low), scores - mean, torch.zeros_like(scores)), sizes
+    # The mean of equal numbers may be off by a rounding, which a division by std would blow up. A NaN is not equal.
+    return torch.where(mask & ~(high <= low), scores - mean, torch.zeros_like(scores)), sizes

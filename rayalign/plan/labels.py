@@ -75,4 +75,4 @@ def labelled_rows(config: Config, lengths: Lengths, held_out: float) -> Rows:
 
 def _compares(config: Config) -> bool:
     """Whether the scorer says of pairs which one is better."""
-    return getattr(config.scorer, "mode", "") == "pairwise"
+    return getattr(config.scorer, "gives_preferences", False)

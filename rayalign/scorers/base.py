@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -59,6 +59,20 @@ class ScorerConfig(Record):
     def contents(self) -> dict[str, str]:
         """Fingerprints of files that it names, by key: others would be another scorer. Raises ConfigError."""
         return {}
+
+    def within(self, deadline_s: float) -> Self:
+        """The same with so many seconds for some groups, as a part of a mix has them."""
+        return self.model_copy(update={"deadline_s": deadline_s})
+
+    @property
+    def compares(self) -> bool:
+        """Whether a score is how an answer stands among the others to its prompt: the same for any that is alone."""
+        return False
+
+    @property
+    def gives_preferences(self) -> bool:
+        """Whether it says of pairs which one is better."""
+        return False
 
     @property
     def relative(self) -> bool:
@@ -141,21 +155,28 @@ def _judged(group: Group, found: Sequence[float] | Judgement, who: str) -> Group
                 remedy="leave a metric out where there is nothing to say",
             )
     preferences = None if found.preferences is None else _matrix(group, found.preferences, who)
-    contested = tuple(map(bool, found.contested))
-    if contested and len(contested) != len(group.completions):
-        raise ScoreError(
-            "the number of contested answers is wrong",
-            where=f"{who}, prompt {group.prompt.index}",
-            value=len(contested),
-            rule=f"true or false for each of {len(group.completions)} completions, or nothing",
-        )
+    marks = {name: _marks(group, getattr(found, name), name, who) for name in ("contested", "skipped")}
+    if any(marks["skipped"]):  # from what has no score nothing is learned
+        marks["contested"] = tuple(map(any, zip(*filter(None, marks.values()), strict=True)))
     metrics = {**group.metrics, **metrics}  # a search has counted its candidates
     scores = _checked(group, found.scores, who)
     tokens = _token_scores(group, found.token_scores, who) if found.token_scores else ()
-    more = {"preferences": preferences, "metrics": metrics, "contested": contested, "token_scores": tokens}
+    more = {"preferences": preferences, "metrics": metrics, "token_scores": tokens, **marks}
     more |= {"inferred": _pairs(group, found.inferred, who), "trust": _trust(group, found.trust, who)}
     more["shares"] = found.shares
     return replace(group, scores=scores, **more)
+
+
+def _marks(group: Group, given: Sequence[bool], name: str, who: str) -> tuple[bool, ...]:
+    marks = tuple(map(bool, given))
+    if marks and len(marks) != len(group.completions):
+        raise ScoreError(
+            f"the number of {name} answers is wrong",
+            where=f"{who}, prompt {group.prompt.index}",
+            value=len(marks),
+            rule=f"true or false for each of {len(group.completions)} completions, or nothing",
+        )
+    return marks
 
 
 def _trust(group: Group, numbers: Sequence[float], who: str) -> tuple[float, ...]:

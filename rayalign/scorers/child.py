@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -66,8 +68,9 @@ class Child:
     def __call__(self, argument: Any, wait_s: float) -> Any:
         """What the function gives, once it is started. Raises TooLate, Died, and the function's RayalignError."""
         try:
-            self._pipe.send(argument)
-            if not self._pipe.poll(max(wait_s, 0.0)):
+            until = time.monotonic() + max(wait_s, 0.0)
+            self._send(argument, until)
+            if not self._pipe.poll(max(until - time.monotonic(), 0.0)):
                 raise TooLate
             value, error = self._pipe.recv()
         except (EOFError, ConnectionError):
@@ -78,6 +81,24 @@ class Child:
         if error is not None:
             raise error
         return value
+
+    def _send(self, argument: Any, until: float) -> None:
+        """By a thread, as a child that reads nothing blocks what is more than the pipe holds. Raises TooLate."""
+        failed: list[BaseException] = []
+
+        def send() -> None:
+            try:
+                self._pipe.send(argument)
+            except BaseException as error:  # noqa: BLE001  raised where it was asked for
+                failed.append(error)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        thread.join(max(until - time.monotonic(), 0.0))
+        if thread.is_alive():
+            raise TooLate
+        if failed:
+            raise failed[0]
 
     def memory_gib(self) -> float:
         """Peak of its resident set; 0 where it does not run, or the system does not say."""

@@ -51,6 +51,10 @@ class DpmScorer(NetworkScorer):
     )
     weigh: bool = Field(False, description="learn less from answers the less annotators would agree on them")
 
+    @property
+    def gives_preferences(self) -> bool:
+        return self.preferences
+
     def fits(self, count: int) -> bool:
         return count > 1
 
@@ -74,7 +78,7 @@ class DpmScorer(NetworkScorer):
                 value=least,
                 rule=f"above {1 / len(names):.3g}: of {len(names)} classes two annotators choose the same one so often "
                 "by chance",
-                remedy="set min_agreement=0.5, say, or take it out",
+                remedy=f"set min_agreement={(1 + 1 / len(names)) / 2:.2g}, say, or take it out",
             )
 
     def weights_of(self, known: Any) -> tuple[float, ...]:

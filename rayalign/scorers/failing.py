@@ -39,7 +39,7 @@ def judged(groups: Sequence[Group], scores: Sequence[float | None], on_error: st
             Judgement(
                 tuple(usual if score is None else score for score in row),
                 metrics={FAILED: float(sum(failed))},
-                contested=failed if on_error == "skip" else (),
+                skipped=failed if on_error == "skip" else (),
             )
         )
     return found

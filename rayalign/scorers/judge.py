@@ -108,8 +108,16 @@ class Judge(JudgeRules, ScorerConfig):
         return max(1, min(AT_ONCE, WAVES * together // max(1, asked)))
 
     @property
+    def compares(self) -> bool:
+        return self.mode == "pairwise"
+
+    @property
+    def gives_preferences(self) -> bool:
+        return self.mode == "pairwise"
+
+    @property
     def relative(self) -> bool:
-        return self.mode == "pairwise" and self.report_agreement is None
+        return self.compares and self.report_agreement is None
 
     @property
     def gpus(self) -> int:

@@ -141,6 +141,20 @@ class Mix(ScorerConfig):
         return max(part.scorer.gpus for part in self.scorers)  # type: ignore[attr-defined]
 
     @property
+    def compares(self) -> bool:
+        """Or one of them does: what it adds would be the same for all answers that are alone."""
+        return self.standardise == "group" or any(part.scorer.compares for part in self.scorers if part.weight)  # type: ignore[attr-defined]
+
+    @property
+    def relative(self) -> bool:
+        return all(part.scorer.relative for part in self.scorers)  # type: ignore[attr-defined]
+
+    @property
+    def gives_preferences(self) -> bool:
+        counted = [part for part in self.scorers if part.weight]
+        return all(part.weight > 0 and part.scorer.gives_preferences for part in counted)  # type: ignore[attr-defined]
+
+    @property
     def borrows_engine(self) -> bool:
         return any(part.scorer.borrows_engine for part in self.scorers)  # type: ignore[attr-defined]
 
@@ -159,7 +173,8 @@ class Mixing:
         self._config = config
         self._started: list[ScoreFunction] = []
         try:
-            for scorer in (part.scorer for part in config.scorers):
+            share = config.deadline_s / len(config.scorers)  # they score one after the other
+            for scorer in (part.scorer.within(share) for part in config.scorers):  # type: ignore[attr-defined]
                 borrows = lent is not None and scorer.borrows_engine  # type: ignore[attr-defined]
                 self._started.append(scorer.start_with(lent) if borrows else scorer.start())  # type: ignore[attr-defined]
         except BaseException:
@@ -203,12 +218,13 @@ def joined(config: Mix, given: Sequence[Group]) -> Judgement:
             metrics[f"scores/{part.called}"] = math.fsum(there) / len(there)
     counted = [group for weight, group in zip(weights, given, strict=True) if weight]
     contested = tuple(map(any, zip(*filter(None, (group.contested for group in counted)), strict=True)))
+    skipped = tuple(map(any, zip(*filter(None, (group.skipped for group in counted)), strict=True)))
     tokens, preferences = _token_scores(given, weights, config.standardise), _preferences(given, weights)
     trust = tuple(map(min, zip(*filter(None, (group.trust for group in counted)), strict=True)))
     # A mean of which a part was not asked is inferred.
     inferred = sorted({pair for group in counted for pair in group.inferred}) if preferences is not None else ()
     shares = next((group.shares for group in counted if group.shares), ())  # of the first that has classes
-    return Judgement(scores, preferences, metrics, contested, tokens, tuple(inferred), trust, shares)
+    return Judgement(scores, preferences, metrics, contested, tokens, tuple(inferred), trust, shares, skipped)
 
 
 def standardised(scores: Sequence[float]) -> tuple[float, ...]:

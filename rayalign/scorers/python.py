@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -64,6 +64,11 @@ class Python(ScorerConfig, Tolerance):
                 remedy=f"set scorer.deadline_s={4 * self.timeout_s:g}, or lower timeout_s",
             )
         return self
+
+    def within(self, deadline_s: float) -> Self:
+        """Calls are no longer than leaves time to find the completion at fault."""
+        limit = None if self.timeout_s is None else min(self.timeout_s, deadline_s / 4)
+        return self.model_copy(update={"deadline_s": deadline_s, "timeout_s": limit})
 
     def start(self) -> ScoreFunction:
         """Raises ConfigError when the function is not there, on another node than the one that read the config, say."""

@@ -125,14 +125,12 @@ class Ratings(ScorerConfig):
 
     def start(self) -> ScoreFunction:
         kept = {"held_out": (True,), "training": (False,), "all": (True, False)}[self.words]
-        means = {
-            word: sum(ratings) / len(ratings)
-            for word, ratings in read_lexicon(self.lexicon).items()
-            if held_out(word) in kept
-        }
+        lexicon = read_lexicon(self.lexicon)
+        means = {word: sum(ratings) / len(ratings) for word, ratings in lexicon.items() if held_out(word) in kept}
 
         def judged(group: Group) -> Judgement:
-            said = [[means[word] for word in words_in(text, means)] for text in group.texts]
+            # Looked up in the whole, as ":D", which is held out, is not the ":d" of the others.
+            said = [[means[word] for word in words_in(text, lexicon) if word in means] for text in group.texts]
             scores = tuple(sum(each) / len(each) if each else 0.0 for each in said)
             count = len(said)
             metrics = {

@@ -94,7 +94,7 @@ class _Scores:
                 f"a prompt has no column {lacking[0]!r}",
                 where="key scorer.columns",
                 value=f"prompt {group.prompt.index} has {', '.join(map(str, extra)) or 'no column besides the prompt'}",
-                rule="columns of data.prompts, in every row",
+                rule="columns of data.prompts; where a row has nothing there, the service gets null",
                 remedy="add the column to the prompts, or take it out of scorer.columns",
             )
         columns = {name: json.loads(json.dumps(extra[name], default=str)) for name in self._config.columns}

@@ -353,6 +353,11 @@ def test_evaluations_of_a_judge_that_compares_need_two_answers(tmp_path: Path, r
         return check_training(parse_config(raw))
     with pytest.raises(ConfigError, match="evaluations would measure nothing"):
         check_training(parse_config(raw))
+    alone = {"name": "mix", "scorers": [{"scorer": raw["scorer"]}]}
+    with pytest.raises(ConfigError, match="evaluations would measure nothing"):
+        check_training(parse_config({**raw, "scorer": alone}))
+    alone["scorers"].append({"scorer": {"name": "rules", "rule": "brevity"}})
+    check_training(parse_config({**raw, "scorer": alone}))
     raw["evaluation"]["samples"] = 2
     return check_training(parse_config(raw))
 

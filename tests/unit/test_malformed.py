@@ -19,7 +19,7 @@ import yaml
 
 from rayalign.cli import main
 from rayalign.config import load_config, save_config
-from rayalign.config.habits import HABITS, OFFLINE
+from rayalign.config.habits import GRADIENTS, HABITS, OFFLINE
 from rayalign.schema import json_schema
 
 HERE = Path(__file__).resolve().parents[1] / "malformed"
@@ -155,7 +155,8 @@ def test_an_override_of_an_alias_leaves_the_other_key_alone(tmp_path):
 
 def test_every_key_of_other_libraries_leads_to_one_of_ours():
     known = set(_keys(json_schema(), json_schema()["$defs"]))
-    assert {*HABITS.values(), *OFFLINE, *OFFLINE.values()} <= known
+    gradients = {ours for keys in GRADIENTS.values() for ours in keys.values()}
+    assert {*HABITS.values(), *OFFLINE, *OFFLINE.values(), *gradients} <= known
 
 
 def _keys(node, defs, prefix=""):

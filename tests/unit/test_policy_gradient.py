@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rayalign.algorithms.credits import ADVANTAGES, RETURNS, Divergence
+from rayalign.algorithms.credits import ADVANTAGES, RETURNS, Divergence, explained
 from rayalign.algorithms.policy_gradient import PolicyGradient
 from rayalign.algorithms.ppo import PPO
 from rayalign.collate import collate
@@ -180,6 +180,8 @@ def test_groups_of_equal_scores_are_dropped_or_kept():
         PolicyGradient(samples=2, kl=K1, advantage="rloo"),
         PolicyGradient(samples=2, kl=K1, equal_groups="keep"),
         PolicyGradient(samples=2, kl=K3),
+        PolicyGradient(samples=2, kl=NO_KL, entropy_weight=0.01),
+        PolicyGradient(samples=2, kl=NO_KL, advantage="reinforce_pp"),
         PolicyGradient(samples=2, kl=NO_KL, equal_groups="keep"),
     ):
         assert keeping.examples(same + differ)[1]["groups/kept"] == 2.0
@@ -203,7 +205,7 @@ def test_what_is_equal_is_what_answers_are_worth():
     differ, same = (sampled(one(scores), cut=(1,)) for scores in ((1.0, 1.0), (1.0, 1.5)))
     assert algorithm.useful(differ[0]) and not algorithm.useful(same[0])
     assert algorithm.examples(differ + same)[1]["groups/equal"] == 1.0
-    greedy = PolicyGradient(advantage="remax", samples=1, kl=NO_KL, equal_groups="drop")
+    greedy = PolicyGradient(advantage="remax", samples=1, kl=NO_KL)
     assert greedy.useful(one((1.0, 2.0))[0]) and not greedy.useful(one((1.0, 1.0))[0])
 
 
@@ -216,7 +218,7 @@ def test_what_is_equal_is_what_answers_are_worth():
     ],
 )
 def test_the_greedy_answers_score_is_penalised_and_clipped_as_others_are(reward, scores, cut, wanted):
-    algorithm = PolicyGradient(advantage="remax", samples=2, kl=NO_KL, reward=reward)
+    algorithm = PolicyGradient(advantage="remax", samples=2, kl=NO_KL, reward=reward, equal_groups="keep")
     examples, _ = algorithm.examples(sampled(one(scores, lengths=[1, 1, 1]), cut=cut))
     assert [each[0] for each in advantages(algorithm.credit(examples)[0])] == pytest.approx(wanted)
 
@@ -227,6 +229,20 @@ def test_a_batch_without_variance_has_advantages_of_zero():
         credited, said = algorithm.credit(annotated(examples, critic_state_values=0.0))
         assert np.concatenate(advantages(credited)) == pytest.approx([0.0, 0.0], abs=1e-3)
         assert said["advantage/std"] == 0.0
+    returns = torch.full((2, 3), 0.3, dtype=torch.float64)
+    returns[0, 0] += 1e-16  # roundings of equal returns
+    assert explained(torch.zeros_like(returns), returns, torch.ones_like(returns)) == 0.0
+    assert explained(returns, returns + torch.arange(3) * 1e-3, torch.ones_like(returns)) == pytest.approx(
+        0.0, abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("settings", [{"advantage": "grpo"}, {"advantage": "dr_grpo"}, {"advantage": "rloo"}])
+def test_a_log_prob_that_is_no_number_is_not_an_equal_group(settings):
+    """The loss is not finite either, which stops the run."""
+    algorithm = PolicyGradient(samples=2, kl=K1, **settings)
+    examples = annotated(algorithm.examples(one((1.0, 2.0), lengths=[1, 1]))[0], reference_logps=float("nan"))
+    assert np.isnan(np.concatenate(advantages(algorithm.credit(examples)[0]))).all()
 
 
 def test_answers_that_a_clip_makes_equal_are_equal():
@@ -315,9 +331,11 @@ def test_scores_are_penalised_then_normalised_then_clipped():
 
 def test_the_kl_coefficient_follows_its_target():
     algorithm = PolicyGradient(kl={"in": "reward", "coef": 0.1, "adaptive": {"target": 5.0, "horizon": 100}})
-    state = algorithm.adapt({}, {"reward/kl_k1": 20.0, "answers/kept": 10.0})
+    said = {"answers/kept": 10.0, "loss": 0.5}
+    assert algorithm.adapt({}, {"reward/kl_k1": 20.0, "answers/kept": 10.0}) == {}  # a critic was trained alone
+    state = algorithm.adapt({}, {"reward/kl_k1": 20.0, **said})
     assert state == {"kl_coef": pytest.approx(0.1 * 1.02)}
-    state = algorithm.adapted(state).adapt(state, {"reward/kl_k1": 5.5, "answers/kept": 10.0})
+    state = algorithm.adapted(state).adapt(state, {"reward/kl_k1": 5.5, **said})
     assert state == {"kl_coef": pytest.approx(0.1 * 1.02 * 1.01)}
     assert pickle.loads(pickle.dumps(algorithm.adapted(state)))._coef == state["kl_coef"]
 

@@ -139,3 +139,12 @@ def test_what_scorers_are_shown_is_the_whole_conversation(tokenizer, tmp_path):
     assert first.text == "Its name?" and second.conversation == second.text == "x"
     french = load(tokenizer, file, room=10**6, held_out=0.0, system="In French.").training[1]
     assert french.conversation == "System: In French.\n\nUser: x" and french.text == "x"
+
+
+def test_a_column_that_only_some_rows_have_is_there_for_all(tokenizer, tmp_path):
+    """So that what reads it finds the same whichever prompts it is given together."""
+    rows = [{"prompt": "a film"}, {"prompt": "b film", "stars": 3}]
+    assert [p.extra for p in load(tokenizer, write(tmp_path / "p.jsonl", rows), held_out=0.0).training] == [
+        {"stars": None},
+        {"stars": 3},
+    ]

@@ -71,3 +71,11 @@ def test_a_lexicon_of_ones_own_and_files_that_are_none(tmp_path):
         with pytest.raises(ConfigError) as error:
             read_lexicon(file)
         assert error.value.where == f"{file}:2" and error.value.value == line
+
+
+def test_a_word_of_the_other_part_is_not_taken_for_one_that_looks_like_it(tmp_path):
+    """ ":D" is held out, and ":d" is not."""
+    lexicon = read_lexicon(None)
+    assert held_out(":D") and not held_out(":d") and {":D", ":d"} <= lexicon.keys()
+    assert scored(Ratings(words="training"), ":D", ":d").metrics["ratings/words"] == 0.5
+    assert scored(Ratings(words="held_out"), ":D", ":d").metrics["ratings/words"] == 0.5

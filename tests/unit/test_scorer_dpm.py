@@ -175,8 +175,9 @@ def test_what_it_refuses(checkpoint, tmp_path, model):
     error = check_weights(checkpoint, (1.0, 0.0))
     assert error.where == "key scorer.weights" and "bad, neutral, good" in error.rule
     assert check_weights(checkpoint, (0.0, 0.0, 0.0)).what == "all classes are worth the same"
-    with pytest.raises(ConfigError, match="no answer would be contested"):
+    with pytest.raises(ConfigError, match="no answer would be contested") as raised:
         DpmScorer(model=str(checkpoint), min_agreement=0.3).check("any")
+    assert raised.value.remedy.startswith("set min_agreement=0.67, say")
     DpmScorer(model=str(checkpoint), min_agreement=0.34).check("any")
     config = AutoConfig.from_pretrained(model)
     config.num_labels = 1

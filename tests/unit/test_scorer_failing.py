@@ -13,6 +13,7 @@ import pytest
 from rayalign.errors import ConfigError, ScoreError, ScorerLost
 from rayalign.samples import Rollout, group_metrics
 from rayalign.scorers.base import LocalScorer, score_groups
+from rayalign.scorers.child import Child, TooLate
 from rayalign.scorers.failing import FAILED
 from rayalign.scorers.mix import Mix
 from rayalign.scorers.python import Python
@@ -42,6 +43,11 @@ def single(prompts, completions):
     if len(completions) > 1:
         raise MemoryError("one at a time")
     return scored(completions, len)
+def leaving():
+    def call(text):
+        threading.Timer(0.3, re.match, ("(a+)+$", "a" * 60 + "b")).start()
+        return len(text)
+    return call
 def alarm(prompts, completions):
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 60)
@@ -106,6 +112,7 @@ def test_a_call_that_only_takes_long_has_half_of_the_deadline():
     assert limits == {"error": (150.0, 30.0), "zero": (30.0, 30.0), "skip": (30.0, 30.0)}
     set_ = Python(function="my_failing_rewards:nan", timeout_s=60.0)
     assert set_.limits_s() == (60.0, 60.0)
+    assert set_.within(60.0).limits_s() == (15.0, 15.0) and set_.within(400.0).limits_s() == (60.0, 60.0)
 
 
 @pytest.mark.parametrize(("kind", "timeout_s"), [("raises", None), ("holds", 1.5), ("dies", 60.0)])
@@ -120,7 +127,8 @@ def test_zero_scores_it_0(kind, timeout_s):
 def test_skip_learns_nothing_from_it(kind, timeout_s):
     found = scored(kind, on_error="skip", timeout_s=timeout_s)
     assert [each.scores for each in found] == [(1.0, 2.0), (3.0, 2.5, 2.0), (1.0, 1.0)]  # the mean of the others
-    assert [each.contested for each in found] == [(False,) * 2, (False, True, False), (False,) * 2]
+    assert [each.skipped for each in found] == [(False,) * 2, (False, True, False), (False,) * 2]
+    assert [each.contested for each in found] == [(), (False, True, False), ()]
     assert group_metrics(found) == {FAILED: 1.0}
 
 
@@ -233,6 +241,20 @@ def test_a_deadline_that_leaves_no_time_to_find_out(tmp_path, make):
     with pytest.raises(ConfigError, match="no time to find the completion") as raised:
         make(scorer={"name": "python", "function": "my_failing_rewards:nan", "timeout_s": 100})
     assert raised.value.remedy == "set scorer.deadline_s=400, or lower timeout_s"
+
+
+def test_a_process_that_reads_nothing_is_too_late_whatever_it_is_sent():
+    """What a call has left behind keeps the interpreter to itself, and more than a pipe holds waits to be read."""
+    import my_failing_rewards
+
+    child = Child(my_failing_rewards.leaving)
+    for text in ("a", "a" * 4_000_000):
+        child.start(30.0)
+        assert child("b", 10.0) == 1
+        time.sleep(1.0)
+        with pytest.raises(TooLate):
+            child(text, 1.0)
+    child.close()
 
 
 def answered(body, before):

@@ -128,7 +128,7 @@ def test_rewards_of_tokens_cannot_be_standardised():
 
 
 def test_a_part_that_failed_on_a_whole_group_has_no_mean_there():
-    failed = replace(group(0, "a", "b"), scores=(0.0, 0.0), metrics={FAILED: 2.0}, contested=(True, True))
+    failed = replace(group(0, "a", "b"), scores=(0.0, 0.0), metrics={FAILED: 2.0}, skipped=(True, True))
     fine = replace(group(0, "a", "b"), scores=(1.0, 3.0))
     mix = Mix(scorers=(part(1.0, "mine", scores=(1, 0)), part(1.0, "other", scores=(1, 0))))
     assert joined(mix, [failed, fine]).metrics == {f"mine/{FAILED}": 2.0, "scores/other": 2.0}
@@ -252,3 +252,20 @@ def test_a_judge_that_asks_the_policy_gets_what_is_lent(model):
     assert found.preferences is None  # the rule gives none
     with pytest.raises(ValidationError, match="engines are one pool"):
         Mix(scorers=({"scorer": judge},), count=2)
+
+
+def test_an_answer_that_is_contested_keeps_its_score_when_another_fails():
+    asked = group(0, "a", "b", "c")
+    first = replace(asked, scores=(1.0, 2.0, 3.0), contested=(True, False, False))
+    mix = Mix(scorers=(part(1.0, "mine", scores=(1, 0)), part(1.0, "other", scores=(1, 0))))
+    for skipped, wanted in (((), (2.0, 4.0, 6.0)), ((False, True, False), (2.0, None, 6.0))):
+        told = joined(mix, [first, replace(first, skipped=skipped, metrics={FAILED: 1.0})])
+        (found,) = score_groups(lambda groups: [told], [asked], who="scorer-0")  # noqa: B023
+        assert found.known_scores == wanted and found.contested == (True, any(skipped), False)
+
+
+def test_parts_share_the_deadline_of_the_mix():
+    """So that a function that hangs is found, and skipped, before the mix counts as lost."""
+    parts = [{"scorer": {"name": "tests.scored:Hurried"}, "label": label} for label in ("first", "second")]
+    score = Mix.model_validate({"scorers": parts, "deadline_s": 60.0}).start()
+    assert score_groups(score, [group(0, "a")], who="scorer-0")[0].scores == (30.0 + 30.0,)

@@ -114,3 +114,13 @@ def test_adaptive_kl():
             AdaptiveKL(0.1, **bad)
     with pytest.raises(ValueError):
         kl.update(math.nan, 1)
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_a_score_that_is_no_number_is_seen(scale):
+    scores = t([1.0, math.nan, 2.0], [1.0, 1.0, 1.0])
+    found = group_advantage(scores, scale=scale)
+    assert found[0].isnan().all() and found[1].tolist() == [0.0, 0.0, 0.0]
+    hidden = group_advantage(scores, scale=scale, mask=torch.tensor([[1, 0, 1]] * 2))
+    assert hidden.isfinite().all() and hidden[0, 0] < 0 < hidden[0, 2]
+    assert leave_one_out_advantage(scores)[0].isnan().all()
