@@ -145,7 +145,7 @@ def scorer_of(out: Path) -> dict[str, Any]:
 def make_reward_model(out: Path, arguments: argparse.Namespace) -> bool:
     """On all pairs of the offline rows, once."""
     run_dir = out / "reward_model"
-    if (run_dir / "done").is_file():
+    if _evaluations(run_dir).get(arguments.reward_steps):
         return True
     config = config_of(_answers({"name": "reward_model"}, "pairs", 24), out, run_dir, arguments, first=False)
     config |= {"scorer": None, "evaluation": {"prompts": 0, "every": 20}, "train": {"steps": arguments.reward_steps}}
