@@ -367,14 +367,16 @@ def main() -> int:
     if not arguments.table:
         make_data(out, arguments.model, arguments.dtype)
         ended = [run_row(name, rows()[name], out, arguments) for name in arguments.only or rows()]
-    print(table(out, arguments.steps))
+    measured = table(out, arguments.steps)
+    if len(measured.splitlines()) > 2:
+        print(measured)
+        print(f"figure: {figure(out)}")
     if more := over_optimisation(out):
         print(f"\n{more}")
         print(f"figure: {figure_of_over_optimisation(out)}")
     from rayalign.run_dir import versions
 
     print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions()}")
-    print(f"figure: {figure(out)}")
     return 0 if all(ended) else 1
 
 
