@@ -97,7 +97,7 @@ def test_a_batch_is_split_as_far_as_it_has_answers(tiny, model, tmp_path):
 
 
 def test_the_greedy_answers_are_in_no_mean_of_rewards(tiny, tmp_path):
-    algorithm = {**GROUP, "advantage": "remax"}
+    algorithm = {**GROUP, "advantage": "remax", "equal_groups": "keep"}
     _, steps = run(tmp_path, tiny, algorithm, length=1, rollout={"prompts": 8, "monitor": 0}, **SHORT)
     for record in steps:
         assert record["answers/kept"] == 16 and record["reward/mean"] == pytest.approx(record["score/mean"])
