@@ -1,9 +1,10 @@
 """Where algorithms end on actors: two engines, two DeepSpeed ranks, samples one step old, all on this machine.
 
 A language model whose answers can be enumerated, as in tests/loop/test_exact_optimum.py and test_exact_preferences.py,
-by the same settings; here on Ray, and with rollout.depth=1 (SPIN, whose opponents are sampled once an iteration, has
-none). The table: total variation from the closed-form optimum, at the start and at the end. In one process each is
-held below 0.02 by tests; RLOO on actors, too.
+by the same settings, but for twice the prompts a step and twice the steps, as samples one step old come with more
+noise; here on Ray, and with rollout.depth=1 (SPIN, whose opponents are sampled once an iteration, has none, and the
+same steps). The table: total variation from the closed-form optimum, at the start and at the end. In one process each
+is held below 0.02 by tests; RLOO on actors, too.
 
   python tests/bench/exact_actors.py                    all rows, one or two minutes each on two cores
   python tests/bench/exact_actors.py --only ppo spin    these
@@ -32,6 +33,7 @@ ACTORS = {
     "learner": {"name": "deepspeed", "zero_stage": 2, "ranks": 2, "threads": 1, "deadline_s": 300},
     "placement": {"name": "ray", "object_store_gib": 0.2},
 }
+TIMES = 2
 OLD = {"importance_cap": 5.0}  # of samples one step old
 ROWS = ("rloo", "dr_grpo", "ppo", "online dpo, soft", "online dpo, drawn labels", "online ipo", "spin")
 
@@ -42,7 +44,13 @@ def row(name: str, tiny: Path, folder: Path) -> tuple[float, float]:
         policy, wanted = preferences.play(folder, tiny, rows=4000, **preferences.LONG, more=ACTORS)
         return variation(distribution(tiny, (1, 2), 2), wanted), variation(policy, wanted)
     length, algorithm, changes = settings(name)
-    changes = {**changes, **ACTORS, "rollout": {"monitor": 0, **changes.get("rollout", {}), "depth": 1}}
+    rollout, train = changes.get("rollout", {}), changes.get("train", {"steps": 60})
+    changes = {
+        **changes,
+        **ACTORS,
+        "rollout": {"monitor": 0, **rollout, "prompts": TIMES * rollout.get("prompts", 8), "depth": 1},
+        "train": {**train, "steps": TIMES * train["steps"]},
+    }
     policy, _ = run(folder, tiny, algorithm, length=length, **changes)
     start = distribution(tiny, (1, 2), length)
     ipo = algorithm.get("loss", {}).get("name") == "ipo"
