@@ -56,7 +56,7 @@ class PolicyGradient(PolicyLoss):
     def drops_equal(self) -> bool:  # type: ignore[override]
         if self.equal_groups is not None:
             return self.equal_groups == "drop"
-        if self.advantage == "grpo" and self.kl.coef and self._kl_in("reward"):
+        if self.advantage == "grpo" and self._kl_in("reward"):
             return True
         return self.advantage != "reinforce_pp" and not self.kl.coef and not self.entropy_weight
 
