@@ -67,11 +67,11 @@ def test_without_a_tokenizer_reference_answers_are_bounded():
 
 
 def test_a_stage_that_learns_from_labelled_rows_has_their_reference_answers(model):
-    job = load_job("configs/dpm_cpu.yaml", [f"model.path={model}"])
+    job = load_job("configs/dpm_cpu.yaml", [f"model.path={model}", "engine.max_context=192"])
     plans = {each.stage.name: each.plan for each in plan_stages(job, nodes="1x2cpu/16GiB")}
     rows = plans["calibrate"].lengths.rows
-    assert (rows.training, rows.held_out, len(rows.scores)) == (68, 12, 8)  # of 80 prompts
+    assert (rows.training, rows.held_out, len(rows.scores)) == (72, 12, 8)  # of 84 prompts
     assert rows.gold > 60  # of a tokenizer whose tokens are letters
     batches = plans["calibrate"].fit.batches
     assert (batches.rows, batches.examples, batches.passes) == (9, 4, 1.0)
-    assert plans["candidates"].fit.batches.completions == 27 * 8
+    assert plans["candidates"].fit.batches.completions == 28 * 8
