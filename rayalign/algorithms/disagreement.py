@@ -79,7 +79,7 @@ class Disagreement(Offline):
     )
     mass: Literal["batch", "moving_average", "votes"] = Field(
         "batch",
-        description="how common each class is: Σ q of the step's rows; the moving average over steps of q's mean; or "
+        description="how common each class is: Σ q of the step's rows, each by its trust; the moving average over steps of q's mean; or "
         "the rows' priors",
     )
     mass_decay: float = Field(0.9, ge=0, lt=1, description="of the moving average: what a step leaves of those before")
@@ -144,18 +144,17 @@ class Disagreement(Offline):
         return votes
 
     def _mass(self, batch: Batch, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Σ_j q(l|x_j), or of the priors: [L]."""
-        if self.mass == "votes":
-            return {"mass": self._prior(_counts(batch)).sum(0)}
-        q = _log_q(columns).exp()
-        return {"mass": q.sum(0)} | ({"mass/rows": q.new_tensor(len(q))} if self.carries else {})
+        """Σ_j q(l|x_j), or of the priors, each row as much as it is trusted: [L]."""
+        trust = batch.weight.double()
+        shares = self._prior(_counts(batch)) if self.mass == "votes" else _log_q(columns).exp()
+        return {"mass": trust @ shares} | ({"mass/rows": trust.sum()} if self.carries else {})
 
     def _pull(self, batch: Batch, columns: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the gradient through the mass needs: Σ_i ∂D_i/∂log mass, [L]."""
+        """What the gradient through the mass needs: Σ_i trust_i·∂D_i/∂log mass, [L]."""
         with torch.enable_grad():
-            log_mass = known["mass"].log().requires_grad_()
+            log_mass = _no_less(known["mass"]).log().requires_grad_()
             divergence = self._divergence(_log_q(columns).detach(), self._prior(_counts(batch)), log_mass)
-            return {"pull": torch.autograd.grad(divergence.sum(), log_mass)[0]}
+            return {"pull": torch.autograd.grad(batch.weight.double() @ divergence, log_mass)[0]}
 
     def loss(self, batch: Batch, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> Terms:
         log_q, counts = _log_q(columns), _counts(batch)
@@ -165,12 +164,11 @@ class Disagreement(Offline):
         prior = self._prior(counts)
         loss = -(prior * log_q).sum(-1)
         if self.diverges:
-            mass = statistics["mass"]
-            # A class without any mass (votes alone, and none for it) stays as unlikely as its votes make it.
-            divergence = self._divergence(log_q, prior, torch.where(mass > 0, mass, 1.0).log())
+            mass = _no_less(statistics["mass"])
+            divergence = self._divergence(log_q, prior, mass.log())
             if "pull" in statistics:
                 # The mass is a number here; what is missing of its gradient is that of Σ_l pull_l·log mass_l. This
-                # row's part in it adds 0 to the loss.
+                # row's part in it adds 0 to the loss, and is weighed by its trust as the rest of its loss is.
                 part = (statistics["pull"] * statistics.get("mass/fresh", 1.0) * log_q.exp() / mass).sum(-1)
                 divergence = divergence + part - part.detach()
             loss = self.prior_weight * loss + (1 - self.prior_weight) * divergence
@@ -263,6 +261,12 @@ class Disagreement(Offline):
 def _log_q(columns: Mapping[str, Tensor]) -> Tensor:
     """[B, L] in float64: a sum over thousands of rows is then the same in any order."""
     return torch.log_softmax(columns["policy/classes"].double(), -1).clamp(min=LEAST)
+
+
+def _no_less(mass: Tensor) -> Tensor:
+    """[L]; 1 for a class without any mass (votes alone and none for it, or rows without any trust), which so stays as
+    unlikely as its votes make it."""
+    return torch.where(mass > 0, mass, 1.0)
 
 
 def _counts(batch: Batch) -> Tensor:

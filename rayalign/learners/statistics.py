@@ -73,22 +73,22 @@ def moving_means(
     learner: RankLearner, sums: Mapping[str, Tensor], decays: Mapping[str, float], *, learning: bool
 ) -> dict[str, Tensor]:
     """Moving averages over steps of means over rows, so that a step of few rows does not count as one of none. The
-    first step's are its own; where nothing is learned they are what was kept. `NAME/fresh` is their derivative by the
-    step's sum.
+    first step's are its own; where nothing is learned, or no row counts, they are what was kept. `NAME/fresh` is their
+    derivative by the step's sum.
 
     Args:
-        sums: with `NAME/rows`, the number of rows in the sum.
+        sums: with `NAME/rows`, the number of rows in the sum, each as much as it is trusted.
     """
     found = {}
     for name, decay in decays.items():
         if name not in sums:
             continue
-        before = learner.carried.get(name)
-        share = 1.0 if before is None else 1.0 - decay if learning else 0.0
-        fresh = share / sums[f"{name}/rows"]
+        before, rows = learner.carried.get(name), sums[f"{name}/rows"]
+        share = 1.0 if before is None else 1.0 - decay if learning and rows > 0 else 0.0
+        fresh = share / torch.where(rows > 0, rows, 1.0)
         found[name] = fresh * sums[name] + (0.0 if before is None else (1.0 - share) * before.to(sums[name]))
         found[f"{name}/fresh"] = fresh.expand_as(sums[name])
-        if learning:
+        if learning and rows > 0:
             learner.carried[name] = found[name]
     return found
 

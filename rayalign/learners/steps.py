@@ -17,7 +17,7 @@ from rayalign.learners.settings import learning_rate
 from rayalign.learners.statistics import named_columns, statistics, with_rows
 from rayalign.protocols import Algorithm, Stretch, UpdatePlan
 from rayalign.sharding import minibatches
-from rayalign.types import Batch, Example, Terms
+from rayalign.types import Example, Terms
 from rayalign.types import Sequence as Row
 
 if TYPE_CHECKING:
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sums:
-    """This rank's part of one step's loss and metrics, divided by global counts.
+    """This rank's part of one step's loss, in which an example counts as much as it is trusted, and of its metrics, in
+    which all count alike; divided by global counts.
 
     They stay on the device until they are read, all at once: reading a number waits for all that is queued there.
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, loss: Tensor, terms: Terms, batch: Batch, count: int) -> None:
+    def add(self, loss: Tensor, terms: Terms, count: int) -> None:
         self._add("loss", loss)
         for name, values in terms.metrics.items():
-            self._add(name, torch.where(batch.weight > 0, values.float(), 0.0).sum().double() / count)
+            self._add(name, values.float().sum().double() / count)
 
     def _add(self, name: str, part: Tensor) -> None:
         part = part.detach().double()
@@ -156,7 +157,7 @@ def _losses(
         if micro:
             terms = algorithm.loss(batch, columns, known)
             loss = weighted_sum(terms, batch) / denominator
-            sums.add(loss, terms, batch, len(examples))
+            sums.add(loss, terms, len(examples))
         else:
             # The algorithm is not asked about a filler: its loss is exactly 0 whatever the numbers are.
             loss = sum(torch.where(torch.ones_like(each).bool(), 0.0, each).sum() for each in columns.values())

@@ -39,6 +39,19 @@ def test_metrics_are_means_over_examples_however_many_each_minibatch_has(model):
         assert {name: parts[name] for name in whole} == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
+def test_metrics_are_of_all_examples_however_little_they_are_trusted(model):
+    """Nothing is learned from the second and the fourth; what the policy does with them is a fact all the same."""
+    learner, algorithm, examples = build(model)["policy"], OnlinePreference(loss="simpo"), pairs(4)
+    trusted = [
+        replace(each, sequences=tuple(replace(row, trust=1.0 - place % 2) for row in each.sequences))
+        for place, each in enumerate(examples)
+    ]
+    whole, found = learner.measure(examples, algorithm), learner.measure(trusted, algorithm)
+    half = learner.measure([examples[0], examples[2]], algorithm)
+    assert found.pop("loss") == pytest.approx(half["loss"] / 2) and whole.pop("loss") > 0
+    assert found == pytest.approx(whole, rel=1e-5) and found.keys() - {"loss"}
+
+
 def labels() -> list[Example]:
     """(answer, mismatched answer), the latter much longer."""
     values = {"good": 1.0, "share": 1.0, "weight": 1.0}
@@ -70,10 +83,9 @@ def test_rows_of_the_loss_and_of_statistics_have_micro_batches_of_their_own(mode
 
 
 def test_sums_stay_on_the_device_until_they_are_read():
-    sums, weight = Sums(), torch.tensor([1.0, 0.0])
-    batch = Batch(*[torch.zeros(2, 1)] * 6, {}, {}, weight, rows=1)
+    sums = Sums()
     for loss in (1.0, 2.0):
-        sums.add(torch.tensor(loss), Terms(torch.zeros(2), {"a": torch.tensor([loss, 9.0])}), batch, 2)
+        sums.add(torch.tensor(loss), Terms(torch.zeros(2), {"a": torch.tensor([loss, 9.0])}), 2)
     assert all(isinstance(part, torch.Tensor) for part in sums.parts.values())
-    assert sums.named() == {"loss": 3.0, "a": 1.5}
+    assert sums.named() == {"loss": 3.0, "a": 10.5}
     assert Sums().named() == {"loss": 0.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,10 +27,12 @@ def algorithm(**settings):
     return Disagreement(classes=CLASSES, **({"prior_weight": 0.0, "temperature_scaling": False} | settings))
 
 
-def rows(counts=COUNTS):
+def rows(counts=COUNTS, trust=None):
     groups = [
         group(f"row-{i}", [1], [[2 + i % 5]], (0.0,), votes=(tuple(map(float, c)),)) for i, c in enumerate(counts)
     ]
+    if trust is not None:
+        groups = [replace(each, trust=(share,)) for each, share in zip(groups, trust, strict=True)]
     return algorithm().examples(groups)
 
 
@@ -38,9 +41,9 @@ def logits(seed=0, spread=1.0, count=7):
     return (torch.randn(count, 3, generator=generator, dtype=torch.float64) * spread).requires_grad_()
 
 
-def step(wanted, scores, parts, carried=None):
-    """(sum of the loss, its gradient, carried) as a learner makes it of micro-batches."""
-    examples, _ = rows()
+def step(wanted, scores, parts, carried=None, trust=None):
+    """(sum of the loss, its gradient, the mass) as a learner makes it of micro-batches."""
+    examples, _ = rows(trust=trust)
     batches = [(collate([examples[i] for i in part], pad_id=0), {"policy/classes": scores[part]}) for part in parts]
     known: dict[str, torch.Tensor] = {}
 
@@ -58,7 +61,7 @@ def step(wanted, scores, parts, carried=None):
         known |= moving_means(learner, known, wanted.carries, learning=True)
         if wanted.further_statistics is not None:
             known |= add(wanted.further_statistics, dict(known))
-    total = sum(wanted.loss(batch, columns, known).loss.sum() for batch, columns in batches)
+    total = sum((wanted.loss(batch, columns, known).loss * batch.weight.double()).sum() for batch, columns in batches)
     return total, torch.autograd.grad(total, scores)[0], known.get("mass")
 
 
@@ -120,6 +123,38 @@ def test_the_mass_may_be_that_of_the_votes():
     want = (log_r.exp() * (log_r - log_q)).sum()
     torch.testing.assert_close(total, want)
     torch.testing.assert_close(found, torch.autograd.grad(want, scores)[0])
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=["whole", "parts", "rows"])
+@pytest.mark.parametrize("mass", ["batch", "moving_average", "votes"])
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_row_counts_in_the_mass_as_much_as_it_is_trusted(detached, mass, parts):
+    trust = torch.tensor([1.0, 0.5, 0.125, 0.0, 1.0, 0.25, 1.0], dtype=torch.float64)
+    wanted = algorithm(objective="kl_r_q", detach_posterior=detached, mass=mass, mass_decay=0.75)
+    before, scores = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), logits(4, spread=2.0)
+    total, found, _ = step(wanted, scores, parts, before, trust.tolist())
+    log_q = scores.log_softmax(-1)
+    own = ((prior() if mass == "votes" else log_q.exp()) * trust.unsqueeze(-1)).sum(0)
+    log_mass = (0.25 * own / trust.sum() + 0.75 * before if mass == "moving_average" else own).log()
+    log_r = (log_q - log_mass + prior().log()).log_softmax(-1)
+    log_r = log_r.detach() if detached else log_r
+    want = ((log_r.exp() * (log_r - log_q)).sum(-1) * trust).sum()
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(found, torch.autograd.grad(want, scores)[0])
+
+
+@pytest.mark.parametrize("mass", ["batch", "moving_average", "votes"])
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_step_of_rows_without_any_trust_moves_nothing(detached, mass):
+    wanted = algorithm(objective="js", detach_posterior=detached, mass=mass)
+    for before in (None, torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)):
+        total, found, kept = step(wanted, logits(5), PARTS[1], before, [0.0] * 7)
+        assert total == 0 and found.equal(torch.zeros(7, 3, dtype=torch.float64))
+        if mass == "moving_average" and before is not None:
+            torch.testing.assert_close(kept, before)
+    learner = SimpleNamespace(carried={})
+    moving_means(learner, {"mass": torch.zeros(3), "mass/rows": torch.tensor(0.0)}, {"mass": 0.9}, learning=True)
+    assert learner.carried == {}
 
 
 def test_baselines_are_cross_entropies_and_need_no_statistics():
