@@ -164,7 +164,7 @@ def load_examples(
             first += table.rows
             sources.append(table)
     _hold_out(config, sources)
-    _rate_alike(sources)
+    _rate_alike(sources, classes)
     _check_labels(sources)
     turns = next((source.turns for source in sources if source.turns is not turns), turns)
     return ExampleSet(config, sources, turns, max_tokens=max_tokens, seed=seed)
@@ -240,11 +240,23 @@ class _HeldOut(Sequence[Group]):
         return place if isinstance(place, Group) else place[0].group(place[1], "held", noisy=False)
 
 
-def _rate_alike(sources: Sequence[AnySource]) -> None:
+def _rate_alike(sources: Sequence[AnySource], classes: Classes) -> None:
     """A rating is a vote for the same class in all of them."""
     known = [rating for source in sources for rating in source.rated or ()]
+    if not known:
+        return
+    lowest, highest = min(known), max(known)
+    if classes.names and highest - lowest + 1 != len(classes.names):
+        raise DataError(
+            "these votes do not match the classes",
+            where=", ".join(source.source.path for source in sources if source.rated),
+            value=f"ratings from {lowest} to {highest}, of which each whole number is a class",
+            rule=f"{len(classes.names)} classes: {classes.in_words}",
+            remedy="set algorithm.ratings: which of them are a vote for each class; or correct the lowest or highest "
+            "rating, or algorithm.classes",
+        )
     for source in sources:
-        source.rated = (min(known), max(known)) if known else None
+        source.rated = (lowest, highest)
 
 
 def _check_labels(sources: Sequence[AnySource]) -> None:

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from rayalign.data.rows import decoded
 from rayalign.errors import ConfigError
 from rayalign.scorers.base import ScoreFunction, ScorerConfig
 from rayalign.types import Group, Judgement
@@ -37,6 +38,7 @@ def read_lexicon(path: str | Path | None = None) -> dict[str, tuple[int, ...]]:
 
     Raises:
         ConfigError: there is no such file, or it is none of this form.
+        DataError: it is not UTF-8.
     """
     file = _package_file() if path is None else Path(path).expanduser()
     if not file.is_file():
@@ -48,13 +50,13 @@ def read_lexicon(path: str | Path | None = None) -> dict[str, tuple[int, ...]]:
             remedy="correct the path, or take lexicon out to use the package's",
         )
     found: dict[str, tuple[int, ...]] = {}
-    for number, line in enumerate(file.read_text("utf-8").split("\n"), start=1):
+    for number, line in enumerate(decoded(file.read_bytes(), str(file)).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             word, _, _, listed = line.rstrip().split("\t")
-            found[word] = tuple(int(rating) for rating in ast.literal_eval(listed.strip()))
-            readable = bool(found[word])
+            found[word] = tuple(ast.literal_eval(listed.strip()))
+            readable = bool(found[word]) and all(type(rating) is int for rating in found[word])
         except (ValueError, SyntaxError, TypeError):
             readable = False
         if not readable:
@@ -62,7 +64,7 @@ def read_lexicon(path: str | Path | None = None) -> dict[str, tuple[int, ...]]:
                 "this line of the lexicon has no ratings",
                 where=f"{file}:{number}",
                 value=line,
-                rule="word, mean, standard deviation and [ratings], with tabs between them",
+                rule="word, mean, standard deviation and [ratings], whole numbers all, with tabs between them",
                 remedy="correct the line, or name another file",
             )
     return found

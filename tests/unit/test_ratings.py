@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from rayalign.errors import ConfigError
+from rayalign.errors import ConfigError, DataError
 from rayalign.scorers.base import score_groups
 from rayalign.scorers.ratings import Ratings, held_out, read_lexicon, words_in
 from rayalign.types import Completion, Group, Prompt
@@ -66,11 +66,16 @@ def test_a_lexicon_of_ones_own_and_files_that_are_none(tmp_path):
     with pytest.raises(ConfigError) as error:
         Ratings(lexicon=str(tmp_path / "none.txt")).check_files()
     assert error.value.where == "key scorer.lexicon" and error.value.remedy
-    for line in ("fine 1.5 0.5 [1]", "fine\t1.5\t0.5\t[]", "fine\t1.5\t0.5\t[x]", "fine\t1.5\t0.5\t7", json.dumps({})):
+    fields = ("[]", "[x]", "7", "[1.9, -0.5]", "[True]", "'12'")
+    for line in ("fine 1.5 0.5 [1]", *(f"fine\t1.5\t0.5\t{field}" for field in fields), json.dumps({})):
         file.write_text("poor\t-1.0\t0.0\t[-1]\n" + line + "\n")
         with pytest.raises(ConfigError) as error:
             read_lexicon(file)
         assert error.value.where == f"{file}:2" and error.value.value == line
+    file.write_bytes("poor\t-1.0\t0.0\t[-1]\nschön\t1.0\t0.0\t[1]\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8") as error:
+        read_lexicon(file)
+    assert error.value.where == f"{file}:2"
 
 
 def test_a_word_of_the_other_part_is_not_taken_for_one_that_looks_like_it(tmp_path):

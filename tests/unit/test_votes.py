@@ -126,6 +126,15 @@ def test_a_run_says_before_it_starts_that_ratings_make_other_classes(tmp_path, m
     with pytest.raises(DataError, match="these votes do not match the classes") as caught:
         run_training(parse_config(config))
     assert "algorithm.ratings" in caught.value.remedy and not (tmp_path / "run").exists()
+    assert "from 1 to 5" in caught.value.value and caught.value.where == str(tmp_path / "r.jsonl")
+
+
+def test_a_rating_far_from_the_others_is_told_at_once(tokenizer, tmp_path):
+    """No row becomes votes for two thousand million classes."""
+    rows = [SAID | {"rating": 1}, SAID | {"completion": "y", "rating": -(2**31)}]
+    with pytest.raises(DataError, match="these votes do not match the classes") as caught:
+        load_rows(tokenizer, tmp_path, rows, Classes(("a", "b", "c")))
+    assert "from -2147483648 to 1" in caught.value.value
 
 
 def test_one_reads_what_a_group_has(tokenizer, tmp_path):
