@@ -79,8 +79,8 @@ class Disagreement(Offline):
     )
     mass: Literal["batch", "moving_average", "votes"] = Field(
         "batch",
-        description="how common each class is: Σ q of the step's rows, each by its trust; the moving average over steps "
-        "of q's mean; or the rows' priors",
+        description="how common each class is: Σ q of the step's rows, each by its trust; the moving average over "
+        "steps of q's mean; or the rows' priors",
     )
     mass_decay: float = Field(0.9, ge=0, lt=1, description="of the moving average: what a step leaves of those before")
     temperature_scaling: bool = Field(
