@@ -152,7 +152,7 @@ class Disagreement(Offline):
     def _pull(self, batch: Batch, columns: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the gradient through the mass needs: Σ_i trust_i·∂D_i/∂log mass, [L]."""
         with torch.enable_grad():
-            log_mass = _no_less(known["mass"]).log().requires_grad_()
+            log_mass = _or_one(known["mass"]).log().requires_grad_()
             divergence = self._divergence(_log_q(columns).detach(), self._prior(_counts(batch)), log_mass)
             return {"pull": torch.autograd.grad(batch.weight.double() @ divergence, log_mass)[0]}
 
@@ -164,7 +164,7 @@ class Disagreement(Offline):
         prior = self._prior(counts)
         loss = -(prior * log_q).sum(-1)
         if self.diverges:
-            mass = _no_less(statistics["mass"])
+            mass = _or_one(statistics["mass"])
             divergence = self._divergence(log_q, prior, mass.log())
             if "pull" in statistics:
                 # The mass is a number here; what is missing of its gradient is that of Σ_l pull_l·log mass_l. This
@@ -263,7 +263,7 @@ def _log_q(columns: Mapping[str, Tensor]) -> Tensor:
     return torch.log_softmax(columns["policy/classes"].double(), -1).clamp(min=LEAST)
 
 
-def _no_less(mass: Tensor) -> Tensor:
+def _or_one(mass: Tensor) -> Tensor:
     """[L]; 1 for a class without any mass (votes alone and none for it, or rows without any trust), which so stays as
     unlikely as its votes make it."""
     return torch.where(mass > 0, mass, 1.0)
